@@ -1,0 +1,96 @@
+"""Averages a layout over the workers, range by range, and measures how far the workers had drifted apart."""
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_adpsgd.averaging.layout import FlatLayout, Range
+from lightning_adpsgd.averaging.workers import Reduction, Workers
+
+# Elements whose deviation is held in memory at once: 4 MB of fp32, small enough for a cache, large enough for a kernel.
+_MEASURED_AT_ONCE = 1 << 20
+
+
+class InFlight(NamedTuple):
+    """A range whose mean is on its way."""
+
+    range: Range
+    reduction: Reduction
+
+
+class ParameterAverager:
+    """Replaces the tensors of a layout by their means over the workers, in place.
+
+    Ranges are reduced one after the other: while one travels, the next is packed and the one before is measured and
+    written back. At most two buffers of a range's size are alive, whatever the model's size.
+
+    Args:
+        layout: the tensors.
+        groups: number of parameter groups.
+        workers: whom to average with.
+        bucket_bytes: the longest range, in bytes when packed.
+    """
+
+    def __init__(self, layout: FlatLayout, groups: int, workers: Workers, bucket_bytes: int) -> None:
+        self._layout = layout
+        self._groups = groups
+        self._workers = workers
+        self._ranges = layout.cut(bucket_bytes)
+
+    def average(self) -> Tensor:
+        """Average everything.
+
+        Returns:
+            Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
+            on the CPU.
+        """
+        deviations: list[Tensor] = []
+        in_flight: deque[InFlight] = deque()
+        for range_ in self._ranges:
+            spare = None
+            if len(in_flight) == 2:
+                spare = in_flight[0].reduction.wait()
+                deviations.append(self.finish(in_flight.popleft()))
+            in_flight.append(self.launch(range_, self._buffer(range_, spare)))
+        deviations += [self.finish(oldest) for oldest in in_flight]
+        total = torch.zeros(self._groups, dtype=torch.float64)
+        for part in deviations:
+            total += part.cpu()
+        return total
+
+    def launch(self, range_: Range, buffer: Tensor) -> InFlight:
+        """Pack a range into ``buffer`` and begin to average it."""
+        return InFlight(range_, self._workers.mean_(self._layout.pack(range_, buffer)))
+
+    def finish(self, in_flight: InFlight) -> Tensor:
+        """Wait for a range's mean, measure its distance from this worker's values, and write it back.
+
+        Returns:
+            Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
+        """
+        mean = in_flight.reduction.wait()
+        deviations = self._squared_deviations(in_flight.range, mean)
+        self._layout.unpack(in_flight.range, mean)
+        return deviations
+
+    def _buffer(self, range_: Range, spare: Tensor | None) -> Tensor:
+        if spare is not None and self._layout.fits(range_, spare):
+            return spare[: len(range_)]
+        return self._layout.new_buffer(range_)
+
+    def _squared_deviations(self, range_: Range, mean: Tensor) -> Tensor:
+        # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
+        deviations = torch.zeros(self._groups, dtype=torch.float64, device=mean.device)
+        scratch = mean.new_empty(min(len(range_), _MEASURED_AT_ONCE))
+        for chunk in range_.chunks(_MEASURED_AT_ONCE):
+            runs = self._layout.groups(chunk)
+            if not runs:
+                continue
+            offset = chunk.start - range_.start
+            difference = self._layout.pack(chunk, scratch[: len(chunk)]).sub_(mean[offset : offset + len(chunk)])
+            for group, start, stop in runs:
+                part = difference[start:stop]
+                deviations[group] += torch.dot(part, part)
+        return deviations

@@ -1,0 +1,47 @@
+"""The immutable record of one averaging round."""
+
+from typing import Literal, NamedTuple, get_args
+
+Trigger = Literal["period", "validation", "checkpoint", "train_end"]
+TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
+
+
+class AveragingRound(NamedTuple):
+    """What happened in one averaging round.
+
+    Everything but ``seconds`` is the same on every rank.
+    """
+
+    step: int
+    """Optimizer steps attempted so far when the round ran, counted from 1."""
+    optimizer: int
+    """Index of the optimizer whose parameters were averaged."""
+    trigger: Trigger
+    """Who asked for the round: the period, the start of validation, a checkpoint, or the end of training."""
+    local_steps: int
+    """Optimizer steps since the previous round."""
+    period: int
+    """The averaging period in force when the round ran."""
+    learning_rate: float
+    """Mean over the workers; of the first parameter group whose rate is not 0, or 0 if there is none."""
+    variance: float
+    """S_k = (1/n) Σ_i ‖w̄_k − w_{k,i}‖², over all averaged parameters, before averaging (arXiv:2007.06134)."""
+    ratio: float
+    """r = Σ_g S_g / γ_g over the parameter groups with γ_g > 0."""
+    target: float | None
+    """C₂, the value at which the rule held the ratio when the round ran; None before the first sample."""
+    payload_bytes: int
+    """Bytes of all tensors this rank put into collectives of this round."""
+    sent_bytes: int
+    """Bytes this rank sends for them in a ring all-reduce: 2(n−1)/n · payload."""
+    seconds: float
+    """Wall time for which the round held up training on this rank."""
+
+
+def ring_bytes(payload_bytes: int, workers: int) -> int:
+    """Bytes that each of ``workers`` ranks sends in a ring all-reduce of ``payload_bytes``: 2(n−1)/n · payload.
+
+    A ring all-reduce is a reduce-scatter and an all-gather of n−1 steps each, and in every step a rank sends one n-th
+    of the tensor (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+    """
+    return round(2 * (workers - 1) * payload_bytes / workers)

@@ -1,0 +1,157 @@
+"""ADPSGD's rule: let the averaging period follow the variance of the parameters among the workers."""
+
+import math
+from typing import Any
+
+from lightning_adpsgd.periods.base import AveragingPeriod, Steps, check_int
+
+
+class AdaptivePeriod(AveragingPeriod):
+    """Hold S_k / γ_k at a constant, and let the period be whatever does so (ADPSGD).
+
+    During the *sampling phase*, the first ``sampling`` steps, the period stays at ``initial`` and the target C₂ is the
+    mean of the ratios r = S_k / γ_k seen at the rounds. Afterwards, at every round, the period grows by one step if
+    r < ``low`` · C₂, and shrinks by one if r > ``high`` · C₂.
+
+    The defaults are the paper's setting, as we read it: P. Jiang and G. Agrawal, "Adaptive Periodic Averaging: A
+    Practical Approach to Reducing Communication in Distributed Learning", arXiv:2007.06134.
+
+    A round at which every learning rate is 0 is neither sampled nor acted on. If no round could be sampled during the
+    sampling phase (a very short run), the first one after it sets the target.
+
+    Args:
+        initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the
+            target is what ``initial`` steps of drift amount to.
+        sampling: K_s, length of the sampling phase in steps (int) or as a share of the run (float).
+        low: below ``low`` · C₂ the period grows.
+        high: above ``high`` · C₂ the period shrinks.
+        minimum: the period never falls below this.
+        maximum: the period never grows above this; None means no cap.
+        warmup: steps (int) or share of the run (float) at the start during which workers average after every step;
+            these rounds are not sampled. Has to be shorter than ``sampling``, which counts from the first step too.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if an argument is out of range, or contradicts another one.
+    """
+
+    def __init__(
+        self,
+        initial: int = 4,
+        sampling: int | float = 0.25,
+        low: float = 0.7,
+        high: float = 1.3,
+        minimum: int = 1,
+        maximum: int | None = None,
+        warmup: int | float = 0,
+    ) -> None:
+        # Configuration
+        name = "AdaptivePeriod"
+        self._initial = check_int(name, "initial", initial, at_least=1)
+        self._sampling = Steps(name, "sampling", sampling)
+        self._low, self._high = _check_thresholds(low, high)
+        self._minimum = check_int(name, "minimum", minimum, at_least=1)
+        self._maximum = None if maximum is None else check_int(name, "maximum", maximum, at_least=1)
+        self._warmup = Steps(name, "warmup", warmup)
+        _check_bounds(initial, minimum, maximum)
+        _check_phases(warmup, sampling)
+
+        # State, with the paper's names
+        self._p = initial
+        self._c2 = 0.0
+        self._m = 0
+        self._k = 0
+        self._sampling_steps = 0
+        self._warmup_steps = 0
+
+    @property
+    def value(self) -> int:
+        """The averaging period in force: p, or 1 during the warm-up."""
+        return 1 if self._k < self._warmup_steps else self._p
+
+    @property
+    def target(self) -> float | None:
+        """C₂, the mean of the sampled ratios; None until the first sample."""
+        return self._c2 if self._m > 0 else None
+
+    def setup(self, total_steps: int | None) -> None:
+        """Turn shares of the run into steps.
+
+        Raises:
+            ValueError: if ``sampling`` or ``warmup`` is a share and ``total_steps`` is None.
+        """
+        self._sampling_steps = self._sampling.of(total_steps)
+        self._warmup_steps = self._warmup.of(total_steps)
+
+    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+        """Sample the ratio, or act on it (arXiv:2007.06134)."""
+        self._k = step
+        if step <= self._warmup_steps or learning_rate == 0.0:
+            return
+        if step <= self._sampling_steps or self._m == 0:
+            self._c2 = (self._m * self._c2 + ratio) / (self._m + 1)
+            self._m += 1
+        elif ratio < self._low * self._c2:
+            self._p = self._p + 1 if self._maximum is None else min(self._p + 1, self._maximum)
+        elif ratio > self._high * self._c2:
+            self._p = max(self._minimum, self._p - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Period, target, number of samples, last step, and the phases' lengths in steps."""
+        return {
+            "period": self._p,
+            "target": self._c2,
+            "samples": self._m,
+            "step": self._k,
+            "sampling_steps": self._sampling_steps,
+            "warmup_steps": self._warmup_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the saved rule was.
+
+        The phases keep the lengths they had: a run that is resumed to be longer does not begin to sample again.
+        """
+        self._p = state["period"]
+        self._c2 = state["target"]
+        self._m = state["samples"]
+        self._k = state["step"]
+        self._sampling_steps = state["sampling_steps"]
+        self._warmup_steps = state["warmup_steps"]
+
+    def __repr__(self) -> str:
+        return (
+            f"AdaptivePeriod(initial={self._initial}, sampling={self._sampling.amount}, low={self._low},"
+            f" high={self._high}, minimum={self._minimum}, maximum={self._maximum}, warmup={self._warmup.amount})"
+        )
+
+
+def _check_thresholds(low: float, high: float) -> tuple[float, float]:
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"AdaptivePeriod({name}={value!r}): expected a number, got {type(value).__name__}.")
+        if not math.isfinite(value):
+            raise ValueError(f"AdaptivePeriod({name}={value!r}): expected a finite number.")
+    if not 0.0 <= low <= 1.0 <= high:
+        raise ValueError(
+            f"AdaptivePeriod(low={low!r}, high={high!r}): expected 0 <= low <= 1 <= high, because the period grows"
+            " below low times the target and shrinks above high times the target."
+        )
+    return float(low), float(high)
+
+
+def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:
+    if initial < minimum or (maximum is not None and initial > maximum):
+        raise ValueError(
+            f"AdaptivePeriod(initial={initial}, minimum={minimum}, maximum={maximum}): expected"
+            " minimum <= initial <= maximum. Move initial between the bounds, or widen them."
+        )
+
+
+def _check_phases(warmup: int | float, sampling: int | float) -> None:
+    # Numbers of steps and shares of the run can only be compared once the run's length is known; then the rule copes.
+    if warmup > 0 and isinstance(warmup, int) == isinstance(sampling, int) and warmup >= sampling:
+        raise ValueError(
+            f"AdaptivePeriod(warmup={warmup!r}, sampling={sampling!r}): both count from the first step, and rounds of"
+            " the warm-up are not sampled, so nothing would be. Make sampling longer than warmup."
+        )

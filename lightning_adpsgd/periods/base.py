@@ -1,0 +1,116 @@
+"""The interface of a rule that decides how many local steps lie between two averaging rounds."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class AveragingPeriod(ABC):
+    """How many local steps a worker takes between two averaging rounds.
+
+    A rule sees only numbers that were reduced over the workers first, so that every worker, holding its own copy of the
+    rule, takes the same decision. It keeps no tensors and never communicates.
+
+    The life of a rule: :meth:`setup` once before the first step; then, after each round that the period itself asked
+    for, :meth:`update`. Rounds asked for by something else (validation, a checkpoint, the end of training) are not
+    reported: their variance belongs to a shorter drift.
+    """
+
+    @property
+    @abstractmethod
+    def value(self) -> int:
+        """The averaging period in force, in optimizer steps; at least 1."""
+
+    @property
+    def target(self) -> float | None:
+        """The value at which the rule holds ``ratio`` (C₂ in the paper), or None where there is none (yet)."""
+        return None
+
+    def setup(self, total_steps: int | None) -> None:  # noqa: B027 - a rule without shares of the run needs nothing
+        """Take note of the length of the run.
+
+        Args:
+            total_steps: K, the number of optimizer steps the whole run will take; None if it is not known.
+
+        Raises:
+            ValueError: if the rule was given a share of the run while its length is not known.
+        """
+
+    @abstractmethod
+    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+        """Learn from a round that the period asked for.
+
+        Args:
+            step: k, the optimizer steps attempted so far, counted from 1.
+            ratio: S_k / γ_k, summed over the parameter groups whose learning rate is not 0.
+            learning_rate: γ_k, the mean over the workers; 0 where every group's learning rate was 0, in which case
+                ``ratio`` says nothing.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rule has learned, as plain numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` as if there had been no interruption."""
+
+
+def check_int(owner: str, name: str, value: object, *, at_least: int) -> int:
+    """Return ``value`` if it is an int of at least ``at_least``.
+
+    Raises:
+        TypeError: if it is not an int (a bool is not one).
+        ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{owner}({name}={value!r}): expected an int of at least {at_least}, got {type(value).__name__}."
+        )
+    if value < at_least:
+        raise ValueError(f"{owner}({name}={value!r}): expected an int of at least {at_least}.")
+    return value
+
+
+class Steps:
+    """A number of optimizer steps, given as such (int) or as a share of the run (float between 0 and 1).
+
+    Args:
+        owner: the class the argument belongs to, for error messages.
+        name: the argument's name, for error messages.
+        amount: the number of steps, or the share of all steps.
+    """
+
+    def __init__(self, owner: str, name: str, amount: int | float) -> None:
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise TypeError(
+                f"{owner}({name}={amount!r}): expected a number of steps (int) or a share of the run (float between"
+                f" 0 and 1), got {type(amount).__name__}."
+            )
+        if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
+            raise ValueError(
+                f"{owner}({name}={amount!r}): a float is a share of the run and lies between 0 and 1."
+                f" For a number of steps pass an int."
+            )
+        if amount < 0:
+            raise ValueError(f"{owner}({name}={amount!r}): expected 0 or more steps.")
+        self.owner = owner
+        self.name = name
+        self.amount = amount
+
+    def of(self, total_steps: int | None) -> int:
+        """The number of steps in a run of ``total_steps``.
+
+        Raises:
+            ValueError: if this is a share of the run and the run's length is not known.
+        """
+        if isinstance(self.amount, int):
+            return self.amount
+        if self.amount == 0.0:
+            return 0
+        if total_steps is None:
+            raise ValueError(
+                f"{self.owner}({self.name}={self.amount!r}) is a share of all optimizer steps, but the number of steps"
+                f" of this run is not known beforehand. Pass a number of steps instead, for example"
+                f" {self.name}=1000, or bound the run with Trainer(max_steps=...) or Trainer(max_epochs=...)."
+            )
+        return int(self.amount * total_steps)

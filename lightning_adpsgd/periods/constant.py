@@ -1,0 +1,52 @@
+"""A constant averaging period: CPSGD, also known as local SGD."""
+
+from typing import Any
+
+from lightning_adpsgd.periods.base import AveragingPeriod, Steps, check_int
+
+
+class ConstantPeriod(AveragingPeriod):
+    """Average every ``period`` optimizer steps (CPSGD, local SGD).
+
+    Args:
+        period: optimizer steps between two rounds. 1 is full communication: with plain SGD it equals averaging the
+            gradients at every step.
+        warmup: steps (int) or share of the run (float) at the start during which workers average after every step.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self, period: int, warmup: int | float = 0) -> None:
+        self._period = check_int("ConstantPeriod", "period", period, at_least=1)
+        self._warmup = Steps("ConstantPeriod", "warmup", warmup)
+
+        # State
+        self._warmup_steps = 0
+        self._step = 0
+
+    @property
+    def value(self) -> int:
+        """The averaging period in force."""
+        return 1 if self._step < self._warmup_steps else self._period
+
+    def setup(self, total_steps: int | None) -> None:
+        """Turn a warm-up given as a share of the run into steps."""
+        self._warmup_steps = self._warmup.of(total_steps)
+
+    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+        """Take note of the step; the variance changes nothing."""
+        self._step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the warm-up has come."""
+        return {"step": self._step, "warmup_steps": self._warmup_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the warm-up; the period is the one given to the constructor."""
+        self._step = state["step"]
+        self._warmup_steps = state["warmup_steps"]
+
+    def __repr__(self) -> str:
+        return f"ConstantPeriod(period={self._period}, warmup={self._warmup.amount})"
