@@ -49,11 +49,15 @@ class ParameterAverager:
         deviations: list[Tensor] = []
         in_flight: deque[InFlight] = deque()
         for range_ in self._ranges:
-            spare = None
+            buffer = None
             if len(in_flight) == 2:
-                spare = in_flight[0].reduction.wait()
+                buffer = in_flight[0].reduction.wait()
                 deviations.append(self.finish(in_flight.popleft()))
-            in_flight.append(self.launch(range_, self._buffer(range_, spare)))
+                if not self._layout.fits(range_, buffer):
+                    buffer = None  # of another dtype or device: let it go before the next one is made
+            if buffer is None:
+                buffer = self._layout.new_buffer(range_)
+            in_flight.append(self.launch(range_, buffer[: len(range_)]))
         deviations += [self.finish(oldest) for oldest in in_flight]
         total = torch.zeros(self._groups, dtype=torch.float64)
         for part in deviations:
@@ -74,11 +78,6 @@ class ParameterAverager:
         deviations = self._squared_deviations(in_flight.range, mean)
         self._layout.unpack(in_flight.range, mean)
         return deviations
-
-    def _buffer(self, range_: Range, spare: Tensor | None) -> Tensor:
-        if spare is not None and self._layout.fits(range_, spare):
-            return spare[: len(range_)]
-        return self._layout.new_buffer(range_)
 
     def _squared_deviations(self, range_: Range, mean: Tensor) -> Tensor:
         # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.

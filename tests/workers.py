@@ -1,0 +1,139 @@
+"""Several real processes that run a test's function side by side, kept alive from test to test.
+
+Starting a process that has imported torch and Lightning takes seconds; handing a function to one that is already there
+takes milliseconds. Functions have to be defined at the top of a test's module.
+"""
+
+import contextlib
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+
+
+class Outcome(NamedTuple):
+    """What a function returned or raised on one rank."""
+
+    value: Any
+    error: str | None
+    kind: str | None  # name of the exception's class
+
+
+class WorkerPool:
+    """Processes that wait for functions to run."""
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, workers: int = 2) -> list[Any]:
+        """What ``function(*args)`` returns on each rank of a gloo process group."""
+        return _values(self._run(function, args, workers, connect=True))
+
+    def run_trainer(self, function: Callable[..., Any], *args: Any, workers: int = 2) -> list[Any]:
+        """The same, but the ranks are only announced as torchrun does; Lightning connects them."""
+        return _values(self._run(function, args, workers, connect=False))
+
+    def outcomes(self, function: Callable[..., Any], *args: Any, workers: int = 2, trainer: bool = False) -> list:
+        """What ``function(*args)`` returned or raised on each rank."""
+        return self._run(function, args, workers, connect=not trainer)
+
+    def close(self) -> None:
+        """End all processes."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+        self._processes, self._connections = [], []
+
+    def _run(self, function: Callable[..., Any], args: tuple, workers: int, connect: bool) -> list[Outcome]:
+        while len(self._processes) < workers:
+            self._start_one()
+        port = _free_port()
+        for rank in range(workers):
+            self._connections[rank].send((function, args, rank, workers, port, connect))
+        outcomes: dict[int, Outcome] = {}
+        waiting = {self._connections[rank]: rank for rank in range(workers)}
+        while waiting:
+            ready = wait(list(waiting), timeout=180)
+            if not ready:
+                self._kill()
+                raise TimeoutError(f"rank(s) {sorted(waiting.values())} of {function.__name__} did not end")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    outcomes[rank] = connection.recv()
+                except EOFError:
+                    self._kill()
+                    raise RuntimeError(f"rank {rank} of {function.__name__} died") from None
+        return [outcomes[rank] for rank in range(workers)]
+
+    def _start_one(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=False)
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        self._connections.append(ours)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections = [], []
+
+
+def _values(outcomes: list[Outcome]) -> list[Any]:
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error is not None:
+            raise AssertionError(f"on rank {rank}:\n{outcome.error}")
+    return [outcome.value for outcome in outcomes]
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while (task := connection.recv()) is not None:
+        function, args, rank, workers, port, connect = task
+        _announce(rank, workers, port)
+        try:
+            if connect:
+                dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+            outcome = Outcome(function(*args), None, None)
+        except BaseException as error:
+            outcome = Outcome(None, traceback.format_exc(), type(error).__name__)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(outcome)
+
+
+def _announce(rank: int, workers: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(workers),
+        LOCAL_WORLD_SIZE=str(workers),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="tests",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
