@@ -275,10 +275,7 @@ def _callbacks(trainer: "pl.Trainer") -> list[Callback]:
 
 def _total_steps(trainer: "pl.Trainer") -> int | None:
     """K, the number of steps that each optimizer will take; None if it is not known beforehand."""
-    try:
-        estimate = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes with the epoch
-        return None
+    estimate = trainer.estimated_stepping_batches
     if not math.isfinite(estimate) or estimate <= 0:
         return None
     # Lightning counts the steps of all optimizers against max_steps; a rule counts those of one.
