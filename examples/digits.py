@@ -8,7 +8,7 @@ import argparse
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -23,7 +23,7 @@ from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor
 class DigitClassifier(L.LightningModule):
     """A small convolutional network; nothing in it knows how it is distributed."""
 
-    def __init__(self, learning_rate: float = 0.1) -> None:
+    def __init__(self, learning_rate: float = 0.05) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.network = nn.Sequential(
@@ -53,12 +53,16 @@ class DigitClassifier(L.LightningModule):
         self.log("test_accuracy", self.test_accuracy, on_epoch=True)
 
     def configure_optimizers(self) -> dict:
-        """SGD with momentum; the learning rate decays twice, and the averaging period follows."""
+        """SGD with momentum; the learning rate warms up and decays twice, and the averaging period follows."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.hparams["learning_rate"], momentum=0.9, weight_decay=5e-4
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[steps // 2, steps * 3 // 4], gamma=0.1)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / (steps // 10 + 1)) * 0.1 ** ((step >= steps // 2) + (step >= steps * 3 // 4))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -103,7 +107,11 @@ def main() -> None:
         devices=arguments.workers,
         max_epochs=arguments.epochs,
         logger=CSVLogger("logs", name="digits"),
-        callbacks=[CommunicationMonitor(plot=True), LearningRateMonitor("step")],
+        callbacks=[
+            CommunicationMonitor(plot=True),
+            LearningRateMonitor("step"),
+            ModelCheckpoint(every_n_epochs=10),  # rarely: workers average for every checkpoint too
+        ],
         log_every_n_steps=5,
     )
     model = DigitClassifier()

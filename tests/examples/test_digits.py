@@ -1,0 +1,74 @@
+"""The demo and the plain loop, as a user starts them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = pytest.mark.workers
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    # Variables of a launcher around the tests would tell the script that its processes are there already.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "NODE_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_demo_learns_the_digits_sums_up_and_draws(tmp_path):
+    done = run(EXAMPLES / "digits.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"test_accuracy\D*([\d.]+)", done.stdout)[1]) > 0.95
+    rounds, steps = map(int, re.search(r"rounds +(\d+) in (\d+) steps", done.stdout).groups())
+    assert steps == 440
+    assert 20 < rounds < 110
+    first, last = map(int, re.search(r"period +(\d+) at first, (\d+) at last", done.stdout).groups())
+    assert first == 4
+    assert last > 4
+    assert float(re.search(r"factor saved +([\d.]+)x", done.stdout)[1]) > 4
+    plot = tmp_path / re.search(r"plot +(\S+)", done.stdout)[1]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "adpsgd/variance" in (plot.parent / "metrics.csv").read_text()
+
+
+def test_the_demo_takes_a_constant_period_and_ddp(tmp_path):
+    constant = run(EXAMPLES / "digits.py", "--strategy", "11", "--epochs", "1", cwd=tmp_path)
+    assert constant.returncode == 0, constant.stderr
+    assert "11 at first, 11 at last" in constant.stdout
+    ddp = run(EXAMPLES / "digits.py", "--strategy", "ddp", "--epochs", "1", cwd=tmp_path)
+    assert ddp.returncode == 0, ddp.stderr
+    assert "Averaging rounds" not in ddp.stdout
+    assert "test_accuracy" in ddp.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "0"], "'0': expected adpsgd, ddp, or an averaging period such as 8"),
+        (["--workers", "none"], "'none': expected an int of at least 1"),
+    ],
+)
+def test_the_demo_says_what_is_wrong_with_its_arguments(tmp_path, arguments, message):
+    done = run(EXAMPLES / "digits.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_local_sgd_works_in_a_plain_loop_started_by_torchrun(tmp_path):
+    arguments = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(*arguments, EXAMPLES / "plain_loop.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    accuracies = re.findall(r"test accuracy ([\d.]+)", done.stdout)
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1]
+    assert float(accuracies[0]) > 0.85
+    periods = [int(period) for period in re.findall(r"period +(\d+)", done.stdout)]
+    assert periods[0] == 4
+    assert max(periods) > 4

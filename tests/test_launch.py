@@ -1,0 +1,55 @@
+"""The registered names start processes of their own, in the ways they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.examples.test_digits import run
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+import lightning_adpsgd
+
+
+class Model(BoringModel):
+    def on_train_end(self):
+        Path(f"rank{self.global_rank}").write_text(f"{self.layer.weight.sum().item():.7f}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        strategy=sys.argv[1], accelerator="cpu", devices=2, max_steps=9, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )
+    model = Model()
+    trainer.fit(model)
+    if trainer.is_global_zero:
+        Path("after").write_text(f"{model.layer.weight.sum().item():.7f}")
+"""
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize("name", ["adpsgd", "adaptive_local_sgd", "adpsgd_spawn", "adpsgd_fork"])
+def test_a_name_starts_its_processes_and_returns_the_average(tmp_path, name):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run("script.py", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, after = ((tmp_path / name).read_text() for name in ("rank0", "rank1", "after"))
+    assert first == second == after
+
+
+def test_importing_the_package_is_all_that_registering_takes(tmp_path: Path):
+    script = (
+        "import lightning_adpsgd, lightning as L; print(type(L.Trainer(strategy='adpsgd', accelerator='cpu').strategy))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "lightning_adpsgd.strategy.ADPSGDStrategy" in done.stdout, done.stderr
