@@ -13,7 +13,12 @@ from lightning.pytorch.overrides.distributed import _sync_module_states as sync_
 SIGTERM = 1
 REQUEUE = 2
 
-__all__ = ["REQUEUE", "SIGTERM", "DeferredSignals", "sync_module_states"]
+__all__ = ["REQUEUE", "SIGTERM", "DeferredSignals", "current_hook", "sync_module_states"]
+
+
+def current_hook(module: "pl.LightningModule") -> str | None:
+    """The hook that is running: tells a reduction at every step, which is worth a warning, from one per epoch."""
+    return getattr(module, "_current_fx_name", None)
 
 
 class DeferredSignals:

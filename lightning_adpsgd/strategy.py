@@ -14,17 +14,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_adpsgd._lightning import SIGTERM, DeferredSignals, sync_module_states
+from lightning_adpsgd._lightning import SIGTERM, DeferredSignals, current_hook, sync_module_states
 from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
 from lightning_adpsgd.local_sgd import LocalSGD, Notice, as_period, check_bucket_size, check_optimizer_state
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
+_HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
 
 
 class ADPSGDStrategy(DDPStrategy):
@@ -96,6 +98,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._local_sgd: list[LocalSGD] = []
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
+        self._warned_of_reduction = False
         self._first_callback = _AverageBeforeOthersLook(self)
 
     @property
@@ -161,6 +164,21 @@ class ADPSGDStrategy(DDPStrategy):
         notice = self._act_on_notice()
         if notice & SIGTERM and trigger == "train_end":
             raise SIGTERMException  # no loop of Lightning's is left to do so
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+        """Reduce a value for somebody else, with a warning if that happens at every step."""
+        if not self._warned_of_reduction and self.lightning_module is not None and self.world_size > 1:
+            hook = current_hook(self.lightning_module)
+            if hook in _HOOKS_OF_A_STEP:
+                self._warned_of_reduction = True
+                rank_zero_warn(
+                    f"Something in `{hook}` is reduced over the workers at every step, which takes the time that"
+                    f" averaging rarely is to save. If it is `self.log(..., on_step=True, sync_dist=True)`, leave"
+                    " sync_dist out, or log the mean of the epoch: `self.log(..., on_step=False, on_epoch=True,"
+                    " sync_dist=True)`."
+                )
+        return super().reduce(tensor, group, reduce_op)
 
     # Checkpoints
 

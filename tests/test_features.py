@@ -1,5 +1,6 @@
 """Lightning's features under the strategy, on two real processes, against what they are expected to do."""
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -404,3 +405,39 @@ def load_under_ddp(folder: str) -> dict:
 def test_our_checkpoint_loads_under_ddp_and_ddps_under_ours(pool, tmp_path):
     for outcome in pool.run_trainer(load_under_ddp, str(tmp_path)):
         assert outcome == {"steps": [10, 12, 16], "rounds": 2}
+
+
+# Logging
+
+
+class Logs(Classifier):
+    """Logs its loss in a way of its own."""
+
+    def __init__(self, **how: bool) -> None:
+        super().__init__()
+        self.how = how
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, sync_dist=True, **self.how)
+        return loss
+
+
+def log(on_step: bool) -> list[str]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ADPSGDStrategy(4), Logs(on_step=on_step, on_epoch=not on_step))
+    return [str(warning.message) for warning in caught if "at every step" in str(warning.message)]
+
+
+def test_a_metric_reduced_at_every_step_is_warned_of_once_on_the_first_rank(pool):
+    first, second = pool.run_trainer(log, True)
+    assert len(first) == 1
+    assert "`training_step`" in first[0]
+    assert "on_epoch=True" in first[0]
+    assert second == []
+
+
+def test_a_metric_reduced_at_the_end_of_an_epoch_is_not_warned_of(pool):
+    assert pool.run_trainer(log, False) == [[], []]
