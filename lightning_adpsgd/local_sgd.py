@@ -155,7 +155,8 @@ class LocalSGD:
 
         Raises:
             WorkersDisagreeError: on every worker, if they have not taken the same steps or not built the same model.
-            WorkersDivergedError: on every worker, if any worker's parameters are not finite. Nothing is overwritten.
+            WorkersDivergedError: on every worker, if any worker's parameters are not finite, in which case nothing is
+                overwritten, or if they are so far apart that their variance is not, which shows only afterwards.
         """
         if trigger not in TRIGGERS:
             raise ValueError(
@@ -192,14 +193,27 @@ class LocalSGD:
         return round_
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the rule's state, as plain numbers."""
-        return {"steps": self.steps, "local_steps": self.local_steps, "period": self.period.state_dict()}
+        """The counters and the rule's state, as plain numbers and the name of the rule's class."""
+        return {
+            "steps": self.steps,
+            "local_steps": self.local_steps,
+            "rule": type(self.period).__name__,
+            "period": self.period.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning."""
         self.steps = state["steps"]
         self.local_steps = state["local_steps"]
-        self.period.load_state_dict(state["period"])
+        rule = type(self.period).__name__
+        if rule == state["rule"]:
+            self.period.load_state_dict(state["period"])
+        elif self.workers.rank == 0:
+            warnings.warn(
+                f"The saved averaging rule was {state['rule']}, this one is {rule}: it starts anew at step"
+                f" {self.steps}. To go on where the run had stopped, pass the same kind of period as before.",
+                stacklevel=2,
+            )
 
     # One round, part by part
 

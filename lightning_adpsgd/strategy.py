@@ -99,7 +99,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
         self._warned_of_reduction = False
-        self._first_callback = _AverageBeforeOthersLook(self)
+        self._first_callback = _FirstCallback(self)
 
     @property
     def local_sgd(self) -> list[LocalSGD]:
@@ -153,17 +153,24 @@ class ADPSGDStrategy(DDPStrategy):
     ) -> Any:
         """Step the optimizer, then count the attempt, which averages if the period is over."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._local_sgd_of(optimizer).step() is not None:
-            self._act_on_notice()
+        self._local_sgd_of(optimizer).step()
         return output
 
     def average(self, trigger: Trigger) -> None:
         """Average what has been trained since the latest round, if anything has."""
         for local_sgd in self._local_sgd:
             local_sgd.average(trigger)
-        notice = self._act_on_notice()
-        if notice & SIGTERM and trigger == "train_end":
-            raise SIGTERMException  # no loop of Lightning's is left to do so
+
+    def act_on_notice(self) -> int:
+        """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
+        notice = self._notice.agreed
+        if notice == 0 or self._signals is None:
+            return 0
+        self.average("checkpoint")  # with several optimizers, only one of them may have had its round
+        self._notice.agreed = 0
+        self._notice.raised &= ~notice
+        self._signals.act(notice)
+        return notice
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
@@ -260,17 +267,9 @@ class ADPSGDStrategy(DDPStrategy):
     def _raise_notice(self, notice: int) -> None:
         self._notice.raised |= notice
 
-    def _act_on_notice(self) -> int:
-        """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
-        notice, self._notice.agreed = self._notice.agreed, 0
-        self._notice.raised &= ~notice
-        if notice and self._signals is not None:
-            self._signals.act(notice)
-        return notice
 
-
-class _AverageBeforeOthersLook(Callback):
-    """Averages before validation and at the end of training, ahead of every other callback's hook.
+class _FirstCallback(Callback):
+    """Averages before validation and at the end of training, and acts on signals, ahead of every other callback.
 
     The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
     """
@@ -279,12 +278,20 @@ class _AverageBeforeOthersLook(Callback):
         self._strategy = strategy
 
     @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        # Not inside of the optimizer's step: a checkpoint that a signal asks for belongs behind it.
+        self._strategy.act_on_notice()
+
+    @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.average("validation")
+        self._strategy.act_on_notice()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.average("train_end")
+        if self._strategy.act_on_notice() & SIGTERM:
+            raise SIGTERMException  # no loop of Lightning's is left to do so
 
 
 def _callbacks(trainer: "pl.Trainer") -> list[Callback]:

@@ -382,6 +382,19 @@ def test_going_on_from_the_state_of_every_worker_equals_not_having_stopped(pool)
             assert torch.equal(tensor, outcome["weights"][1][name])
 
 
+def test_a_rule_of_another_kind_starts_anew_with_a_warning():
+    def start(period: AveragingPeriod) -> LocalSGD:
+        return LocalSGD(torch.optim.SGD(net().parameters(), lr=0.1), period)
+
+    constant = start(ConstantPeriod(3))
+    for _ in range(7):
+        constant.step()
+    adaptive = start(AdaptivePeriod(initial=5, sampling=10))
+    with pytest.warns(UserWarning, match="was ConstantPeriod, this one is AdaptivePeriod: it starts anew at step 7"):
+        adaptive.load_state_dict(constant.state_dict())
+    assert (adaptive.steps, adaptive.local_steps, adaptive.period.value) == (7, 1, 5)
+
+
 # What goes wrong
 
 

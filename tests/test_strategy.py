@@ -425,7 +425,7 @@ def test_sigterm_to_one_rank_ends_all_at_the_next_round_with_the_average(pool, r
         assert outcome["handler_restored"]
         assert outcome["broadcast_restored"]
         assert outcome["notifier_restored"]
-        assert "_AverageBeforeOthersLook" not in outcome["callbacks"]
+        assert "_FirstCallback" not in outcome["callbacks"]
     assert identical([outcome["weights"] for outcome in outcomes])
 
 
@@ -465,8 +465,47 @@ def requeued() -> dict:
 
 @pytest.mark.workers
 def test_a_requeue_signal_is_handled_on_all_ranks_at_the_next_round(pool):
-    # The tenth step's round runs inside the step, before Lightning has counted it.
-    assert pool.run_trainer(requeued) == [{"calls": [9], "step": 20}] * 2
+    assert pool.run_trainer(requeued) == [{"calls": [10], "step": 20}] * 2
+
+
+class TwoOptimizers(Classifier):
+    """The layers have optimizers of their own, and the second is stepped half as often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any) -> None:
+        for index, optimizer in enumerate(self.optimizers()):
+            if index == 0 or self.trainer.fit_loop.epoch_loop.total_batch_idx % 2:
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[index].parameters(), lr=0.1) for index in (0, 3)]
+
+
+def preempted_with_two_optimizers() -> dict:
+    torch.manual_seed(0)
+    model = TwoOptimizers()
+    fitted = trainer(ADPSGDStrategy(5), max_epochs=4, callbacks=[SignalAt(1, 10)])
+    raised = None
+    try:
+        fitted.fit(model, loader())
+    except BaseException as error:
+        raised = type(error).__name__
+    pending = [local_sgd.local_steps for local_sgd in fitted.strategy.local_sgd]
+    return {"raised": raised, "weights": weights(model), "pending": pending}
+
+
+@pytest.mark.workers
+def test_sigterm_leaves_the_average_of_every_optimizer(pool):
+    outcomes = pool.run_trainer(preempted_with_two_optimizers)
+    for outcome in outcomes:
+        assert outcome["raised"] == "SIGTERMException"
+        assert outcome["pending"] == [0, 0]
+    assert identical([{k: v for k, v in o["weights"].items() if "running" not in k} for o in outcomes])
 
 
 # Errors

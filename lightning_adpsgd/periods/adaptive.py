@@ -110,9 +110,12 @@ class AdaptivePeriod(AveragingPeriod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the saved rule was.
 
-        The phases keep the lengths they had: a run that is resumed to be longer does not begin to sample again.
+        The phases keep the lengths they had: a run that is resumed to be longer does not begin to sample again. The
+        bounds are this rule's own: a saved period beyond them is moved to the nearest.
         """
-        self._p = state["period"]
+        self._p = max(self._minimum, state["period"])
+        if self._maximum is not None:
+            self._p = min(self._p, self._maximum)
         self._c2 = state["target"]
         self._m = state["samples"]
         self._k = state["step"]
