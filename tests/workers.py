@@ -7,6 +7,7 @@ takes milliseconds. Functions have to be defined at the top of a test's module.
 import contextlib
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -116,6 +117,9 @@ def _serve(connection: Connection) -> None:
             outcome = Outcome(None, traceback.format_exc(), type(error).__name__)
         finally:
             if dist.is_initialized():
+                # A gloo group that is destroyed right after its last collective can wait for its own threads for ever
+                # (seen with torch 2.4).
+                time.sleep(0.05)
                 dist.destroy_process_group()
         connection.send(outcome)
 
