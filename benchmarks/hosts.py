@@ -1,0 +1,303 @@
+"""Several hosts on one machine: network namespaces joined by a switch, each with an interface and counters of its own.
+
+    with hosts(3, rate_mbit=1000) as cluster:
+        processes = [host.start([sys.executable, "train.py"], env=...) for host in cluster]
+        ...
+        print(cluster[0].counters().tx_bytes)
+
+A process that runs in one of them reads the same counters with :func:`read_counters`. Linux and root only.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+INTERFACE = "eth0"
+"""What every host calls its interface."""
+
+_NAMESPACES = Path("/run/netns")  # where iproute2 keeps the names
+_serial = itertools.count()  # a process may lay out several clusters
+
+
+class HostsUnavailableError(RuntimeError):
+    """This machine or this user cannot make network namespaces."""
+
+
+class Counters(NamedTuple):
+    """What an interface has counted since it was made; bytes include Ethernet, IP and TCP headers."""
+
+    tx_bytes: int
+    rx_bytes: int
+    tx_packets: int
+    rx_packets: int
+
+
+def read_counters(interface: str = INTERFACE) -> Counters:
+    """The counters of the calling process's own network namespace.
+
+    The process has to have been started with :meth:`Host.start` or ``ip netns exec``, which mount the namespace's own
+    ``/sys``; a process that enters a namespace by itself goes on seeing the interfaces of the one it came from.
+    """
+    statistics = Path("/sys/class/net") / interface / "statistics"
+    return Counters(*(int((statistics / name).read_text()) for name in Counters._fields))
+
+
+def read_retransmitted() -> int:
+    """TCP segments (of up to 1448 bytes) that the calling process's network namespace has sent more than once."""
+    names, values = (line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:4] == "Tcp:")
+    return int(values[names.index("RetransSegs")])
+
+
+class Host:
+    """One network namespace: a loopback, and an interface ``eth0`` with one address.
+
+    Args:
+        name: the namespace's name, as in ``ip netns exec NAME``.
+        address: of ``eth0``; reachable from the other hosts only.
+    """
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self._processes: list[subprocess.Popen[Any]] = []
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line that runs ``arguments`` on this host."""
+        return ["ip", "netns", "exec", self.name, *arguments]
+
+    def start(self, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+        """Start a process on this host; it is killed with all its children when the hosts are removed.
+
+        Args:
+            arguments: the command line.
+            options: of :class:`subprocess.Popen`.
+        """
+        # A session of its own: Ctrl-C reaches the process that laid out the hosts alone, which then ends these.
+        process = subprocess.Popen(self.command(arguments), start_new_session=True, **options)
+        self._processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Kill what :meth:`start` has started and what is still running."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its session's group, hence its children too
+            process.wait()
+        self._processes.clear()
+
+    def counters(self) -> Counters:
+        """This host's counters, read from outside."""
+        shown = _ip("-n", self.name, "-json", "-statistics", "link", "show", INTERFACE)
+        sent, received = (json.loads(shown)[0]["stats64"][direction] for direction in ("tx", "rx"))
+        return Counters(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
+
+    @property
+    def tx_bytes(self) -> int:
+        """Bytes that this host has sent, headers included; read from outside."""
+        return self.counters().tx_bytes
+
+    @property
+    def rx_bytes(self) -> int:
+        """Bytes that this host has received, headers included; read from outside."""
+        return self.counters().rx_bytes
+
+    def __repr__(self) -> str:
+        return f"Host({self.name!r}, {self.address!r})"
+
+
+@contextmanager
+def hosts(count: int, *, rate_mbit: float | None = None, offload: bool = True) -> Iterator[list[Host]]:
+    """Lay out hosts that reach each other and nothing else; remove them, and what runs on them, at the end.
+
+    They are also removed on errors, on Ctrl-C, and when this process is told to terminate or its terminal goes away.
+    Nothing but the hosts' own traffic passes their interfaces: IPv6 is off (no neighbour discovery, no multicast
+    listener reports), addresses are resolved beforehand (no ARP), and the switch has no address.
+
+    Args:
+        count: number of hosts, 1 to 250.
+        rate_mbit: the speed of each host's link, in 10⁶ bits per second, in either direction; None is as fast as the
+            machine copies memory.
+        offload: hand TCP's data over in segments of up to 64 KiB, which are counted as one packet each; False cuts them
+            into packets of 1500 bytes first, so that the counters hold what a wire would see, headers and all. At a
+            low ``rate_mbit`` the queue cuts them in either case.
+
+    Yields:
+        The hosts, with addresses 10.77.0.1, 10.77.0.2 and so on.
+
+    Raises:
+        HostsUnavailableError: if this machine or this user cannot make network namespaces; says what is missing.
+        TypeError: if an argument is of the wrong type.
+        ValueError: if an argument is out of range.
+    """
+    _check(count, rate_mbit)
+    _require(shaping=rate_mbit is not None)
+    prefix = f"adpsgd-{os.getpid()}-{next(_serial)}"
+    switch = f"{prefix}-switch"
+    cluster = [Host(f"{prefix}-{index}", f"10.77.0.{index + 1}") for index in range(count)]
+    names = [switch, *(host.name for host in cluster)]
+    with _termination_raises():
+        try:
+            _lay_out(switch, cluster)
+            if not offload:
+                for host in cluster:
+                    _ip("-n", host.name, "link", "set", INTERFACE, "gso_max_segs", "1")
+            if rate_mbit is not None:
+                _shape(switch, cluster, rate_mbit)
+            yield cluster
+        finally:
+            with _undisturbed():
+                for host in cluster:
+                    host.stop()
+                # With a namespace go its interfaces, with one end of a pair the other.
+                for name in names:
+                    if (_NAMESPACES / name).exists():
+                        _ip("netns", "delete", name)
+
+
+# Layout
+
+
+def _lay_out(switch: str, cluster: Sequence[Host]) -> None:
+    for name in (switch, *(host.name for host in cluster)):
+        _ip("netns", "add", name)
+        _without_ipv6(name)
+    # In a namespace of its own the bridge is out of reach of this machine's firewall, and of its interfaces' names.
+    # Without snooping it does not ask its ports who listens to which multicast group.
+    _ip_batch(switch, ["link add bridge type bridge mcast_snooping 0", "link set bridge up"])
+    for index, host in enumerate(cluster):
+        pair = f"link add {INTERFACE} address {_mac(index)} type veth peer name port{index} netns {switch}"
+        known = [
+            f"neighbour add {other.address} lladdr {_mac(place)} dev {INTERFACE} nud permanent"
+            for place, other in enumerate(cluster)
+            if other is not host
+        ]
+        up = ["link set lo up", f"link set {INTERFACE} up", f"address add {host.address}/24 dev {INTERFACE}"]
+        _ip_batch(host.name, [pair, *up, *known])
+        _ip_batch(switch, [f"link set port{index} master bridge", f"link set port{index} up"])
+    for name in (switch, *(host.name for host in cluster)):
+        _in_order(name)
+
+
+def _without_ipv6(name: str) -> None:
+    # Before there is an interface: the default is what new ones get. The files are absent if the kernel has no IPv6.
+    _write(name, "/proc/sys/net/ipv6/conf/*/disable_ipv6", "1")
+
+
+def _in_order(name: str) -> None:
+    # A pair hands a packet over on the CPU that its sender happens to run on, so packets overtake each other when the
+    # sender moves, which no cable lets them do: TCP takes them for lost and sends them again, up to 2 % of all bytes.
+    # Receive packet steering gives every connection one CPU. The files are absent if the kernel cannot do it.
+    cpus = (1 << min(os.cpu_count() or 1, 32)) - 1
+    _write(name, "/sys/class/net/*/queues/rx-0/rps_cpus", f"{cpus:x}")
+
+
+def _shape(switch: str, cluster: Sequence[Host], rate_mbit: float) -> None:
+    # A bucket of 2 ms keeps short bursts from passing unshaped; below 16 KiB it would cap the rate of fast links.
+    burst = max(16 * 1024, int(rate_mbit * 1e6 / 8 * 0.002))
+    bucket = ["root", "tbf", "rate", f"{int(rate_mbit * 1e6)}bit", "burst", str(burst), "latency", "50ms"]
+    for index, host in enumerate(cluster):
+        # Queues shape what leaves: at the host what it sends, at the switch what it receives.
+        _run(["tc", "-n", host.name, "qdisc", "add", "dev", INTERFACE, *bucket])
+        _run(["tc", "-n", switch, "qdisc", "add", "dev", f"port{index}", *bucket])
+
+
+def _mac(index: int) -> str:
+    return f"02:00:00:00:00:{index + 1:02x}"  # locally administered
+
+
+# Commands
+
+
+def _ip(*arguments: str) -> str:
+    return _run(["ip", *arguments])
+
+
+def _ip_batch(name: str, lines: Sequence[str]) -> None:
+    _run(["ip", "-n", name, "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def _write(name: str, pattern: str, value: str) -> None:
+    """Write a kernel setting of a namespace, into every file of that name there is."""
+    script = f"for file in {pattern}; do if [ -w $file ]; then echo {value} > $file; fi; done"
+    _run(["ip", "netns", "exec", name, "sh", "-ec", script])
+
+
+def _run(command: Sequence[str], given: str | None = None) -> str:
+    finished = subprocess.run(command, input=given, capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise HostsUnavailableError(
+            f"`{' '.join(command)}` failed with exit code {finished.returncode}:"
+            f" {finished.stderr.strip() or 'no message'}. Laying out hosts needs the capability CAP_SYS_ADMIN and a"
+            " kernel with network namespaces, veth and bridge (with rate_mbit also sch_tbf); in a container, start it"
+            " privileged."
+        )
+    return finished.stdout
+
+
+# What can go wrong
+
+
+def _check(count: int, rate_mbit: float | None) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"hosts(count={count!r}): expected an int, got {type(count).__name__}.")
+    if not 1 <= count <= 250:
+        raise ValueError(f"hosts(count={count}): expected 1 to 250 hosts.")
+    if rate_mbit is None:
+        return
+    if isinstance(rate_mbit, bool) or not isinstance(rate_mbit, int | float):
+        raise TypeError(f"hosts(rate_mbit={rate_mbit!r}): expected a number, got {type(rate_mbit).__name__}.")
+    if not (math.isfinite(rate_mbit) and rate_mbit >= 1):
+        raise ValueError(f"hosts(rate_mbit={rate_mbit!r}): expected at least 1 Mbit/s, or None for no limit.")
+
+
+def _require(shaping: bool) -> None:
+    if not sys.platform.startswith("linux"):
+        raise HostsUnavailableError(f"Network namespaces exist on Linux only; this is {sys.platform}.")
+    missing = [tool for tool in ("ip", *(("tc",) if shaping else ())) if shutil.which(tool) is None]
+    if missing:
+        raise HostsUnavailableError(f"Not found: {' and '.join(missing)}. Install iproute2.")
+    if os.geteuid() != 0:
+        raise HostsUnavailableError("Only root makes network namespaces: run this with sudo.")
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turn signals that end a process without cleaning up into an exception that does clean up."""
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    # Not those that are handled or, as under nohup, ignored already.
+    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    with _handling(deadly, leave):
+        yield
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C must not leave half of the hosts behind."""
+    with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and only there do they raise
+        return
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, previous in before:
+            signal.signal(number, previous)
