@@ -250,8 +250,9 @@ def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> Non
 def _draw_variance(axis: Any, rounds: Sequence[AveragingRound]) -> None:
     own = [round_ for round_ in rounds if round_.trigger == "period" and round_.variance > 0]
     forced = [round_ for round_ in rounds if round_.trigger != "period" and round_.variance > 0]
-    aimed = [round_ for round_ in rounds if round_.target is not None]
-    axis.set_yscale("log")
+    aimed = [round_ for round_ in rounds if round_.learning_rate * (round_.target or 0.0) > 0]
+    if own or forced or aimed:
+        axis.set_yscale("log")
     axis.plot(_steps(own), [r.variance for r in own], ".-", color="C2", lw=0.8, ms=4, label="variance $S_k$")
     if forced:
         axis.plot(

@@ -1,0 +1,178 @@
+import ast
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lightning_adpsgd
+from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD
+from lightning_adpsgd.periods.base import Steps, check_int
+
+PACKAGE = Path(lightning_adpsgd.__file__).parent
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+
+quick = settings(deadline=None, max_examples=100)
+
+
+class Alternating(AveragingPeriod):
+    """The smallest rule there can be: 1, 2, 1, 2 ... It writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    @property
+    def value(self):
+        return 1 + len(self.told) % 2
+
+    def update(self, step, *, ratio, learning_rate):
+        self.told.append((step, ratio, learning_rate))
+
+    def state_dict(self):
+        return {"told": self.told}
+
+    def load_state_dict(self, state):
+        self.told = list(state["told"])
+
+
+# The interface
+
+
+@pytest.mark.parametrize("missing", ["value", "update", "state_dict", "load_state_dict"])
+def test_rule_without_one_of_the_interfaces_members_cannot_be_made(missing):
+    members = {name: Alternating.__dict__[name] for name in ("value", "update", "state_dict", "load_state_dict")}
+    type("Complete", (AveragingPeriod,), members)()
+    del members[missing]
+    with pytest.raises(TypeError, match=f"abstract.*{missing}"):
+        type("Incomplete", (AveragingPeriod,), members)()
+
+
+def test_rule_that_holds_no_target_and_no_share_needs_not_say_so():
+    rule = Alternating()
+    rule.setup(None)
+    rule.setup(100)
+    assert rule.target is None
+
+
+def test_rule_is_told_of_the_rounds_it_asked_for_and_of_no_other():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    rule = Alternating()
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=0.5), rule)
+    rounds = [local_sgd.step() for _ in range(5)]
+    assert [round_.step for round_ in rounds if round_ is not None] == [1, 3, 4]
+    assert local_sgd.average("validation").step == 5
+    assert rule.told == [(1, 0.0, 0.5), (3, 0.0, 0.5), (4, 0.0, 0.5)]
+
+
+@pytest.mark.parametrize("rule", [AdaptivePeriod(), ConstantPeriod(8)])
+def test_rules_of_the_package_are_averaging_periods(rule):
+    assert isinstance(rule, AveragingPeriod)
+
+
+# Numbers of steps, and shares of the run
+
+
+@quick
+@given(st.integers(0, 10**9), st.none() | st.integers(1, 10**9))
+def test_number_of_steps_is_what_it_is_however_long_the_run(amount, total_steps):
+    assert Steps("Owner", "name", amount).of(total_steps) == amount
+
+
+@quick
+@given(st.floats(0.0, 1.0), st.integers(1, 10**9))
+def test_share_of_the_run_is_a_whole_number_of_its_steps(share, total_steps):
+    steps = Steps("Owner", "name", share).of(total_steps)
+    assert isinstance(steps, int)
+    assert 0 <= steps <= total_steps
+    assert share * total_steps - 1 < steps <= share * total_steps
+
+
+def test_one_is_a_step_and_one_point_zero_is_the_whole_run():
+    assert Steps("Owner", "name", 1).of(100) == 1
+    assert Steps("Owner", "name", 1.0).of(100) == 100
+
+
+def test_no_share_of_a_run_of_unknown_length_is_no_steps():
+    assert Steps("Owner", "name", 0.0).of(None) == 0
+
+
+@quick
+@given(st.floats(0.0, 1.0, exclude_min=True))
+def test_share_of_a_run_of_unknown_length_is_refused(share):
+    with pytest.raises(ValueError, match=r"not known beforehand.*name=1000") as caught:
+        Steps("Owner", "name", share).of(None)
+    assert str(caught.value).startswith(f"Owner(name={share!r})")
+
+
+@quick
+@given(st.floats() | st.booleans() | st.text() | st.none() | st.lists(st.integers(), max_size=2))
+def test_what_is_not_an_int_is_refused_as_one(value):
+    with pytest.raises(TypeError) as caught:
+        check_int("Owner", "name", value, at_least=3)
+    assert str(caught.value) == (f"Owner(name={value!r}): expected an int of at least 3, got {type(value).__name__}.")
+
+
+@quick
+@given(st.integers(), st.integers(-5, 5))
+def test_int_is_taken_if_it_is_large_enough_and_named_otherwise(value, at_least):
+    if value >= at_least:
+        assert check_int("Owner", "name", value, at_least=at_least) == value
+        return
+    with pytest.raises(ValueError, match=rf"^Owner\(name={value}\): expected an int of at least {at_least}\.$"):
+        check_int("Owner", "name", value, at_least=at_least)
+
+
+# What may import what
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def names_used_by(path):
+    """Dotted names of everything that a file imports, and of every ``torch.something`` that it mentions."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            names.add(f"torch.{node.attr}")
+    return names
+
+
+def forbidden_in(part, forbidden):
+    files = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]
+    assert files
+    return [
+        f"{file.relative_to(PACKAGE)}: {name}"
+        for file in files
+        for name in sorted(names_used_by(file))
+        if any(name == other or name.startswith(f"{other}.") for other in forbidden)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "forbidden"),
+    [
+        ("periods", (*LIGHTNING, "torch.distributed", "lightning_adpsgd.averaging", "lightning_adpsgd.local_sgd")),
+        ("averaging", (*LIGHTNING, "lightning_adpsgd.periods", "lightning_adpsgd.local_sgd")),
+        ("local_sgd.py", (*LIGHTNING, "torch.distributed", "lightning_adpsgd.strategy", "lightning_adpsgd.monitor")),
+        ("monitor.py", ("torch.distributed", "lightning_adpsgd.periods", "lightning_adpsgd.local_sgd")),
+        ("strategy.py", ("torch.distributed", "lightning_adpsgd.monitor")),
+    ],
+)
+def test_part_of_the_package_imports_nothing_it_must_not_know(part, forbidden):
+    assert forbidden_in(part, forbidden) == []
+
+
+def test_workers_is_the_one_file_that_uses_torch_distributed():
+    users = {file.name for file in PACKAGE.rglob("*.py") if forbidden_in(file, ("torch.distributed",))}
+    assert users == {"workers.py"}

@@ -1,0 +1,236 @@
+import os
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor, ConstantPeriod
+from lightning_adpsgd.cli import main
+
+EXPERIMENT = """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Model(pl.LightningModule):
+    def __init__(self, width: int = 2):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, width)
+
+    def training_step(self, batch):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batches: int = 10):
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(2 * self.batches, 4)), batch_size=2)
+"""
+
+ADAPTIVE = {
+    "class_path": "lightning_adpsgd.ADPSGDStrategy",
+    "init_args": {
+        "period": {
+            "class_path": "lightning_adpsgd.AdaptivePeriod",
+            "init_args": {"initial": 2, "sampling": 6, "low": 0.5, "maximum": 16},
+        },
+        "optimizer_state": "average",
+        "bucket_size_mb": 1.5,
+        "timeout": "0:07:00",
+    },
+}
+CONSTANT = {
+    "class_path": "lightning_adpsgd.ADPSGDStrategy",
+    "init_args": {"period": 5, "average_buffers": False, "start_method": "spawn"},
+}
+STRATEGIES = pytest.mark.parametrize("strategy", ["adpsgd", ADAPTIVE, CONSTANT], ids=["name", "adaptive", "int"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's working directory with a model and data in it; nothing of it, or of a run, is left behind."""
+    environment = dict(os.environ)
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["adpsgd"])
+    yield tmp_path
+    sys.modules.pop("tiny_experiment", None)
+    if torch.distributed.is_initialized():
+        time.sleep(0.05)  # gloo's threads may otherwise never end (seen with torch 2.4)
+        torch.distributed.destroy_process_group()
+    monkeypatch.undo()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def configuration(strategy):
+    return {
+        "seed_everything": 1,
+        "trainer": {
+            "strategy": strategy,
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lightning_adpsgd.CommunicationMonitor"}],
+        },
+        "model": {"class_path": "tiny_experiment.Model"},
+        "data": {"class_path": "tiny_experiment.Data"},
+    }
+
+
+def written(content, name="experiment.yaml"):
+    Path(name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return name
+
+
+def printed_config(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *arguments, "--print_config"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+# As a command
+
+
+def test_python_m_trains_with_the_strategy_by_name(folder):
+    command = [sys.executable, "-m", "lightning_adpsgd", "fit", "--config", written(configuration("adpsgd"))]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "3 in 10 steps (30.0%): period 2, train_end 1" in finished.stdout
+
+
+def test_console_script_helps(folder):
+    script = shutil.which("adpsgd", path=str(Path(sys.executable).parent))
+    assert script is not None
+    finished = subprocess.run([script, "--help"], cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "usage: adpsgd" in finished.stdout
+    assert "fit" in finished.stdout
+
+
+# As a function
+
+
+def test_configuration_with_nested_class_paths_trains(folder, capsys):
+    main(["fit", "--config", written(configuration(ADAPTIVE))])
+    assert "5 in 10 steps (50.0%): period 5" in capsys.readouterr().out
+
+
+def test_command_line_trains_with_a_constant_period(folder, capsys):
+    strategy = ["--trainer.strategy=lightning_adpsgd.ADPSGDStrategy", "--trainer.strategy.period=5"]
+    main(["fit", "--config", written(configuration("auto")), *strategy])
+    assert "2 in 10 steps (20.0%): period 2" in capsys.readouterr().out
+
+
+def test_modules_of_the_working_directory_are_found_by_the_console_script(folder, monkeypatch, capsys):
+    elsewhere = [entry for entry in sys.path if entry not in ("", str(folder), os.getcwd())]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    assert "class_path: tiny_experiment.Model" in printed_config(capsys, "--model=tiny_experiment.Model")
+
+
+@STRATEGIES
+def test_printed_configuration_fed_back_prints_itself(folder, capsys, strategy):
+    first = printed_config(capsys, "--config", written(configuration(strategy)))
+    again = printed_config(capsys, "--config", written(first, "printed.yaml"))
+    assert again == first
+    told = yaml.safe_load(first)["trainer"]["strategy"]
+    if strategy == "adpsgd":
+        assert told == "adpsgd"
+    else:
+        assert told["class_path"] == strategy["class_path"]
+        ours, theirs = strategy["init_args"], told["init_args"]
+        assert {name: theirs[name] for name in ours if name != "period"} == {
+            name: value for name, value in ours.items() if name != "period"
+        }
+        if strategy is ADAPTIVE:
+            assert theirs["period"]["init_args"].items() >= ours["period"]["init_args"].items()
+            assert theirs["period"]["init_args"]["high"] == 1.3
+        else:
+            assert theirs["period"] == 5
+
+
+def made(strategy):
+    return LightningCLI(run=False, args=["--config", written(configuration(strategy))])
+
+
+@STRATEGIES
+def test_configuration_makes_the_trainer_it_describes(folder, strategy):
+    trainer = made(strategy).trainer
+    assert type(trainer.strategy) is ADPSGDStrategy
+    assert trainer.world_size == 1
+    assert sum(isinstance(callback, CommunicationMonitor) for callback in trainer.callbacks) == 1
+
+
+def test_strategy_has_every_setting_of_the_configuration(folder):
+    adaptive, constant, by_name = (made(strategy).trainer.strategy for strategy in (ADAPTIVE, CONSTANT, "adpsgd"))
+    assert repr(adaptive._period) == repr(AdaptivePeriod(initial=2, sampling=6, low=0.5, maximum=16))
+    assert (adaptive._optimizer_state, adaptive._bucket_size_mb) == ("average", 1.5)
+    assert adaptive._timeout == timedelta(minutes=7)
+    assert repr(constant._period) == repr(ConstantPeriod(5))
+    assert (constant._average_buffers, constant._start_method) == (False, "spawn")
+    assert repr(by_name._period) == repr(AdaptivePeriod())
+
+
+# What is wrong is named
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": 0}}},
+            "AdaptivePeriod(initial=0): expected an int of at least 1",
+        ),
+        ({"period": 0}, "ConstantPeriod(period=0): expected an int of at least 1"),
+        ({"bucket_size_mb": -1.0}, "bucket_size_mb=-1.0: expected a positive, finite number of MiB"),
+    ],
+)
+def test_value_out_of_range_ends_with_a_message_that_names_it(folder, settings, message):
+    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
+    with pytest.raises(ValueError, match="expected") as caught:
+        main(["fit", "--config", written(configuration(strategy))])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"optimizer_state": "sometimes"}, ['"optimizer_state"', "sometimes", "'local', 'average', 'reset'"]),
+        ({"bucket_size_mb": "large"}, ['"bucket_size_mb"', "large"]),
+        ({"average_buffers": "perhaps"}, ['"average_buffers"', "perhaps"]),
+        ({"perod": 8}, ["perod"]),
+        (
+            {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": "four"}}},
+            ['"initial"', "four"],
+        ),
+    ],
+)
+def test_value_of_the_wrong_kind_exits_with_a_message_that_names_it(folder, capsys, settings, named):
+    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", written(configuration(strategy))])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.partition("error:")[2]
+    assert [part for part in named if part not in message] == []
