@@ -45,11 +45,12 @@ class FlatLayout:
         seen: set[tuple[object, ...]] = set()
         spaces: dict[tuple[torch.dtype, torch.device], list[_Entry]] = {}
         for index, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
-            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if tensor.numel() == 0 or key in seen:
+            if tensor.numel() == 0:
                 continue
-            seen.add(key)
             entry = _Entry.of(tensor, group)
+            if entry.storage in seen:
+                continue
+            seen.add(entry.storage)
             spaces.setdefault((tensor.dtype, tensor.device), []).append(entry)
             self._indices.append(index)
             self._signature.append((str(tensor.dtype), tuple(tensor.shape), group, entry.order))
@@ -143,6 +144,8 @@ class _Entry(NamedTuple):
         # .data, not .detach(): averaging must not count as an in-place change for autograd. A graph that has saved a
         # BatchNorm buffer would otherwise refuse its backward pass after a round of another optimizer.
         real = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
+        # An expanded dimension repeats one element: that one is laid out.
+        real = real[tuple(0 if stride == 0 else slice(None) for stride in real.stride())]
         strides = real.stride()
         order = tuple(sorted(range(real.dim()), key=lambda dim: (real.shape[dim] > 1, -strides[dim])))
         dense = real.permute(order)
@@ -150,6 +153,13 @@ class _Entry(NamedTuple):
             order = tuple(dim for dim in order if real.shape[dim] > 1)
             return cls(real, group, dense.view(-1), order)
         return cls(real, group, None, None)
+
+    @property
+    def storage(self) -> tuple[object, ...]:
+        """What two tensors have in common exactly if they are the same elements in memory."""
+        if self.flat is not None:
+            return (self.flat.data_ptr(), self.flat.dtype, self.flat.numel())
+        return (self.tensor.data_ptr(), self.tensor.dtype, tuple(self.tensor.shape), self.tensor.stride())
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements start to stop; a view into the tensor's storage if it has a flat one."""

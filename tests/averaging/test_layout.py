@@ -272,6 +272,22 @@ def test_tensors_that_share_storage_are_laid_out_once():
     assert flat_layout.groups(range_) == [(0, 0, 5)]
 
 
+def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
+    tensor = torch.arange(12.0).view(3, 4)
+    flat_layout = FlatLayout([tensor, tensor.t(), tensor.view(-1)], [0, 0, 0])
+    assert flat_layout.indices == [0]
+    assert flat_layout.numel == 12
+
+
+def test_an_expanded_tensor_is_its_one_element_repeated():
+    base = torch.tensor([[1.0], [2.0]])
+    flat_layout = FlatLayout([base.expand(2, 5), torch.tensor(7.0).expand(3)], [None, None])
+    (range_,) = flat_layout.cut(1024)
+    assert flat_layout.pack(range_, flat_layout.new_buffer(range_)).tolist() == [1.0, 2.0, 7.0]
+    flat_layout.unpack(range_, torch.tensor([3.0, 4.0, 8.0]))
+    assert base.tolist() == [[3.0], [4.0]]
+
+
 def test_slices_of_one_storage_are_all_laid_out():
     storage = torch.arange(12.0)
     flat_layout = FlatLayout([storage[:4], storage[4:8], storage[8:]], [0, 0, 0])
