@@ -181,7 +181,7 @@ class ADPSGDStrategy(DDPStrategy):
                 self._warned_of_reduction = True
                 rank_zero_warn(
                     f"Something in `{hook}` is reduced over the workers at every step, which takes the time that"
-                    f" averaging rarely is to save. If it is `self.log(..., on_step=True, sync_dist=True)`, leave"
+                    " averaging rarely is to save. If it is `self.log(..., on_step=True, sync_dist=True)`, leave"
                     " sync_dist out, or log the mean of the epoch: `self.log(..., on_step=False, on_epoch=True,"
                     " sync_dist=True)`."
                 )
