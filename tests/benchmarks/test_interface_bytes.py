@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -236,12 +237,33 @@ def test_no_host_is_left_after_a_measurement(measured):
     assert left_behind_by(run) == []
 
 
+@contextmanager
+def started(command):
+    """A process that hears signals even where the tests run in the background, and that does not outlive the test."""
+
+    def hear_signals():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_no_host_and_no_process_is_left_after_a_signal(namespaces, number):
-    with subprocess.Popen(
-        [sys.executable, "-c", LAY_OUT], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with started([sys.executable, "-c", LAY_OUT]) as process:
         on_host = int(process.stdout.readline())
         assert len(left_behind_by(process)) == 3  # the switch too
         process.send_signal(number)
@@ -253,16 +275,16 @@ def test_no_host_and_no_process_is_left_after_a_signal(namespaces, number):
 
 @pytest.mark.network
 def test_no_host_is_left_after_ctrl_c_in_the_middle_of_a_measurement(namespaces):
-    with subprocess.Popen(MEASURE, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(MEASURE) as process:
         wait_until(lambda: len(left_behind_by(process)) == 3)
         ranks = [name for name in left_behind_by(process) if not name.endswith("switch")]
         wait_until(lambda: all(pids_on(name) for name in ranks))
-        started = [pid for name in ranks for pid in pids_on(name)]
+        pids = [pid for name in ranks for pid in pids_on(name)]
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 130, said.decode()
+    assert process.returncode == 130, said
     assert left_behind_by(process) == []
-    assert not any(is_running(pid) for pid in started)
+    assert not any(is_running(pid) for pid in pids)
 
 
 def pids_on(name):
