@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lightning_adpsgd
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
 from tests.training import Classifier, RoundsKept, fit, identical, loader, seeded, trainer, weights
 
@@ -362,6 +363,20 @@ def known_total_steps(options: dict) -> int | None:
 )
 def test_the_rule_is_told_how_many_optimizer_steps_there_will_be(pool, options, steps):
     assert pool.run_trainer(known_total_steps, options) == [steps, steps]
+
+
+def total_steps_that_differ() -> int | None:
+    original = lightning_adpsgd.strategy._total_steps
+    lightning_adpsgd.strategy._total_steps = lambda trainer: original(trainer) + 100 * trainer.global_rank
+    try:
+        return known_total_steps({"max_epochs": 3})
+    finally:
+        lightning_adpsgd.strategy._total_steps = original
+
+
+@pytest.mark.workers
+def test_where_ranks_expect_different_numbers_of_steps_rank_zeros_holds(pool):
+    assert pool.run_trainer(total_steps_that_differ) == [48, 48]
 
 
 def unbounded() -> None:
