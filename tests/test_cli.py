@@ -2,12 +2,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -61,23 +59,14 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["adpsgd", ADAPTIVE, CONSTANT],
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(alone, tmp_path, monkeypatch):
     """A user's working directory with a model and data in it; nothing of it, or of a run, is left behind."""
-    environment = dict(os.environ)
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "argv", ["adpsgd"])
     yield tmp_path
     sys.modules.pop("tiny_experiment", None)
-    if torch.distributed.is_initialized():
-        time.sleep(0.05)  # gloo's threads may otherwise never end (seen with torch 2.4)
-        torch.distributed.destroy_process_group()
-    monkeypatch.undo()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def configuration(strategy):

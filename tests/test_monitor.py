@@ -1,7 +1,5 @@
 import io
-import os
 import struct
-import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -538,21 +536,6 @@ class MemoryLogger(Logger):
 
     def rounds(self):
         return [(step, metrics) for step, metrics in self.logged if any(name.startswith("adpsgd/") for name in metrics)]
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """Leave no process group and no variables of Lightning's launcher behind."""
-    environment = dict(os.environ)
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if torch.distributed.is_initialized():
-        time.sleep(0.05)  # gloo's threads may otherwise never end (seen with torch 2.4)
-        torch.distributed.destroy_process_group()
-    monkeypatch.undo()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def loader(batches=10):
