@@ -24,7 +24,8 @@ import sys, time
 from benchmarks.hosts import hosts
 with hosts(2) as cluster:
     print(cluster[0].start(["sleep", "600"]).pid, flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(0.1)  # a signal that comes just before a long sleep is heard after it
 """
 
 
@@ -257,7 +258,9 @@ def started(command):
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 @pytest.mark.network
