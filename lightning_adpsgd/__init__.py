@@ -5,7 +5,8 @@ alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works.
 """
 
 from lightning_adpsgd.averaging import AveragingRound, Workers
-from lightning_adpsgd.local_sgd import LocalSGD, WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.monitor import CommunicationMonitor
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.strategy import ADPSGDStrategy
@@ -18,6 +19,7 @@ __all__ = [
     "CommunicationMonitor",
     "ConstantPeriod",
     "LocalSGD",
+    "WorkerLostError",
     "Workers",
     "WorkersDisagreeError",
     "WorkersDivergedError",

@@ -6,12 +6,13 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adpsgd.arguments import OptimizerState, as_period, check_bucket_size, check_optimizer_state
 from lightning_adpsgd.averaging import (
     TRIGGERS,
     AveragingRound,
@@ -21,17 +22,8 @@ from lightning_adpsgd.averaging import (
     Workers,
     ring_bytes,
 )
-from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
-
-OptimizerState = Literal["local", "average", "reset"]
-
-
-class WorkersDisagreeError(RuntimeError):
-    """The workers met for an averaging round, but not for the same one."""
-
-
-class WorkersDivergedError(RuntimeError):
-    """Parameters of at least one worker are not finite."""
+from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.periods import AveragingPeriod
 
 
 class Notice:
@@ -414,50 +406,6 @@ class _Measured(NamedTuple):
     variance: float
     ratio: float
     learning_rate: float
-
-
-def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
-    """The rule that an argument named ``period`` stands for.
-
-    Raises:
-        TypeError: if it stands for none.
-    """
-    if period is None:
-        return AdaptivePeriod()
-    if isinstance(period, AveragingPeriod):
-        return period
-    if isinstance(period, int) and not isinstance(period, bool):
-        return ConstantPeriod(period)
-    raise TypeError(
-        f"period={period!r}: expected an AveragingPeriod, such as AdaptivePeriod(), or an int for a constant period,"
-        f" got {type(period).__name__}."
-    )
-
-
-def check_optimizer_state(value: object) -> OptimizerState:
-    """Return ``value`` if it is one of the policies for the optimizer's state.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    for policy in get_args(OptimizerState):
-        if value == policy:
-            return policy  # type: ignore[no-any-return]
-    raise ValueError(f'optimizer_state={value!r}: expected "local", "average" or "reset".')
-
-
-def check_bucket_size(value: object) -> float:
-    """Return ``value`` if it is a positive, finite number of MiB.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is not positive and finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"bucket_size_mb={value!r}: expected a positive number of MiB, got {type(value).__name__}.")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"bucket_size_mb={value!r}: expected a positive, finite number of MiB.")
-    return float(value)
 
 
 def _learning_rates(optimizer: Optimizer) -> list[float]:

@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_adpsgd._lightning import SIGTERM, DeferredSignals, current_hook, sync_module_states
+from lightning_adpsgd.arguments import as_period, check_bucket_size, check_optimizer_state
 from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
-from lightning_adpsgd.local_sgd import LocalSGD, Notice, as_period, check_bucket_size, check_optimizer_state
+from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"

@@ -1,0 +1,13 @@
+"""What can go wrong between workers."""
+
+
+class WorkersDisagreeError(RuntimeError):
+    """The workers met for an averaging round, but not for the same one."""
+
+
+class WorkersDivergedError(RuntimeError):
+    """Parameters of at least one worker are not finite."""
+
+
+class WorkerLostError(RuntimeError):
+    """An averaging round could not be finished, because a worker has failed, was killed, or did not come in time."""
