@@ -1,19 +1,87 @@
 """Every corner of Lightning without a public name that this package touches, each with the reason why."""
 
+import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
 
 # `DDPStrategy` starts all ranks from the same weights inside the `DistributedDataParallel` wrapper, which this package
 # leaves out. This is what Lightning itself calls wherever it leaves the wrapper out (validation, testing).
 from lightning.pytorch.overrides.distributed import _sync_module_states as sync_module_states
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor, nn
+
+from lightning_adpsgd.averaging import Workers
 
 # Bits of a notice
 SIGTERM = 1
 REQUEUE = 2
+TIME_IS_UP = 4
 
-__all__ = ["REQUEUE", "SIGTERM", "DeferredSignals", "current_hook", "sync_module_states"]
+__all__ = [
+    "REQUEUE",
+    "SIGTERM",
+    "TIME_IS_UP",
+    "DeferredSignals",
+    "callbacks_of",
+    "current_hook",
+    "end_children",
+    "is_interrupted",
+    "second_weights",
+    "sync_module_states",
+    "trainer_of",
+]
+
+
+def trainer_of(module: "pl.LightningModule | None") -> "pl.Trainer | None":
+    """The Trainer of a module, or None: the public ``module.trainer`` raises where there is none."""
+    return None if module is None else module._trainer
+
+
+def callbacks_of(trainer: "pl.Trainer") -> list[Any]:
+    """The Trainer's callbacks, which are set outside of its own file, and so are unknown to type checkers."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def is_interrupted(trainer: "pl.Trainer | None") -> bool:
+    """Whether this rank is on its way out of an exception, on which its peers may know nothing of."""
+    return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+
+def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
+    """The floating-point tensors of models that callbacks keep beside the one in training, to validate and to save.
+
+    They are those of ``WeightAveraging`` and its subclasses (from Lightning 2.6 on).
+    """
+    kind = getattr(pl.callbacks, "WeightAveraging", None)
+    models = [callback._average_model for callback in callbacks_of(trainer) if kind and isinstance(callback, kind)]
+    tensors: list[Tensor] = []
+    for model in models:
+        if isinstance(model, nn.Module):
+            tensors += [*model.parameters(), *model.buffers()]
+    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+
+
+def end_children(strategy: "pl.strategies.Strategy", workers: Workers, seconds: float) -> None:
+    """After a failure on this rank, see that the processes it has started end too.
+
+    Lightning leaves them to themselves. They find out in their next collective, but with NCCL only after its timeout.
+    So they are left alone in a way that they notice, and have some seconds to say what they have to say.
+    """
+    children: list[subprocess.Popen[bytes]] = getattr(strategy.launcher, "procs", None) or []
+    if not children:
+        return
+    workers.hang_up()
+    deadline = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def current_hook(module: "pl.LightningModule") -> str | None:
@@ -28,11 +96,12 @@ class DeferredSignals:
     on SLURM, the handler of the requeue signal saves a checkpoint, which here would be an averaging round. A rank that
     communicates between two rounds meets ranks that do not. So while this is installed, the handlers take a note
     (``raise_notice``) and do nothing else. The note reaches all ranks with the next round, and then
-    :meth:`act` does on every rank, at the same step, what the handler would have done.
+    :meth:`act` does on every rank, at the same step, what the handler would have done. The same goes for Lightning's
+    ``Timer`` (``Trainer(max_time=...)``), which asks rank 0 at every batch whether the time is up.
 
     Args:
         trainer: the Trainer whose signal handling is deferred.
-        raise_notice: called from the signal handler with ``SIGTERM`` or ``REQUEUE``.
+        raise_notice: called from the signal handler with ``SIGTERM`` or ``REQUEUE``, and with ``TIME_IS_UP``.
     """
 
     def __init__(self, trainer: "pl.Trainer", raise_notice: Callable[[int], None]) -> None:
@@ -41,6 +110,7 @@ class DeferredSignals:
         self._connector: Any = trainer._signal_connector
         self._epoch_loop: Any = trainer.fit_loop.epoch_loop
         self._requeue: Callable[..., None] | None = None
+        self._timers: list[Timer] = []
 
     def install(self) -> None:
         """Take over, before Lightning registers its handlers for the run."""
@@ -50,12 +120,20 @@ class DeferredSignals:
         if hasattr(self._epoch_loop, "_broadcast_sigterm_tensor"):
             self._epoch_loop._broadcast_sigterm_tensor = _do_nothing
 
+    def install_timers(self) -> None:
+        """Take over from the timers that look at every batch, once they have had their look at the start."""
+        for callback in callbacks_of(self._trainer):
+            if isinstance(callback, Timer) and callback._interval == "step" and callback.time_remaining() is not None:
+                self._timers.append(callback)
+                vars(callback)["_check_time_remaining"] = self._note_time
+
     def remove(self) -> None:
         """Give back; may be called more than once."""
         for owner, name in (
             (self._connector, "_sigterm_notifier_fn"),
             (self._connector, "_slurm_sigusr_handler_fn"),
             (self._epoch_loop, "_broadcast_sigterm_tensor"),
+            *((timer, "_check_time_remaining") for timer in self._timers),
         ):
             vars(owner).pop(name, None)
 
@@ -63,6 +141,9 @@ class DeferredSignals:
         """Do what the signals in ``notice`` ask for, on this rank as on all others."""
         if notice & REQUEUE and self._requeue is not None:
             self._requeue(_requeue_signal(self._trainer), None)
+        if notice & TIME_IS_UP:
+            for timer in self._timers:
+                type(timer)._check_time_remaining(timer, self._trainer)
         if notice & SIGTERM:
             # Lightning's loops look at this after every batch, and raise SIGTERMException.
             self._connector.received_sigterm = True
@@ -75,6 +156,11 @@ class DeferredSignals:
 
     def _note_requeue(self, signum: Any, _: Any) -> None:
         self._raise_notice(REQUEUE)
+
+    def _note_time(self, _: Any) -> None:
+        remaining = [timer.time_remaining() for timer in self._timers]
+        if self._trainer.is_global_zero and any(seconds is not None and seconds <= 0 for seconds in remaining):
+            self._raise_notice(TIME_IS_UP)
 
 
 def _requeue_signal(trainer: "pl.Trainer") -> Any:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 
 OptimizerState = Literal["local", "average", "reset"]
+OnDivergence = Literal["raise", "drop"]
 
 
 def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
@@ -50,3 +51,15 @@ def check_bucket_size(value: object) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"bucket_size_mb={value!r}: expected a positive, finite number of MiB.")
     return float(value)
+
+
+def check_on_divergence(value: object) -> OnDivergence:
+    """Return ``value`` if it says what to do about workers that have diverged.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    for policy in get_args(OnDivergence):
+        if value == policy:
+            return policy  # type: ignore[no-any-return]
+    raise ValueError(f'on_divergence={value!r}: expected "raise" or "drop".')

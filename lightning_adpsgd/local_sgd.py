@@ -1,29 +1,47 @@
 """One optimizer's life between averaging rounds. Knows no Lightning: a plain PyTorch loop can use it as it is."""
 
-import functools
+import logging
 import math
-import operator
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.arguments import OptimizerState, as_period, check_bucket_size, check_optimizer_state
+from lightning_adpsgd.arguments import (
+    OnDivergence,
+    OptimizerState,
+    as_period,
+    check_bucket_size,
+    check_on_divergence,
+    check_optimizer_state,
+)
 from lightning_adpsgd.averaging import (
     TRIGGERS,
     AveragingRound,
+    CollectiveError,
     FlatLayout,
     ParameterAverager,
+    Share,
     Trigger,
     Workers,
+    forget,
+    moments,
     ring_bytes,
+    share_state,
 )
-from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.errors import WorkerLostError, WorkersDivergedError
+from lightning_adpsgd.meeting import Call, Meeting, check_module
+from lightning_adpsgd.payload import Payload, Payloads, all_finite
 from lightning_adpsgd.periods import AveragingPeriod
+
+_log = logging.getLogger(__name__)
+
+# Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
+_ROLL_CALL_SECONDS = 2.0
 
 
 class Notice:
@@ -63,7 +81,10 @@ class LocalSGD:
         average_buffers: whether the module's buffers join the rounds.
         optimizer_state: what a round does to floating-point state tensors of a parameter's shape (momentum, Adam's
             moments): leave them "local", "average" them over the workers, or "reset" them to zero. Step counters are
-            never touched.
+            never touched. A round for a checkpoint averages all of the state.
+        on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
+            these workers from the mean, and have them go on from that of the others, with the optimizer's state as
+            before the first step.
         bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
         workers: whom to average with; None is the default process group.
         notice: bits for all workers to learn at the next round.
@@ -84,6 +105,7 @@ class LocalSGD:
         total_steps: int | None = None,
         average_buffers: bool = True,
         optimizer_state: OptimizerState = "local",
+        on_divergence: OnDivergence = "raise",
         bucket_size_mb: float = 64.0,
         workers: Workers | None = None,
         notice: Notice | None = None,
@@ -93,11 +115,19 @@ class LocalSGD:
         self.optimizer = optimizer
         self.period = as_period(period)
         self.optimizer_state = check_optimizer_state(optimizer_state)
+        self.on_divergence = check_on_divergence(on_divergence)
         self.index = index
         self.workers = workers if workers is not None else Workers()
         self._module = module
-        self._average_buffers = average_buffers
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
+        self._payloads = Payloads(
+            optimizer,
+            buffers_of=module if average_buffers else None,
+            with_moments=self.optimizer_state == "average",
+            names_of=module,
+            workers=self.workers,
+            bucket_bytes=self._bucket_bytes,
+        )
         self._notice = notice if notice is not None else Notice()
         self._listeners: list[Callable[[AveragingRound], None]] = []
 
@@ -106,9 +136,11 @@ class LocalSGD:
         """Optimizer steps attempted so far."""
         self.local_steps = 0
         """Optimizer steps attempted since the latest round."""
-        self._averaged_last = {id(parameter) for parameter in self._parameters() if parameter.requires_grad}
-        self._payload: _Payload | None = None
+        self._state_shared_at = 0  # the step of the latest round for a checkpoint
+        self._anybody_has_state = True  # as far as is known
+        self._state_made_at_once = set(optimizer.state)
         self._warned_of_no_drift = False
+        self._warned_of_different_rates = False
 
         _learning_rates(optimizer)
         self.period.setup(total_steps)
@@ -118,9 +150,14 @@ class LocalSGD:
         self._listeners.append(listener)
 
     def broadcast(self) -> None:
-        """Give every worker the first worker's parameters and buffers."""
-        tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._parameters()}
+        """Give every worker the first worker's parameters and buffers.
+
+        Raises:
+            WorkersDisagreeError: on every worker, if they have built different modules.
+        """
+        tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._payloads.parameters()}
         if self._module is not None:
+            check_module(self.workers, self._module)
             tensors |= {id(tensor): tensor for tensor in (*self._module.parameters(), *self._module.buffers())}
         self.workers.broadcast_(tensors.values())
 
@@ -136,35 +173,89 @@ class LocalSGD:
         self.local_steps += 1
         return self.average("period") if self.local_steps >= self.period.value else None
 
-    def average(self, trigger: Trigger = "train_end") -> AveragingRound | None:
+    def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
         """Average now, unless no step was taken since the latest round.
+
+        A round for a "checkpoint" averages the optimizer's state too, whatever the policy, and every worker goes on
+        from the average. So the state that is saved afterwards is that of all workers, and a run that goes on from the
+        file is the run that was not interrupted. Such a round takes place even if only the state is not averaged yet.
 
         Args:
             trigger: who asks, for the record. Only rounds asked for by the "period" are shown to the rule.
+            also: further floating-point tensors to average in this round, which then takes place in any case.
 
         Returns:
             The round's record, or None if there was no round.
 
         Raises:
             WorkersDisagreeError: on every worker, if they have not taken the same steps or not built the same model.
-            WorkersDivergedError: on every worker, if any worker's parameters are not finite, in which case nothing is
-                overwritten, or if they are so far apart that their variance is not, which shows only afterwards.
+            WorkersDivergedError: on every worker, if any worker's parameters are not finite (with ``on_divergence``
+                "drop": all workers'), in which case nothing is overwritten; or if they are so far apart that their
+                variance is not, which shows only afterwards.
+            WorkerLostError: if a worker has failed, was killed, or did not come before the process group's timeout.
         """
         if trigger not in TRIGGERS:
             raise ValueError(
                 f"LocalSGD.average(trigger={trigger!r}): expected one of {', '.join(map(repr, TRIGGERS))}."
             )
-        if self.local_steps == 0:
+        unshared = trigger == "checkpoint" and self.steps > self._state_shared_at and self._anybody_has_state
+        if self.local_steps == 0 and not also and not unshared:
             return None
+        try:
+            return self._average(trigger, also)
+        except CollectiveError as error:
+            raise self._lost(trigger, error) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and the rule's state, as plain numbers and the name of the rule's class."""
+        return {
+            "steps": self.steps,
+            "local_steps": self.local_steps,
+            "state_shared_at": self._state_shared_at,
+            "rule": type(self.period).__name__,
+            "period": self.period.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning."""
+        self.steps = state["steps"]
+        self.local_steps = state["local_steps"]
+        self._state_shared_at = state["state_shared_at"]
+        rule = type(self.period).__name__
+        if rule == state["rule"]:
+            self.period.load_state_dict(state["period"])
+        elif self.workers.rank == 0:
+            warnings.warn(
+                f"The saved averaging rule was {state['rule']}, this one is {rule}: it starts anew at step"
+                f" {self.steps}. To go on where the run had stopped, pass the same kind of period as before.",
+                stacklevel=2,
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step was taken since a checkpoint's round: all that is saved now is that of all workers."""
+        return self.local_steps == 0 and (self._state_shared_at == self.steps or not self._anybody_has_state)
+
+    def start_from_the_same(self) -> None:
+        """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
+        self.local_steps = 0
+        self._state_shared_at = self.steps
+
+    # One round, part by part
+
+    def _average(self, trigger: Trigger, also: Sequence[Tensor]) -> AveragingRound:
         started = time.perf_counter()
         payload_before = self.workers.payload_bytes
 
-        payload = self._current_payload()
-        self._meet(trigger, payload)
-        measured = self._average_and_measure(payload)
-        if self.optimizer_state == "reset":
-            for state in self._moments():
-                state.zero_()
+        payload = self._payloads.current()
+        more = FlatLayout(also, [None] * len(also)) if also else None
+        meeting = self._meet(trigger, payload, more, also)
+        share = meeting.share
+        self._anybody_has_state = meeting.anybody_has_state
+        measured = self._average_and_measure(payload, share)
+        if more is not None:
+            ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(share)
+        self._treat_optimizer_state(trigger, payload, share)
 
         payload_bytes = self.workers.payload_bytes - payload_before
         round_ = AveragingRound(
@@ -180,68 +271,51 @@ class LocalSGD:
             payload_bytes=payload_bytes,
             sent_bytes=ring_bytes(payload_bytes, self.workers.size),
             seconds=time.perf_counter() - started,
+            dropped=len(meeting.diverged),
         )
         self._finish(round_)
         return round_
 
-    def state_dict(self) -> dict[str, Any]:
-        """The counters and the rule's state, as plain numbers and the name of the rule's class."""
-        return {
-            "steps": self.steps,
-            "local_steps": self.local_steps,
-            "rule": type(self.period).__name__,
-            "period": self.period.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning."""
-        self.steps = state["steps"]
-        self.local_steps = state["local_steps"]
-        rule = type(self.period).__name__
-        if rule == state["rule"]:
-            self.period.load_state_dict(state["period"])
-        elif self.workers.rank == 0:
-            warnings.warn(
-                f"The saved averaging rule was {state['rule']}, this one is {rule}: it starts anew at step"
-                f" {self.steps}. To go on where the run had stopped, pass the same kind of period as before.",
-                stacklevel=2,
-            )
-
-    # One round, part by part
-
-    def _meet(self, trigger: Trigger, payload: "_Payload") -> None:
-        """Make sure that all workers are here for the same round, with the same tensors, all finite."""
-        if self.workers.size == 1:
-            self._notice.agreed = self._notice.raised
-            return
-        finite = _all_finite(payload.parameters)
-        table = self.workers.table(
-            [
-                payload.layout.fingerprint,
-                self.steps,
-                TRIGGERS.index(trigger),
-                self.period.value,
-                float(finite),
-                self._notice.raised,
-            ]
+    def _meet(self, trigger: Trigger, payload: Payload, more: FlatLayout | None, also: Sequence[Tensor]) -> Meeting:
+        """Make sure that all workers are here for the same round, with the same tensors, and see who has diverged."""
+        watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
+        meeting = Meeting(
+            self.workers,
+            Call(
+                fingerprint=payload.layout.fingerprint
+                if more is None
+                else payload.layout.fingerprint ^ more.fingerprint,
+                step=self.steps,
+                trigger=TRIGGERS.index(trigger),
+                period=self.period.value,
+                finite=self.workers.size == 1 or all_finite(watched),
+                notice=self._notice.raised,
+                learning_rates=sum(_learning_rates(self.optimizer)),
+                has_state=any(self.optimizer.state.values()),
+            ),
         )
-        fingerprints, steps, triggers, periods, finites, notices = table.unbind(dim=1)
-        if any(len(column.unique()) > 1 for column in (steps, triggers, periods)):
-            raise WorkersDisagreeError(self._different_rounds(steps, triggers, periods))
-        if len(fingerprints.unique()) > 1:
-            raise WorkersDisagreeError(self._different_payloads(payload))
-        if not finites.all():
-            raise WorkersDivergedError(self._not_finite(finites, payload))
-        self._notice.agreed = functools.reduce(operator.or_, map(int, notices.tolist()))
+        meeting.check_round(self.index)
+        what = f"The workers of optimizer {self.index} do not average the same tensors at step {self.steps}."
+        meeting.check_tensors(
+            what,
+            lambda: [
+                *self._payloads.describe(payload.layout, payload.tensors),
+                *(() if more is None else self._payloads.describe(more, also)),
+            ],
+        )
+        if meeting.diverged:
+            self._deal_with_divergence(meeting.diverged, watched)
+        self._warn_of_different_rates(meeting.learning_rates)
+        self._notice.agreed = meeting.notice
+        return meeting
 
-    def _average_and_measure(self, payload: "_Payload") -> "_Measured":
+    def _average_and_measure(self, payload: Payload, share: Share) -> "_Measured":
         """Replace all tensors by their means; S_k and r from values reduced over the workers."""
         rates = _learning_rates(self.optimizer)
-        if self.workers.size == 1:
-            deviations = torch.zeros(len(rates), dtype=torch.float64)
-        else:
-            deviations = payload.averager.average()
-        means = self.workers.mean(torch.cat([deviations, torch.tensor(rates, dtype=torch.float64)])).tolist()
+        deviations = torch.zeros(len(rates), dtype=torch.float64)
+        if self.workers.size > 1 and self.local_steps > 0:
+            deviations = payload.averager.average(share)
+        means = self.workers.mean(torch.cat([deviations, torch.tensor(rates, dtype=torch.float64)]), share).tolist()
         variances, rates = means[: len(rates)], means[len(rates) :]
         return _Measured(
             variance=sum(variances),
@@ -249,9 +323,21 @@ class LocalSGD:
             learning_rate=next((rate for rate in rates if rate > 0.0), 0.0),
         )
 
+    def _treat_optimizer_state(self, trigger: Trigger, payload: Payload, share: Share) -> None:
+        if not share.contributes and self.optimizer_state != "average":  # which has just given it the others' mean
+            forget(self.optimizer, self._state_made_at_once)
+        if self.optimizer_state == "reset" and self.local_steps > 0:
+            for moment in moments(self.optimizer):
+                moment.zero_()
+        if trigger == "checkpoint":
+            if self._anybody_has_state:
+                averaged = {id(tensor) for tensor in payload.tensors} if self.optimizer_state == "average" else set()
+                share_state(self.optimizer, self.workers, self._bucket_bytes, averaged)
+            self._state_shared_at = self.steps
+
     def _finish(self, round_: AveragingRound) -> None:
         self.local_steps = 0
-        self._averaged_last = {id(parameter) for parameter in self._parameters() if parameter.requires_grad}
+        self._payloads.note_averaged()
         if not math.isfinite(round_.ratio):
             raise WorkersDivergedError(
                 f"The variance of the parameters among the workers is not finite (S_k = {round_.variance}, S_k/γ_k ="
@@ -259,68 +345,54 @@ class LocalSGD:
                 " but so far apart that training has diverged. Lower the learning rate, clip gradients, or average more"
                 " often (a smaller period, or a warm-up)."
             )
-        if round_.trigger == "period":
+        if round_.trigger == "period" and round_.dropped == 0:
+            # The variance among fewer workers is another one: a round that has left some out is not shown to the rule.
             self.period.update(round_.step, ratio=round_.ratio, learning_rate=round_.learning_rate)
         self._warn_of_no_drift(round_)
         for listener in self._listeners:
             listener(round_)
 
-    # What is averaged
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.optimizer.param_groups:
-            yield from group["params"]
-
-    def _current_payload(self) -> "_Payload":
-        """What this round averages, rebuilt if it is not what the latest round averaged."""
-        tensors: list[Tensor] = []
-        groups: list[int | None] = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            for parameter in group["params"]:
-                # A parameter that was frozen since the latest round may have drifted before: it joins once more.
-                if parameter.requires_grad or id(parameter) in self._averaged_last:
-                    tensors.append(parameter)
-                    groups.append(index)
-        parameters = list(tensors)
-        tensors += self._buffers()
-        if self.optimizer_state == "average":
-            tensors += self._moments()
-        groups += [None] * (len(tensors) - len(groups))
-
-        key = [(id(tensor), tensor.data_ptr(), group) for tensor, group in zip(tensors, groups, strict=True)]
-        if self._payload is None or self._payload.key != key:
-            layout = FlatLayout(tensors, groups)
-            group_count = len(self.optimizer.param_groups)
-            averager = ParameterAverager(layout, group_count, self.workers, self._bucket_bytes)
-            self._payload = _Payload(key, parameters, tensors, layout, averager)
-        return self._payload
-
-    def _buffers(self) -> list[Tensor]:
-        if self._module is None or not self._average_buffers:
-            return []
-        return [buffer for buffer in self._module.buffers() if buffer.is_floating_point() or buffer.is_complex()]
-
-    def _moments(self) -> list[Tensor]:
-        """Floating-point state tensors of their parameter's shape, in the order of parameters and of their names."""
-        moments = []
-        for parameter in self._parameters():
-            state = self.optimizer.state.get(parameter, {})
-            for name in sorted(state, key=str):
-                value = state[name]
-                if (
-                    name != "step"
-                    and isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and (value.is_floating_point() or value.is_complex())
-                ):
-                    moments.append(value)
-        return moments
-
     # What can go wrong
 
+    def _deal_with_divergence(self, ranks: list[int], watched: list[Tensor]) -> None:
+        mine = [self._payloads.name_of(tensor) for tensor in watched if not all_finite([tensor])]
+        names = self.workers.gather_objects(mine)
+        first = names[ranks[0]]
+        found = (
+            f"Parameters of rank(s) {', '.join(map(str, ranks))} are not finite at step {self.steps} (optimizer"
+            f" {self.index}); on rank {ranks[0]} the first of {len(first)} are: {', '.join(first[:3])}."
+        )
+        advice = (
+            "Training diverged there: lower the learning rate, clip gradients, or look for bad samples in that rank's"
+            " data."
+        )
+        if self.on_divergence == "raise" or len(ranks) == self.workers.size:
+            everybody = " There is no worker left to go on from." if self.on_divergence == "drop" else ""
+            raise WorkersDivergedError(f"{found} No rank's parameters were overwritten.{everybody} {advice}")
+        if self.workers.rank == 0:
+            warnings.warn(
+                f"{found} As on_divergence='drop' says, they are left out of this average and go on from the others'."
+                f" {advice}",
+                stacklevel=2,
+            )
+
+    def _warn_of_different_rates(self, rates: list[float]) -> None:
+        if self._warned_of_different_rates or len(set(rates)) == 1:
+            return
+        self._warned_of_different_rates = True
+        if self.workers.rank == 0:
+            each = ", ".join(f"rank {rank}: {rate:g}" for rank, rate in enumerate(rates))
+            warnings.warn(
+                f"The workers' learning rates differ at step {self.steps} (summed over the parameter groups: {each})."
+                " All workers still take the same decisions, from the mean; but a checkpoint holds rank 0's rates."
+                " Usual cause: a scheduler such as ReduceLROnPlateau that goes by a metric of one worker alone. Log"
+                " the metric with sync_dist=True.",
+                stacklevel=2,
+            )
+
     def _warn_of_no_drift(self, round_: AveragingRound) -> None:
-        drifted = round_.variance > 0.0 or round_.learning_rate == 0.0 or self.workers.size == 1
-        if drifted or self._warned_of_no_drift:
+        drifted = round_.variance > 0.0 or round_.learning_rate == 0.0 or round_.local_steps == 0
+        if drifted or self._warned_of_no_drift or self.workers.size - round_.dropped == 1:
             return
         self._warned_of_no_drift = True
         if self.workers.rank == 0:
@@ -332,74 +404,22 @@ class LocalSGD:
                 stacklevel=2,
             )
 
-    def _different_rounds(self, steps: Tensor, triggers: Tensor, periods: Tensor) -> str:
-        places = "; ".join(
-            f"rank {rank}: step {int(step)}, asked for by {TRIGGERS[int(trigger)]!r}, period {int(period)}"
-            for rank, (step, trigger, period) in enumerate(zip(steps, triggers, periods, strict=True))
+    def _lost(self, trigger: Trigger, error: CollectiveError) -> WorkerLostError:
+        """Say which round was lost, and find out whose fault it was."""
+        place = f"the averaging round at step {self.steps} of optimizer {self.index} (asked for by {trigger!r})"
+        lost = f"Rank {self.workers.rank} could not finish {place}: {error}"
+        # At once, because a launcher that notices first kills this process without a word.
+        _log.error(lost)
+        self.workers.leave_word(f"could not finish {place}")
+        words = self.workers.words(seconds=_ROLL_CALL_SECONDS)
+        silent = sorted({*range(self.workers.size)} - {self.workers.rank, *words})
+        told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
+        if silent:
+            ranks = ", ".join(map(str, silent))
+            told.append(f"No word from rank(s) {ranks}: killed, hanging, or gone early.")
+        return WorkerLostError(
+            f"{lost} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
         )
-        return (
-            f"The workers met for different averaging rounds of optimizer {self.index} ({places}). Every worker has to"
-            " take the same number of optimizer steps, and to validate and save at the same ones. Usual causes: data"
-            " loaders of different lengths (use drop_last=True or Trainer(limit_train_batches=...)), and steps, saves"
-            " or stops that depend on one worker's own loss."
-        )
-
-    def _different_payloads(self, payload: "_Payload") -> str:
-        mine = [(self._name_of(tensor), *entry) for tensor, entry in payload.laid_out()]
-        everybody = self.workers.gather_objects(mine)
-        reference = everybody[0]
-        rank, theirs = next((rank, other) for rank, other in enumerate(everybody) if other != reference)
-        place = next(
-            (i for i, (a, b) in enumerate(zip(reference, theirs, strict=False)) if a != b),
-            min(len(reference), len(theirs)),
-        )
-        return (
-            f"The workers of optimizer {self.index} do not average the same tensors at step {self.steps}. Rank 0 has"
-            f" {len(reference)}, rank {rank} has {len(theirs)}; the first difference is number {place}: rank 0"
-            f" {_describe(reference, place)}, rank {rank} {_describe(theirs, place)}. Build the same model and"
-            " optimizer on every rank, and freeze, unfreeze or add parameters on all ranks at the same step."
-        )
-
-    def _not_finite(self, finites: Tensor, payload: "_Payload") -> str:
-        mine = [self._name_of(parameter) for parameter in payload.parameters if not _all_finite([parameter])]
-        names = self.workers.gather_objects(mine)
-        ranks = [rank for rank, finite in enumerate(finites.tolist()) if not finite]
-        first = ", ".join(names[ranks[0]][:3])
-        return (
-            f"Parameters of rank(s) {', '.join(map(str, ranks))} are not finite at step {self.steps} (optimizer"
-            f" {self.index}); on rank {ranks[0]} the first of {len(names[ranks[0]])} are: {first}. No rank's parameters"
-            " were overwritten. Training diverged there: lower the learning rate, clip gradients, or look for bad"
-            " samples in that rank's data."
-        )
-
-    def _name_of(self, tensor: Tensor) -> str:
-        if self._module is not None:
-            for name, candidate in (*self._module.named_parameters(), *self._module.named_buffers()):
-                if candidate is tensor:
-                    return name
-        for g, group in enumerate(self.optimizer.param_groups):
-            for p, parameter in enumerate(group["params"]):
-                if parameter is tensor:
-                    return f"parameter {p} of group {g}"
-                for name, value in self.optimizer.state.get(parameter, {}).items():
-                    if value is tensor:
-                        return f"{name} of {self._name_of(parameter)}"
-        return "unnamed tensor"
-
-
-class _Payload(NamedTuple):
-    """The tensors of a round, and the machinery built for them."""
-
-    key: list[tuple[int, int, int | None]]
-    parameters: list[Tensor]
-    tensors: list[Tensor]
-    layout: FlatLayout
-    averager: ParameterAverager
-
-    def laid_out(self) -> Iterator[tuple[Tensor, tuple[object, ...]]]:
-        """The tensors that take part, each with its entry in the layout's signature."""
-        for index, entry in zip(self.layout.indices, self.layout.signature, strict=True):
-            yield self.tensors[index], entry
 
 
 class _Measured(NamedTuple):
@@ -419,21 +439,3 @@ def _learning_rates(optimizer: Optimizer) -> list[float]:
             )
         rates.append(float(rate))
     return rates
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel() > 0:
-            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor.data)
-    # The largest magnitude of a tensor is NaN or infinite exactly if one of its elements is.
-    largest = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_kind.values()]
-    return all(bool(torch.isfinite(norms).all()) for norms in largest)
-
-
-def _describe(entries: list[tuple[object, ...]], place: int) -> str:
-    if place >= len(entries):
-        return "has no such tensor"
-    name, dtype, shape, group, _ = entries[place]
-    belongs = "no parameter group" if group is None else f"parameter group {group}"
-    return f"has {name} ({dtype}, shape {shape}, {belongs})"

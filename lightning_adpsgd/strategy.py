@@ -1,8 +1,9 @@
 """The door to Lightning: turns the Trainer's hooks into local steps and averaging rounds."""
 
 import copy
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -10,24 +11,42 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_adpsgd._lightning import SIGTERM, DeferredSignals, current_hook, sync_module_states
-from lightning_adpsgd.arguments import as_period, check_bucket_size, check_optimizer_state
+from lightning_adpsgd._lightning import (
+    REQUEUE,
+    SIGTERM,
+    DeferredSignals,
+    callbacks_of,
+    current_hook,
+    end_children,
+    is_interrupted,
+    second_weights,
+    sync_module_states,
+    trainer_of,
+)
+from lightning_adpsgd.arguments import as_period, check_bucket_size, check_on_divergence, check_optimizer_state
 from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
+from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
+from lightning_adpsgd.meeting import check_module
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
+_SECONDS_FOR_LAST_WORDS = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class ADPSGDStrategy(DDPStrategy):
@@ -41,7 +60,11 @@ class ADPSGDStrategy(DDPStrategy):
     This is **not** AD-PSGD, the asynchronous decentralized (gossip) method of Lian et al., arXiv:1710.06952.
 
     Workers also average before validation starts, before a checkpoint is taken and when training ends, so whoever looks
-    at the model sees the average.
+    at the model sees the average. For a checkpoint they average the optimizer's state too, and go on from the average:
+    going on from the file is the same as not having stopped.
+
+    A worker that fails waits for nobody, and the others find out in their next round: it ends with an error that names
+    the rank and the round.
 
     Args:
         period: when to average. :class:`~lightning_adpsgd.AdaptivePeriod` if None; an int is a constant period
@@ -50,6 +73,9 @@ class ADPSGDStrategy(DDPStrategy):
         optimizer_state: what a round does to momentum and moments: "local" leaves them to each worker, as the paper
             does; "average" averages them too (which sends as many bytes again for each); "reset" sets them to zero.
         bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
+        on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
+            before anything is overwritten; or "drop" these ranks from the mean, and have them go on from that of the
+            others, with a fresh optimizer state. If no rank is left, that is an error in any case.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
@@ -70,6 +96,7 @@ class ADPSGDStrategy(DDPStrategy):
         average_buffers: bool = True,
         optimizer_state: Literal["local", "average", "reset"] = "local",
         bucket_size_mb: float = 64.0,
+        on_divergence: Literal["raise", "drop"] = "raise",
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -94,12 +121,17 @@ class ADPSGDStrategy(DDPStrategy):
         self._average_buffers = average_buffers
         self._optimizer_state = check_optimizer_state(optimizer_state)
         self._bucket_size_mb = check_bucket_size(bucket_size_mb)
+        self._on_divergence = check_on_divergence(on_divergence)
 
         # State of one fit
+        self._workers: Workers | None = None
         self._local_sgd: list[LocalSGD] = []
+        self._fitted: Module | None = None
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
-        self._warned_of_reduction = False
+        self._second_weights_moved = False
+        self._communicated_at: int | None = None
+        self._warned_of_communication = False
         self._first_callback = _FirstCallback(self)
 
     @property
@@ -116,14 +148,16 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
+        self._workers = Workers(device=self.root_device)
+        self._workers.forget_word()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        assert self.lightning_module is not None
+        if fitting:
+            _check_materialized(self.lightning_module)
+        check_module(self._workers, self.lightning_module)
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        self._notice = Notice()
-        self._local_sgd = self._new_local_sgd(self.broadcast(_total_steps(trainer)))
-        self._signals = DeferredSignals(trainer, self._raise_notice)
-        self._signals.install()
-        _callbacks(trainer).insert(0, self._first_callback)
+        if fitting:
+            self._set_up_fit(trainer, self._workers)
 
     @override
     def configure_ddp(self) -> None:
@@ -132,15 +166,39 @@ class ADPSGDStrategy(DDPStrategy):
         sync_module_states(self.model)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave word for the other ranks, who may be waiting for this one."""
+        super().on_exception(exception)
+        if self._workers is None or isinstance(exception, WorkerLostError):
+            return  # the latter was lost by the others as well, and has been told
+        steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)
+        what = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        self._workers.leave_word(f"had failed at {steps or 'setup'}: {what}")
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            _log.error(f"Rank {self.global_rank} failed at {steps or 'setup'}: {what}")
+
+    @override
     def teardown(self) -> None:
         if self._signals is not None:
             self._signals.remove()
             self._signals = None
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        if trainer is not None and self._first_callback in _callbacks(trainer):
-            _callbacks(trainer).remove(self._first_callback)
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None and self._first_callback in callbacks_of(trainer):
+            callbacks_of(trainer).remove(self._first_callback)
         super().teardown()
+        if self._workers is not None and is_interrupted(trainer):
+            end_children(self, self._workers, _SECONDS_FOR_LAST_WORDS)
+
+    def on_training_begins(self) -> None:
+        """Put off what looks at the clock at every batch."""
+        if self._signals is not None:
+            self._signals.install_timers()
+
+    def on_training_ends(self) -> None:
+        """Leave word for ranks that go on, although they should have ended too."""
+        if self._workers is not None:
+            steps = ", ".join(f"step {local_sgd.steps}" for local_sgd in self._local_sgd)
+            self._workers.leave_word(f"had ended training at {steps}")
 
     # Local steps and rounds
 
@@ -154,64 +212,117 @@ class ADPSGDStrategy(DDPStrategy):
     ) -> Any:
         """Step the optimizer, then count the attempt, which averages if the period is over."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._local_sgd_of(optimizer).step()
+        self._second_weights_moved = True
+        local_sgd = self._local_sgd_of(optimizer)
+        if local_sgd is not None:
+            local_sgd.step()
         return output
 
-    def average(self, trigger: Trigger) -> None:
-        """Average what has been trained since the latest round, if anything has."""
-        for local_sgd in self._local_sgd:
-            local_sgd.average(trigger)
+    def average(self, trigger: Trigger, also: Sequence[Tensor] = ()) -> None:
+        """Average what has been trained since the latest round, if anything has.
+
+        Args:
+            trigger: who asks.
+            also: further floating-point tensors to average, in a round that then takes place in any case.
+        """
+        trainer = trainer_of(self.lightning_module)
+        if self._second_weights_moved and trainer is not None:
+            # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
+            also = [*also, *second_weights(trainer)]
+            self._second_weights_moved = False
+        for place, local_sgd in enumerate(self._local_sgd):
+            local_sgd.average(trigger, also if place == 0 else ())
 
     def act_on_notice(self) -> int:
         """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
         notice = self._notice.agreed
         if notice == 0 or self._signals is None:
             return 0
-        self.average("checkpoint")  # with several optimizers, only one of them may have had its round
+        if notice & (SIGTERM | REQUEUE):
+            self.average("checkpoint")  # with several optimizers, only one of them may have had its round
         self._notice.agreed = 0
         self._notice.raised &= ~notice
         self._signals.act(notice)
         return notice
 
+    # What others communicate. A rank on its way out of an exception takes part in nothing: its peers may not either.
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._is_alone():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self._watch_communication()
+        return obj if self._is_alone() else super().broadcast(obj, src)
+
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
-        """Reduce a value for somebody else, with a warning if that happens at every step."""
-        if not self._warned_of_reduction and self.lightning_module is not None and self.world_size > 1:
-            hook = current_hook(self.lightning_module)
-            if hook in _HOOKS_OF_A_STEP:
-                self._warned_of_reduction = True
-                rank_zero_warn(
-                    f"Something in `{hook}` is reduced over the workers at every step, which takes the time that"
-                    " averaging rarely is to save. If it is `self.log(..., on_step=True, sync_dist=True)`, leave"
-                    " sync_dist out, or log the mean of the epoch: `self.log(..., on_step=False, on_epoch=True,"
-                    " sync_dist=True)`."
-                )
-        return super().reduce(tensor, group, reduce_op)
+        self._watch_communication()
+        return tensor if self._is_alone() else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._is_alone() else super().reduce_boolean_decision(decision, all)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        self._watch_communication()
+        return tensor.unsqueeze(0) if self._is_alone() else super().all_gather(tensor, group, sync_grads)
 
     # Checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The averaged weights; after an exception, when peers may be gone, this rank's own."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module._trainer
-        if trainer is None or trainer.state.status != TrainerStatus.INTERRUPTED:
+        if not self._is_alone():
             self.average("checkpoint")
         return super().lightning_module_state_dict()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if "optimizer_states" in checkpoint and self._local_sgd:
-            checkpoint[CHECKPOINT_KEY] = {"optimizers": [local_sgd.state_dict() for local_sgd in self._local_sgd]}
+        if self._local_sgd:
+            complete = all(local_sgd.is_complete for local_sgd in self._local_sgd)
+            state: dict[str, Any] = {"workers": self.world_size, "averaged": complete, "rank": self.global_rank}
+            if "optimizer_states" in checkpoint:
+                state["optimizers"] = [local_sgd.state_dict() for local_sgd in self._local_sgd]
+            checkpoint[CHECKPOINT_KEY] = state
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore the weights; say so if they are not an average."""
+        super().load_model_state_dict(checkpoint, strict=strict)
+        state = checkpoint.get(CHECKPOINT_KEY, {})
+        if not state.get("averaged", True):
+            rank_zero_warn(
+                f"This checkpoint was saved when rank {state['rank']} of {state['workers']} failed: it holds"
+                " the weights and the optimizer state of that worker alone, not the average. All workers go on from"
+                " these. If you have an earlier checkpoint, it may be the better start."
+            )
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the optimizers, and with them the rules; a checkpoint of another strategy starts the rules anew."""
         super().load_optimizer_state_dict(checkpoint)
-        states = checkpoint.get(CHECKPOINT_KEY, {}).get("optimizers", [])
-        for local_sgd, state in zip(self._local_sgd, states, strict=False):
-            local_sgd.load_state_dict(state)
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            rank_zero_info(
+                "This checkpoint was written by another strategy: it holds no averaging period. Weights, optimizers and"
+                " the Trainer's progress are restored; the averaging rule and its count of steps start anew."
+            )
+            return
+        for local_sgd, saved in zip(self._local_sgd, state["optimizers"], strict=False):
+            local_sgd.load_state_dict(saved)
+            local_sgd.start_from_the_same()
+        if state["workers"] != self.world_size:
+            rank_zero_warn(
+                f"This checkpoint was written by {state['workers']} worker(s), and now there are {self.world_size}. All"
+                " go on from its average, and the averaging rule goes on with its period and its target, which was"
+                f" measured among {state['workers']}. The phases of the rule keep their lengths in steps, while an"
+                " epoch now has another number of steps."
+            )
 
     # Registration
 
@@ -236,8 +347,30 @@ class ADPSGDStrategy(DDPStrategy):
 
     # Details
 
-    def _new_local_sgd(self, total_steps: int | None) -> list[LocalSGD]:
-        workers = Workers(device=self.root_device)
+    def _set_up_fit(self, trainer: "pl.Trainer", workers: Workers) -> None:
+        assert self.lightning_module is not None
+        if any(isinstance(module, SyncBatchNorm) for module in self.lightning_module.modules()):
+            rank_zero_warn(
+                "This model has SyncBatchNorm layers, which communicate in every forward pass: that takes the time that"
+                " averaging rarely is to save. Leave out Trainer(sync_batchnorm=True): running statistics are averaged"
+                " in each round."
+            )
+        self._notice = Notice()
+        self._signals = DeferredSignals(trainer, self._raise_notice)
+        self._signals.install()
+        callbacks_of(trainer).insert(0, self._first_callback)
+
+        total_steps = self.broadcast(_total_steps(trainer))
+        _warn_of_uneven_loaders(trainer, workers)
+        previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
+        self._fitted = self.lightning_module
+        self._local_sgd = self._new_local_sgd(total_steps, workers)
+        if len(previous) == len(self._local_sgd):
+            for local_sgd, former in zip(self._local_sgd, previous, strict=True):
+                local_sgd.load_state_dict(former.state_dict())
+                local_sgd.start_from_the_same()
+
+    def _new_local_sgd(self, total_steps: int | None, workers: Workers) -> list[LocalSGD]:
         return [
             LocalSGD(
                 optimizer,
@@ -246,18 +379,22 @@ class ADPSGDStrategy(DDPStrategy):
                 total_steps=total_steps,
                 average_buffers=self._average_buffers,
                 optimizer_state=self._optimizer_state,
+                on_divergence=self._on_divergence,
                 bucket_size_mb=self._bucket_size_mb,
                 workers=workers,
                 notice=self._notice,
                 index=index,
             )
             for index, optimizer in enumerate(self.optimizers)
+            if optimizer.param_groups  # Lightning stands in for an optimizer where configure_optimizers returns none
         ]
 
-    def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD:
+    def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:
         for local_sgd in self._local_sgd:
             if local_sgd.optimizer is optimizer:
                 return local_sgd
+        if not optimizer.param_groups:
+            return None
         raise MisconfigurationException(
             f"A {type(optimizer).__name__} was stepped that is none of the optimizers that configure_optimizers() had"
             f" returned when fit began. {type(self).__name__} keeps count of each optimizer's local steps: return all"
@@ -265,18 +402,49 @@ class ADPSGDStrategy(DDPStrategy):
             " them."
         )
 
+    def _is_alone(self) -> bool:
+        return is_interrupted(trainer_of(self.lightning_module))
+
+    def _watch_communication(self) -> None:
+        """Warn if somebody communicates at two batches in a row."""
+        trainer = trainer_of(self.lightning_module)
+        if self._warned_of_communication or self.lightning_module is None or trainer is None or self.world_size == 1:
+            return
+        hook = current_hook(self.lightning_module)
+        if hook not in _HOOKS_OF_A_STEP:
+            return
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        if self._communicated_at == batch - 1:
+            self._warned_of_communication = True
+            rank_zero_warn(
+                f"Something in `{hook}` communicates with all workers at every step, which takes the time that"
+                " averaging rarely is to save. If it is `self.log(..., on_step=True, sync_dist=True)`, leave sync_dist"
+                " out, or log the mean of the epoch: `self.log(..., on_step=False, on_epoch=True, sync_dist=True)`."
+                " If it is `ModelCheckpoint(train_time_interval=...)`, use `every_n_train_steps`."
+            )
+        self._communicated_at = batch
+
     def _raise_notice(self, notice: int) -> None:
         self._notice.raised |= notice
 
 
 class _FirstCallback(Callback):
-    """Averages before validation and at the end of training, and acts on signals, ahead of every other callback.
+    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
 
     The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
     """
 
     def __init__(self, strategy: ADPSGDStrategy) -> None:
         self._strategy = strategy
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.on_training_begins()
+
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if any(trainer.current_epoch >= swa.swa_start for swa in _weight_averaging(trainer)):
+            self._strategy.average("checkpoint")  # the callback is about to take a copy of the weights
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
@@ -290,13 +458,37 @@ class _FirstCallback(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._strategy.average("train_end")
+        # In its last epoch, SWA has taken no step, but has gathered new BatchNorm statistics.
+        moved = [b for b in pl_module.buffers() if b.is_floating_point()] if _weight_averaging(trainer) else []
+        self._strategy.average("train_end", moved)
+        self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
 
 
-def _callbacks(trainer: "pl.Trainer") -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set outside of Trainer's own file
+def _weight_averaging(trainer: "pl.Trainer") -> list[StochasticWeightAveraging]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, StochasticWeightAveraging)]
+
+
+def _check_materialized(module: Module) -> None:
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{len(lazy)} parameter(s) are still uninitialized when fit begins, the first of them {lazy[0]!r}: every"
+            " worker would initialize its own at its first batch, and the average of those means nothing. Run a dummy"
+            " forward pass in the constructor or in configure_model() of your LightningModule."
+        )
+
+
+def _warn_of_uneven_loaders(trainer: "pl.Trainer", workers: Workers) -> None:
+    batches = workers.table([min(trainer.num_training_batches, 2**52)])[:, 0].long().tolist()
+    if len(set(batches)) > 1:
+        each = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(batches))
+        rank_zero_warn(
+            f"The workers' training data loaders have different numbers of batches ({each}). A worker that ends an"
+            " epoch early leaves the others waiting, and training ends with an error that says so. Give all workers"
+            f" equally many batches, with drop_last=True or Trainer(limit_train_batches={min(batches)})."
+        )
 
 
 def _total_steps(trainer: "pl.Trainer") -> int | None:

@@ -2,17 +2,23 @@
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range
+from lightning_adpsgd.averaging.optimizer_state import forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
-from lightning_adpsgd.averaging.workers import Reduction, Workers
+from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Workers
 
 __all__ = [
     "TRIGGERS",
     "AveragingRound",
+    "CollectiveError",
     "FlatLayout",
     "ParameterAverager",
     "Range",
     "Reduction",
+    "Share",
     "Trigger",
     "Workers",
+    "forget",
+    "moments",
     "ring_bytes",
+    "share_state",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.layout import FlatLayout, Range
-from lightning_adpsgd.averaging.workers import Reduction, Workers
+from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
 # Elements whose deviation is held in memory at once: 4 MB of fp32, small enough for a cache, large enough for a kernel.
 _MEASURED_AT_ONCE = 1 << 20
@@ -39,8 +39,11 @@ class ParameterAverager:
         self._workers = workers
         self._ranges = layout.cut(bucket_bytes)
 
-    def average(self) -> Tensor:
+    def average(self, share: Share | None = None) -> Tensor:
         """Average everything.
+
+        Args:
+            share: what this worker contributes to the mean; None where all workers do.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -56,17 +59,17 @@ class ParameterAverager:
                 if not self._layout.fits(range_, buffer):
                     buffer = None  # of another dtype or device: let it go before the next one is made
             if buffer is None:
-                buffer = self._layout.new_buffer(range_)
-            in_flight.append(self.launch(range_, buffer[: len(range_)]))
+                buffer = self._layout.new_buffer(range_, self._workers.device)
+            in_flight.append(self.launch(range_, buffer[: len(range_)], share))
         deviations += [self.finish(oldest) for oldest in in_flight]
         total = torch.zeros(self._groups, dtype=torch.float64)
         for part in deviations:
             total += part.cpu()
         return total
 
-    def launch(self, range_: Range, buffer: Tensor) -> InFlight:
+    def launch(self, range_: Range, buffer: Tensor, share: Share | None = None) -> InFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        return InFlight(range_, self._workers.mean_(self._layout.pack(range_, buffer)))
+        return InFlight(range_, self._workers.mean_(self._layout.pack(range_, buffer), share))
 
     def finish(self, in_flight: InFlight) -> Tensor:
         """Wait for a range's mean, measure its distance from this worker's values, and write it back.

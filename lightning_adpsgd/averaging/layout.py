@@ -86,15 +86,22 @@ class FlatLayout:
             ranges += Range(index, 0, space.length).chunks(-(-space.length // pieces))
         return ranges
 
-    def new_buffer(self, range_: Range) -> Tensor:
-        """An uninitialized buffer that a range can be packed into: fp64 for 64-bit elements, otherwise fp32."""
+    def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> Tensor:
+        """An uninitialized buffer that a range can be packed into: fp64 for 64-bit elements, otherwise fp32.
+
+        Args:
+            range_: the range.
+            device: where to make it for tensors on the CPU; for others it is made on their own device.
+        """
         space = self._spaces[range_.space]
-        return torch.empty(len(range_), dtype=space.packed_dtype, device=space.device)
+        where = torch.device(device) if space.device.type == "cpu" else space.device
+        return torch.empty(len(range_), dtype=space.packed_dtype, device=where)
 
     def fits(self, range_: Range, buffer: Tensor) -> bool:
         """Whether the range can be packed into the beginning of ``buffer``."""
         space = self._spaces[range_.space]
-        return buffer.dtype == space.packed_dtype and buffer.device == space.device and len(buffer) >= len(range_)
+        here = buffer.device == space.device or space.device.type == "cpu"
+        return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(range_)
 
     def pack(self, range_: Range, out: Tensor) -> Tensor:
         """Copy a range of the tensors into ``out`` (shape: (len(range_),)), and return it."""

@@ -19,7 +19,7 @@ class AveragingRound(NamedTuple):
     trigger: Trigger
     """Who asked for the round: the period, the start of validation, a checkpoint, or the end of training."""
     local_steps: int
-    """Optimizer steps since the previous round."""
+    """Optimizer steps since the previous round; 0 where a checkpoint only had to average optimizer state."""
     period: int
     """The averaging period in force when the round ran."""
     learning_rate: float
@@ -36,6 +36,8 @@ class AveragingRound(NamedTuple):
     """Bytes this rank sends for them in a ring all-reduce: 2(n−1)/n · payload."""
     seconds: float
     """Wall time for which the round held up training on this rank."""
+    dropped: int = 0
+    """Workers that were left out of the mean because their parameters were not finite."""
 
 
 def ring_bytes(payload_bytes: int, workers: int) -> int:

@@ -1,11 +1,26 @@
 """The workers and what passes between them: the one place that calls torch.distributed, and that counts bytes."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or timed out: some worker is not there any more, or never came."""
+
+
+class Share(NamedTuple):
+    """What this worker contributes to a mean over the workers."""
+
+    contributors: int
+    """Workers whose values make up the mean."""
+    contributes: bool
+    """Whether this worker is one of them; if not, it receives the others' mean."""
 
 
 class Reduction:
@@ -16,9 +31,14 @@ class Reduction:
         self._work = work
 
     def wait(self) -> Tensor:
-        """Wait until the buffer holds the mean (on CUDA: until the current stream may use it)."""
+        """Wait until the buffer holds the mean (on CUDA: until the current stream may use it).
+
+        Raises:
+            CollectiveError: if it cannot.
+        """
         if self._work is not None:
-            self._work.wait()
+            with _as_collective_error():
+                self._work.wait()
         return self._buffer
 
 
@@ -34,38 +54,45 @@ class Workers:
 
     def __init__(self, group: "dist.ProcessGroup | None" = None, device: torch.device | str = "cpu") -> None:
         self._group = group
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         connected = dist.is_available() and dist.is_initialized()
         self.size: int = dist.get_world_size(group) if connected else 1
         self.rank: int = dist.get_rank(group) if connected else 0
         self.payload_bytes = 0
         """Bytes of all tensors that this rank has put into collectives since the start."""
 
-    def mean_(self, buffer: Tensor) -> Reduction:
-        """Begin to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers."""
+    @property
+    def everybody(self) -> Share:
+        """The share of a mean that all workers contribute to."""
+        return Share(self.size, True)
+
+    def mean_(self, buffer: Tensor, share: Share | None = None) -> Reduction:
+        """Begin to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
         if self.size == 1:
             return Reduction(buffer, None)
-        # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
-        buffer.div_(self.size)
+        share = share or self.everybody
+        if share.contributes:
+            # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
+            buffer.div_(share.contributors)
+        else:
+            buffer.zero_()
         return Reduction(buffer, self._all_reduce(buffer))
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the workers of a small vector, as float64 on the CPU."""
-        buffer = values.to(self._device, torch.float64, copy=True)
-        return self.mean_(buffer).wait().cpu()
+    def mean(self, values: Tensor, share: Share | None = None) -> Tensor:
+        """The mean of a small vector over the workers that contribute, as float64 on the CPU."""
+        buffer = values.to(self.device, torch.float64, copy=True)
+        return self.mean_(buffer, share).wait().cpu()
 
     def table(self, row: Sequence[float]) -> Tensor:
         """Every worker's ``row``, as a float64 tensor of shape (workers, len(row)) on the CPU.
 
         Integers up to 2⁵³ arrive as they were sent.
         """
-        table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self._device)
+        table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self.device)
         table[self.rank] = torch.tensor(row, dtype=torch.float64)
         if self.size > 1:
             # An all-reduce in which everybody else adds zeros: every backend has it, and it costs what the ring costs.
-            work = self._all_reduce(table)
-            if work is not None:
-                work.wait()
+            Reduction(table, self._all_reduce(table)).wait()
         return table.cpu()
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -73,23 +100,105 @@ class Workers:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with _as_collective_error():
+            dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def broadcast_object(self, value: Any, source: int) -> Any:
+        """The ``value`` of one worker, on all. For what is rare and no tensor; not counted as payload."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with _as_collective_error():
+            dist.broadcast_object_list(values, self._global_rank(source), group=self._group)
+        return values[0]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite ``tensors`` with those of the first worker."""
         if self.size == 1:
             return
-        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         for tensor in tensors:
             buffer = tensor.data.contiguous()
             self._count(buffer)
-            dist.broadcast(buffer, source, group=self._group)
+            with _as_collective_error():
+                dist.broadcast(buffer, self._global_rank(0), group=self._group)
             tensor.data.copy_(buffer)
+
+    # What can be said when collectives cannot be relied on any more
+
+    def leave_word(self, text: str) -> None:
+        """Leave a line for the other workers to find in :meth:`words`. Waits for nobody, and never fails."""
+        store = _store()
+        if self.size > 1 and store is not None:
+            with contextlib.suppress(RuntimeError):
+                store.set(_word_of(self.rank), text)
+
+    def words(self, seconds: float) -> dict[int, str]:
+        """What other workers have left, by rank.
+
+        Args:
+            seconds: how long to wait for those that have left nothing yet.
+        """
+        words: dict[int, str] = {}
+        store = _store()
+        deadline = time.monotonic() + seconds
+        # A store that does not answer lives in a process that is gone.
+        with contextlib.suppress(RuntimeError):
+            while store is not None:
+                for rank in {*range(self.size)} - {self.rank, *words}:
+                    if store.check([_word_of(rank)]):
+                        words[rank] = store.get(_word_of(rank)).decode()
+                if len(words) == self.size - 1 or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        return words
+
+    def forget_word(self) -> None:
+        """Take back what this worker has left."""
+        store = _store()
+        if self.size > 1 and store is not None:
+            with contextlib.suppress(RuntimeError):
+                store.delete_key(_word_of(self.rank))
+
+    def hang_up(self) -> None:
+        """Close this worker's connections, so that whoever waits for it notices; :meth:`words` still work.
+
+        With NCCL nothing is done: there, closing waits for what is under way.
+        """
+        if self.size > 1 and dist.get_backend(self._group) == "gloo":
+            self._kept_store = _store()  # may be served by this very process
+            dist.destroy_process_group()
+
+    # Details
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
     def _all_reduce(self, tensor: Tensor) -> "dist.Work | None":
         self._count(tensor)
-        return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        with _as_collective_error():
+            return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
     def _count(self, tensor: Tensor) -> None:
         self.payload_bytes += tensor.numel() * tensor.element_size()
+
+
+@contextlib.contextmanager
+def _as_collective_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError of this worker's own
+    except RuntimeError as error:
+        raise CollectiveError(str(error).splitlines()[0]) from error
+
+
+def _store() -> Any:
+    """The key-value store that the process group was made with; it works when collectives do not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.distributed_c10d._get_default_store()  # there is no public way to it
+
+
+def _word_of(rank: int) -> str:
+    return f"lightning_adpsgd/word/{rank}"

@@ -3,7 +3,15 @@
 import math
 from typing import Any
 
-from lightning_adpsgd.periods.base import AveragingPeriod, Steps, check_int
+from lightning_adpsgd.periods.base import AveragingPeriod, Steps
+from lightning_adpsgd.periods.checks import (
+    LARGEST_INT,
+    check_int,
+    check_number,
+    check_state,
+    check_total_steps,
+    given,
+)
 
 
 class AdaptivePeriod(AveragingPeriod):
@@ -17,7 +25,8 @@ class AdaptivePeriod(AveragingPeriod):
     Practical Approach to Reducing Communication in Distributed Learning", arXiv:2007.06134.
 
     A round at which every learning rate is 0 is neither sampled nor acted on. If no round could be sampled during the
-    sampling phase (a very short run), the first one after it sets the target.
+    sampling phase (a very short run, or one in which the warm-up lasts as long), the first one after both sets the
+    target alone.
 
     Args:
         initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the
@@ -29,6 +38,7 @@ class AdaptivePeriod(AveragingPeriod):
         maximum: the period never grows above this; None means no cap.
         warmup: steps (int) or share of the run (float) at the start during which workers average after every step;
             these rounds are not sampled. Has to be shorter than ``sampling``, which counts from the first step too.
+            Of a number of steps and a share nobody knows before the run which is shorter: give both in the same unit.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -47,17 +57,17 @@ class AdaptivePeriod(AveragingPeriod):
     ) -> None:
         # Configuration
         name = "AdaptivePeriod"
-        self._initial = check_int(name, "initial", initial, at_least=1)
+        self._initial = check_int(name, "initial", initial, at_least=1, at_most=LARGEST_INT)
         self._sampling = Steps(name, "sampling", sampling)
         self._low, self._high = _check_thresholds(low, high)
-        self._minimum = check_int(name, "minimum", minimum, at_least=1)
-        self._maximum = None if maximum is None else check_int(name, "maximum", maximum, at_least=1)
+        self._minimum = check_int(name, "minimum", minimum, at_least=1, at_most=LARGEST_INT)
+        self._maximum = None if maximum is None else _check_maximum(maximum)
         self._warmup = Steps(name, "warmup", warmup)
-        _check_bounds(initial, minimum, maximum)
-        _check_phases(warmup, sampling)
+        _check_bounds(self._initial, self._minimum, self._maximum)
+        _check_phases(self._warmup.amount, self._sampling.amount)
 
         # State, with the paper's names
-        self._p = initial
+        self._p = self._initial
         self._c2 = 0.0
         self._m = 0
         self._k = 0
@@ -78,10 +88,11 @@ class AdaptivePeriod(AveragingPeriod):
         """Turn shares of the run into steps.
 
         Raises:
-            ValueError: if ``sampling`` or ``warmup`` is a share and ``total_steps`` is None.
+            TypeError: if ``total_steps`` is neither an int nor None.
+            ValueError: if it is negative, or None while ``sampling`` or ``warmup`` is a share.
         """
-        self._sampling_steps = self._sampling.of(total_steps)
-        self._warmup_steps = self._warmup.of(total_steps)
+        k = check_total_steps(total_steps, "AdaptivePeriod.setup")
+        self._sampling_steps, self._warmup_steps = self._sampling.of(k), self._warmup.of(k)
 
     def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
         """Sample the ratio, or act on it (arXiv:2007.06134)."""
@@ -112,15 +123,25 @@ class AdaptivePeriod(AveragingPeriod):
 
         The phases keep the lengths they had: a run that is resumed to be longer does not begin to sample again. The
         bounds are this rule's own: a saved period beyond them is moved to the nearest.
+
+        Raises:
+            TypeError: if ``state`` or one of its entries is of the wrong type.
+            ValueError: if an entry is missing or out of range. The rule is then as it was before.
         """
-        self._p = max(self._minimum, state["period"])
-        if self._maximum is not None:
-            self._p = min(self._p, self._maximum)
-        self._c2 = state["target"]
-        self._m = state["samples"]
-        self._k = state["step"]
-        self._sampling_steps = state["sampling_steps"]
-        self._warmup_steps = state["warmup_steps"]
+        saved = check_state("AdaptivePeriod", state, tuple(self.state_dict()))
+        where = "AdaptivePeriod.load_state_dict"
+        period = check_int(where, "period", saved["period"], at_least=1)
+        target = check_number(where, "target", saved["target"], what="a number of at least 0")
+        if not target >= 0.0:
+            raise ValueError(f"{given('target', saved['target'], where)}: expected a number of at least 0.")
+        samples, step, sampling_steps, warmup_steps = (
+            check_int(where, name, saved[name], at_least=0)
+            for name in ("samples", "step", "sampling_steps", "warmup_steps")
+        )
+        period = max(self._minimum, period)
+        self._p = period if self._maximum is None else min(period, self._maximum)
+        self._c2, self._m, self._k = target, samples, step
+        self._sampling_steps, self._warmup_steps = sampling_steps, warmup_steps
 
     def __repr__(self) -> str:
         return (
@@ -130,17 +151,22 @@ class AdaptivePeriod(AveragingPeriod):
 
 
 def _check_thresholds(low: float, high: float) -> tuple[float, float]:
+    thresholds = []
     for name, value in (("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"AdaptivePeriod({name}={value!r}): expected a number, got {type(value).__name__}.")
-        if not math.isfinite(value):
-            raise ValueError(f"AdaptivePeriod({name}={value!r}): expected a finite number.")
-    if not 0.0 <= low <= 1.0 <= high:
+        threshold = check_number("AdaptivePeriod", name, value)
+        if not math.isfinite(threshold):
+            raise ValueError(f"{given(name, value, 'AdaptivePeriod')}: expected a finite number.")
+        thresholds.append(threshold)
+    if not 0.0 <= thresholds[0] <= 1.0 <= thresholds[1]:
         raise ValueError(
             f"AdaptivePeriod(low={low!r}, high={high!r}): expected 0 <= low <= 1 <= high, because the period grows"
             " below low times the target and shrinks above high times the target."
         )
-    return float(low), float(high)
+    return thresholds[0], thresholds[1]
+
+
+def _check_maximum(maximum: int) -> int:
+    return check_int("AdaptivePeriod", "maximum", maximum, at_least=1, at_most=LARGEST_INT, what="None or an int")
 
 
 def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:
@@ -152,9 +178,11 @@ def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:
 
 
 def _check_phases(warmup: int | float, sampling: int | float) -> None:
-    # Numbers of steps and shares of the run can only be compared once the run's length is known; then the rule copes.
+    # Numbers of steps and shares of the run can only be compared once the run's length is known. Then a rule that finds
+    # nothing to sample takes its target from the first round after both: a short trial of a long run has to work.
     if warmup > 0 and isinstance(warmup, int) == isinstance(sampling, int) and warmup >= sampling:
         raise ValueError(
-            f"AdaptivePeriod(warmup={warmup!r}, sampling={sampling!r}): both count from the first step, and rounds of"
-            " the warm-up are not sampled, so nothing would be. Make sampling longer than warmup."
+            f"AdaptivePeriod(warmup={warmup!r}, sampling={sampling!r}): expected warmup < sampling. Both count from the"
+            " first step, and rounds of the warm-up are not sampled, so nothing would be. Make sampling longer than"
+            " warmup."
         )

@@ -1,7 +1,11 @@
 """The interface of a rule that decides how many local steps lie between two averaging rounds."""
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
+from numbers import Integral
 from typing import Any
+
+from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_number, given
 
 
 class AveragingPeriod(ABC):
@@ -32,7 +36,8 @@ class AveragingPeriod(ABC):
             total_steps: K, the number of optimizer steps the whole run will take; None if it is not known.
 
         Raises:
-            ValueError: if the rule was given a share of the run while its length is not known.
+            TypeError: if ``total_steps`` is neither an int nor None.
+            ValueError: if it is negative, or None while the rule was given a share of the run.
         """
 
     @abstractmethod
@@ -52,23 +57,12 @@ class AveragingPeriod(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` as if there had been no interruption."""
+        """Go on from :meth:`state_dict` as if there had been no interruption.
 
-
-def check_int(owner: str, name: str, value: object, *, at_least: int) -> int:
-    """Return ``value`` if it is an int of at least ``at_least``.
-
-    Raises:
-        TypeError: if it is not an int (a bool is not one).
-        ValueError: if it is too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{owner}({name}={value!r}): expected an int of at least {at_least}, got {type(value).__name__}."
-        )
-    if value < at_least:
-        raise ValueError(f"{owner}({name}={value!r}): expected an int of at least {at_least}.")
-    return value
+        Raises:
+            TypeError: if ``state`` or one of its entries is of the wrong type.
+            ValueError: if an entry is missing or out of range. The rule is then as it was before.
+        """
 
 
 class Steps:
@@ -78,27 +72,31 @@ class Steps:
         owner: the class the argument belongs to, for error messages.
         name: the argument's name, for error messages.
         amount: the number of steps, or the share of all steps.
+
+    Raises:
+        TypeError: if ``amount`` is not a number.
+        ValueError: if it is out of range.
     """
 
     def __init__(self, owner: str, name: str, amount: int | float) -> None:
-        if isinstance(amount, bool) or not isinstance(amount, int | float):
-            raise TypeError(
-                f"{owner}({name}={amount!r}): expected a number of steps (int) or a share of the run (float between"
-                f" 0 and 1), got {type(amount).__name__}."
-            )
-        if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
-            raise ValueError(
-                f"{owner}({name}={amount!r}): a float is a share of the run and lies between 0 and 1."
-                f" For a number of steps pass an int."
-            )
-        if amount < 0:
-            raise ValueError(f"{owner}({name}={amount!r}): expected 0 or more steps.")
         self.owner = owner
         self.name = name
-        self.amount = amount
+        self.amount: int | float
+        if isinstance(amount, Integral) and not isinstance(amount, bool):
+            self.amount = check_int(owner, name, amount, at_least=0, at_most=LARGEST_INT, what="a number of steps")
+            return
+        expected = "a number of steps (int) or a share of the run (float between 0 and 1)"
+        share = check_number(owner, name, amount, what=expected)
+        if not 0.0 <= share <= 1.0:
+            meant = int(share) if 1.0 < share < LARGEST_INT else 1000
+            raise ValueError(
+                f"{given(name, amount, owner)}: expected {expected}. A number of steps has no decimal point, as in"
+                f" {name}={meant}."
+            )
+        self.amount = share
 
     def of(self, total_steps: int | None) -> int:
-        """The number of steps in a run of ``total_steps``.
+        """The number of steps in a run of ``total_steps``; a part of a step does not count.
 
         Raises:
             ValueError: if this is a share of the run and the run's length is not known.
@@ -113,4 +111,6 @@ class Steps:
                 f" of this run is not known beforehand. Pass a number of steps instead, for example"
                 f" {self.name}=1000, or bound the run with Trainer(max_steps=...) or Trainer(max_epochs=...)."
             )
-        return int(self.amount * total_steps)
+        # 0.29 of 100 steps are 29, as written, although 0.29 * 100 < 29 in floating point.
+        as_written = Fraction(repr(self.amount)) * total_steps
+        return min(total_steps, max(int(self.amount * total_steps), int(as_written)))

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lightning_adpsgd.periods.base import AveragingPeriod, Steps, check_int
+from lightning_adpsgd.periods.base import AveragingPeriod, Steps
+from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_state, check_total_steps
 
 
 class ConstantPeriod(AveragingPeriod):
@@ -19,7 +20,7 @@ class ConstantPeriod(AveragingPeriod):
     """
 
     def __init__(self, period: int, warmup: int | float = 0) -> None:
-        self._period = check_int("ConstantPeriod", "period", period, at_least=1)
+        self._period = check_int("ConstantPeriod", "period", period, at_least=1, at_most=LARGEST_INT)
         self._warmup = Steps("ConstantPeriod", "warmup", warmup)
 
         # State
@@ -32,8 +33,13 @@ class ConstantPeriod(AveragingPeriod):
         return 1 if self._step < self._warmup_steps else self._period
 
     def setup(self, total_steps: int | None) -> None:
-        """Turn a warm-up given as a share of the run into steps."""
-        self._warmup_steps = self._warmup.of(total_steps)
+        """Turn a warm-up given as a share of the run into steps.
+
+        Raises:
+            TypeError: if ``total_steps`` is neither an int nor None.
+            ValueError: if it is negative, or None while ``warmup`` is a share.
+        """
+        self._warmup_steps = self._warmup.of(check_total_steps(total_steps, "ConstantPeriod.setup"))
 
     def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
         """Take note of the step; the variance changes nothing."""
@@ -44,9 +50,17 @@ class ConstantPeriod(AveragingPeriod):
         return {"step": self._step, "warmup_steps": self._warmup_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the warm-up; the period is the one given to the constructor."""
-        self._step = state["step"]
-        self._warmup_steps = state["warmup_steps"]
+        """Go on with the warm-up; the period is the one given to the constructor.
+
+        Raises:
+            TypeError: if ``state`` or one of its entries is of the wrong type.
+            ValueError: if an entry is missing or out of range. The rule is then as it was before.
+        """
+        saved = check_state("ConstantPeriod", state, ("step", "warmup_steps"))
+        where = "ConstantPeriod.load_state_dict"
+        step = check_int(where, "step", saved["step"], at_least=0)
+        self._warmup_steps = check_int(where, "warmup_steps", saved["warmup_steps"], at_least=0)
+        self._step = step
 
     def __repr__(self) -> str:
         return f"ConstantPeriod(period={self._period}, warmup={self._warmup.amount})"

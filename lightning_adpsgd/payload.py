@@ -1,0 +1,124 @@
+"""What an optimizer's rounds average: which tensors, laid out how, and under which names people know them."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, moments
+from lightning_adpsgd.meeting import Described
+
+
+class Payload(NamedTuple):
+    """The tensors of a round, and the machinery built for them."""
+
+    key: list[tuple[int, int, int | None]]
+    parameters: list[Tensor]
+    tensors: list[Tensor]
+    layout: FlatLayout
+    averager: ParameterAverager
+
+
+class Payloads:
+    """Knows what a round averages, and builds that anew when parameter groups or ``requires_grad`` have changed.
+
+    Args:
+        optimizer: its parameters are averaged.
+        buffers_of: the module whose floating-point buffers are averaged along, if any.
+        with_moments: whether state tensors of their parameter's shape are averaged along.
+        names_of: the module in which tensors have names, if any.
+        workers: whom to average with.
+        bucket_bytes: the longest range averaged at once.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        buffers_of: nn.Module | None,
+        with_moments: bool,
+        names_of: nn.Module | None,
+        workers: Workers,
+        bucket_bytes: int,
+    ) -> None:
+        # Configuration
+        self._optimizer = optimizer
+        self._buffers_of = buffers_of
+        self._with_moments = with_moments
+        self._names_of = names_of
+        self._workers = workers
+        self._bucket_bytes = bucket_bytes
+
+        # State
+        self._latest: Payload | None = None
+        self._averaged_last: set[int] = set()
+        self.note_averaged()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of the optimizer's parameters, in the order of its groups."""
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+
+    def current(self) -> Payload:
+        """What a round averages now."""
+        tensors: list[Tensor] = []
+        groups: list[int | None] = []
+        for index, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                # A parameter that was frozen since the latest round may have drifted before: it joins once more.
+                if parameter.requires_grad or id(parameter) in self._averaged_last:
+                    tensors.append(parameter)
+                    groups.append(index)
+        parameters = list(tensors)
+        if self._buffers_of is not None:
+            tensors += [b for b in self._buffers_of.buffers() if b.is_floating_point() or b.is_complex()]
+        if self._with_moments:
+            tensors += moments(self._optimizer)
+        groups += [None] * (len(tensors) - len(groups))
+
+        key = [(id(tensor), tensor.data_ptr(), group) for tensor, group in zip(tensors, groups, strict=True)]
+        if self._latest is None or self._latest.key != key:
+            # Validation begins in inference mode, and views that are made there could not be written to later.
+            with torch.inference_mode(False):
+                layout = FlatLayout(tensors, groups)
+            group_count = len(self._optimizer.param_groups)
+            averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes)
+            self._latest = Payload(key, parameters, tensors, layout, averager)
+        return self._latest
+
+    def note_averaged(self) -> None:
+        """Take note that all parameters being trained are now the same on all workers."""
+        self._averaged_last = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+
+    def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
+        """What all workers have to agree on, with names for people."""
+        entries = zip(layout.indices, layout.signature, strict=True)
+        return [(self.name_of(tensors[index]), *entry) for index, entry in entries]
+
+    def name_of(self, tensor: Tensor) -> str:
+        """The name that a person would look for."""
+        if self._names_of is not None:
+            for name, candidate in (*self._names_of.named_parameters(), *self._names_of.named_buffers()):
+                if candidate is tensor:
+                    return name
+        for g, group in enumerate(self._optimizer.param_groups):
+            for p, parameter in enumerate(group["params"]):
+                if parameter is tensor:
+                    return f"parameter {p} of group {g}"
+                for name, value in self._optimizer.state.get(parameter, {}).items():
+                    if value is tensor:
+                        return f"{name} of {self.name_of(parameter)}"
+        return "a tensor that is averaged along with the parameters"
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any tensor is NaN or infinite."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor.data)
+    # The largest magnitude of a tensor is NaN or infinite exactly if one of its elements is.
+    largest = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_kind.values()]
+    return all(bool(torch.isfinite(norms).all()) for norms in largest)
