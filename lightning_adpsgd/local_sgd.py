@@ -1,6 +1,5 @@
 """One optimizer's life between averaging rounds. Knows no Lightning: a plain PyTorch loop can use it as it is."""
 
-import logging
 import math
 import time
 import warnings
@@ -33,15 +32,10 @@ from lightning_adpsgd.averaging import (
     ring_bytes,
     share_state,
 )
-from lightning_adpsgd.errors import WorkerLostError, WorkersDivergedError
-from lightning_adpsgd.meeting import Call, Meeting, check_module
+from lightning_adpsgd.errors import WorkersDivergedError
+from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module, lost
 from lightning_adpsgd.payload import Payload, Payloads, all_finite
 from lightning_adpsgd.periods import AveragingPeriod
-
-_log = logging.getLogger(__name__)
-
-# Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
-_ROLL_CALL_SECONDS = 2.0
 
 
 class Notice:
@@ -201,10 +195,7 @@ class LocalSGD:
         unshared = trigger == "checkpoint" and self.steps > self._state_shared_at and self._anybody_has_state
         if self.local_steps == 0 and not also and not unshared:
             return None
-        try:
-            return self._average(trigger, also)
-        except CollectiveError as error:
-            raise self._lost(trigger, error) from error
+        return self._average(trigger, also)
 
     def state_dict(self) -> dict[str, Any]:
         """The counters and the rule's state, as plain numbers and the name of the rule's class."""
@@ -249,13 +240,28 @@ class LocalSGD:
 
         payload = self._payloads.current()
         more = FlatLayout(also, [None] * len(also)) if also else None
-        meeting = self._meet(trigger, payload, more, also)
-        share = meeting.share
-        self._anybody_has_state = meeting.anybody_has_state
-        measured = self._average_and_measure(payload, share)
-        if more is not None:
-            ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(share)
-        self._treat_optimizer_state(trigger, payload, share)
+        watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
+        call = Call(
+            KINDS.index("round"),
+            self.steps,
+            TRIGGERS.index(trigger),
+            self.index,
+            self.period.value,
+            fingerprint=payload.layout.fingerprint ^ (0 if more is None else more.fingerprint),
+            finite=self.workers.size == 1 or all_finite(watched),
+            notice=self._notice.raised,
+            learning_rates=sum(_learning_rates(self.optimizer)),
+            has_state=any(self.optimizer.state.values()),
+        )
+        meeting = Meeting(self.workers, call)
+        try:
+            self._conclude(meeting, payload, more, also, watched)
+            measured = self._average_and_measure(payload, meeting.share)
+            if more is not None:
+                ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(meeting.share)
+            self._treat_optimizer_state(trigger, payload, meeting.share)
+        except CollectiveError as error:
+            raise lost(self.workers, call, error) from error
 
         payload_bytes = self.workers.payload_bytes - payload_before
         round_ = AveragingRound(
@@ -276,38 +282,29 @@ class LocalSGD:
         self._finish(round_)
         return round_
 
-    def _meet(self, trigger: Trigger, payload: Payload, more: FlatLayout | None, also: Sequence[Tensor]) -> Meeting:
-        """Make sure that all workers are here for the same round, with the same tensors, and see who has diverged."""
-        watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
-        meeting = Meeting(
-            self.workers,
-            Call(
-                fingerprint=payload.layout.fingerprint
-                if more is None
-                else payload.layout.fingerprint ^ more.fingerprint,
-                step=self.steps,
-                trigger=TRIGGERS.index(trigger),
-                period=self.period.value,
-                finite=self.workers.size == 1 or all_finite(watched),
-                notice=self._notice.raised,
-                learning_rates=sum(_learning_rates(self.optimizer)),
-                has_state=any(self.optimizer.state.values()),
-            ),
-        )
-        meeting.check_round(self.index)
+    def _conclude(
+        self,
+        meeting: Meeting,
+        payload: Payload,
+        more: FlatLayout | None,
+        also: Sequence[Tensor],
+        watched: list[Tensor],
+    ) -> None:
+        """Draw the conclusions from what the workers have stated, before anything is overwritten."""
         what = f"The workers of optimizer {self.index} do not average the same tensors at step {self.steps}."
+        described = self._payloads.describe
         meeting.check_tensors(
             what,
             lambda: [
-                *self._payloads.describe(payload.layout, payload.tensors),
-                *(() if more is None else self._payloads.describe(more, also)),
+                *described(payload.layout, payload.tensors),
+                *([] if more is None else described(more, also)),
             ],
         )
         if meeting.diverged:
             self._deal_with_divergence(meeting.diverged, watched)
         self._warn_of_different_rates(meeting.learning_rates)
         self._notice.agreed = meeting.notice
-        return meeting
+        self._anybody_has_state = meeting.anybody_has_state
 
     def _average_and_measure(self, payload: Payload, share: Share) -> "_Measured":
         """Replace all tensors by their means; S_k and r from values reduced over the workers."""
@@ -403,23 +400,6 @@ class LocalSGD:
                 " use_distributed_sampler=False), or with a different seed per worker for random or iterable data.",
                 stacklevel=2,
             )
-
-    def _lost(self, trigger: Trigger, error: CollectiveError) -> WorkerLostError:
-        """Say which round was lost, and find out whose fault it was."""
-        place = f"the averaging round at step {self.steps} of optimizer {self.index} (asked for by {trigger!r})"
-        lost = f"Rank {self.workers.rank} could not finish {place}: {error}"
-        # At once, because a launcher that notices first kills this process without a word.
-        _log.error(lost)
-        self.workers.leave_word(f"could not finish {place}")
-        words = self.workers.words(seconds=_ROLL_CALL_SECONDS)
-        silent = sorted({*range(self.workers.size)} - {self.workers.rank, *words})
-        told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
-        if silent:
-            ranks = ", ".join(map(str, silent))
-            told.append(f"No word from rank(s) {ranks}: killed, hanging, or gone early.")
-        return WorkerLostError(
-            f"{lost} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
-        )
 
 
 class _Measured(NamedTuple):

@@ -1,69 +1,96 @@
-"""How a round begins: every worker states where it is, and all of them see whether they can go on together."""
+"""How workers meet: each states where it is, and all see whether they go on together, or who is missing."""
 
 import functools
 import hashlib
+import logging
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from lightning_adpsgd.averaging import TRIGGERS, Share, Workers
-from lightning_adpsgd.errors import WorkersDisagreeError
+from lightning_adpsgd.averaging import TRIGGERS, CollectiveError, Share, Workers
+from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
+
+_log = logging.getLogger(__name__)
+
+# Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
+_ROLL_CALL_SECONDS = 2.0
 
 Described = tuple[object, ...]
 """A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
 
 
-class Call(NamedTuple):
-    """What one worker states; all of it are numbers that a float64 holds exactly."""
+Kind = Literal["round", "barrier", "broadcast", "reduce", "all_gather", "end of epoch"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-    fingerprint: int
-    """Of the tensors that it is about to average."""
+
+class Call(NamedTuple):
+    """What one worker states; all of it are numbers that a float64 holds exactly.
+
+    The same number of them for every kind of meeting: collectives of different sizes that meet would end a process.
+    """
+
+    kind: int
+    """Index in ``KINDS``: an averaging round, or something else that all workers do together."""
     step: int
-    trigger: int
+    trigger: int = 0
     """Index in ``TRIGGERS``."""
-    period: int
-    finite: bool
+    optimizer: int = 0
+    period: int = 0
+    fingerprint: int = 0
+    """Of the tensors that it is about to average."""
+    finite: bool = True
     """Whether all of its parameters are."""
-    notice: int
+    notice: int = 0
     """The bits it has raised."""
-    learning_rates: float
+    learning_rates: float = 0.0
     """Summed over the parameter groups."""
-    has_state: bool
+    has_state: bool = False
     """Whether its optimizer has any."""
+
+    def __str__(self) -> str:
+        if KINDS[int(self.kind)] == "round":
+            return (
+                f"the averaging round at step {int(self.step)} of optimizer {int(self.optimizer)}, asked for by"
+                f" {TRIGGERS[int(self.trigger)]!r}, period {int(self.period)}"
+            )
+        return f"{KINDS[int(self.kind)]} at step {int(self.step)}"
 
 
 class Meeting:
-    """The calls of all workers, one round's worth.
+    """The calls of all workers for one thing that they do together.
 
     Args:
         workers: who meets.
         call: this worker's own.
+        where: what this worker is doing, for error messages.
+
+    Raises:
+        WorkersDisagreeError: on every worker, if they have not come for the same thing.
+        WorkerLostError: if some worker did not come.
     """
 
-    def __init__(self, workers: Workers, call: Call) -> None:
+    def __init__(self, workers: Workers, call: Call, where: str = "") -> None:
         self._workers = workers
-        self.calls = [Call(*row) for row in workers.table(call).tolist()]
+        try:
+            self.calls = [Call(*row) for row in workers.table(call).tolist()]
+        except CollectiveError as error:
+            raise lost(workers, call, error) from error
+        if len({(c.kind, c.step, c.trigger, c.optimizer, c.period) for c in self.calls}) > 1:
+            raise WorkersDisagreeError(self._different_places(where))
 
-    def check_round(self, optimizer: int) -> None:
-        """Make sure that all workers are here for the same round.
-
-        Raises:
-            WorkersDisagreeError: on every worker, if they are not.
-        """
-        if len({(call.step, call.trigger, call.period) for call in self.calls}) == 1:
-            return
+    def _different_places(self, where: str) -> str:
+        everybody = self._workers.gather_objects(where)
         places = "; ".join(
-            f"rank {rank}: step {int(call.step)}, asked for by {TRIGGERS[int(call.trigger)]!r}, period"
-            f" {int(call.period)}"
-            for rank, call in enumerate(self.calls)
+            f"rank {rank}: {call}{' in ' + theirs if theirs else ''}"
+            for rank, (call, theirs) in enumerate(zip(self.calls, everybody, strict=True))
         )
-        raise WorkersDisagreeError(
-            f"The workers met for different averaging rounds of optimizer {optimizer} ({places}). Every worker has to"
-            " take the same number of optimizer steps, and to validate and save at the same ones. Usual causes: data"
-            " loaders of different lengths (use drop_last=True or Trainer(limit_train_batches=...)), and steps, saves"
-            " or stops that depend on one worker's own loss."
+        return (
+            f"The workers met for different things ({places}). Every worker has to take the same number of optimizer"
+            " steps, and to validate and save at the same ones. Usual causes: data loaders of different lengths (use"
+            " drop_last=True or Trainer(limit_train_batches=...)), and steps, saves or stops that depend on one"
+            " worker's own loss."
         )
 
     def check_tensors(self, what: str, describe: Callable[[], Sequence[Described]]) -> None:
@@ -100,6 +127,28 @@ class Meeting:
     def learning_rates(self) -> list[float]:
         """Of each worker, summed over the parameter groups."""
         return [call.learning_rates for call in self.calls]
+
+
+def lost(workers: Workers, call: Call, error: CollectiveError) -> WorkerLostError:
+    """Say what could not be finished, and find out whose fault it was.
+
+    Args:
+        workers: the workers, of which at least one is missing.
+        call: what this worker had come for.
+        error: what the backend has to say.
+    """
+    failed = f"Rank {workers.rank} could not finish {call}: {error}"
+    # At once, because a launcher that notices first ends this process without a word.
+    _log.error(failed)
+    workers.leave_word(f"could not finish {call}")
+    words = workers.words(seconds=_ROLL_CALL_SECONDS)
+    told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
+    silent = sorted({*range(workers.size)} - {workers.rank, *words})
+    if silent:
+        told.append(f"No word from rank(s) {', '.join(map(str, silent))}: killed, hanging, or gone early.")
+    return WorkerLostError(
+        f"{failed} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
+    )
 
 
 def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:

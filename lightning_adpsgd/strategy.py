@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_adpsgd._lightning import (
@@ -39,7 +40,7 @@ from lightning_adpsgd.arguments import as_period, check_bucket_size, check_on_di
 from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
-from lightning_adpsgd.meeting import check_module
+from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
@@ -129,6 +130,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._fitted: Module | None = None
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
+        self._training = False
         self._second_weights_moved = False
         self._communicated_at: int | None = None
         self._warned_of_communication = False
@@ -179,6 +181,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        self._training = False
         if self._signals is not None:
             self._signals.remove()
             self._signals = None
@@ -191,8 +194,15 @@ class ADPSGDStrategy(DDPStrategy):
 
     def on_training_begins(self) -> None:
         """Put off what looks at the clock at every batch."""
+        self._training = True
         if self._signals is not None:
             self._signals.install_timers()
+
+    def on_epoch_ends(self) -> None:
+        """Make sure that all workers have ended it, if metrics that they gather by themselves are to follow."""
+        assert self.lightning_module is not None
+        if any(isinstance(module, Metric) for module in self.lightning_module.modules()):
+            self._meet("end of epoch")
 
     def on_training_ends(self) -> None:
         """Leave word for ranks that go on, although they should have ended too."""
@@ -247,20 +257,28 @@ class ADPSGDStrategy(DDPStrategy):
 
     # What others communicate. A rank on its way out of an exception takes part in nothing: its peers may not either.
 
+    # While training, workers make sure first that they do it together: where one is in a round, and another one in
+    # something else, they would wait for each other, or end each other's process.
+
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._is_alone():
+            self._meet("barrier")
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self._watch_communication()
-        return obj if self._is_alone() else super().broadcast(obj, src)
+        if self._is_alone():
+            return obj
+        self._meet("broadcast")
+        return super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
-        self._watch_communication()
-        return tensor if self._is_alone() else super().reduce(tensor, group, reduce_op)
+        if self._is_alone():
+            return tensor
+        self._meet("reduce")
+        return super().reduce(tensor, group, reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -268,8 +286,10 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        self._watch_communication()
-        return tensor.unsqueeze(0) if self._is_alone() else super().all_gather(tensor, group, sync_grads)
+        if self._is_alone():
+            return tensor.unsqueeze(0)
+        self._meet("all_gather")
+        return super().all_gather(tensor, group, sync_grads)
 
     # Checkpoints
 
@@ -405,10 +425,19 @@ class ADPSGDStrategy(DDPStrategy):
     def _is_alone(self) -> bool:
         return is_interrupted(trainer_of(self.lightning_module))
 
-    def _watch_communication(self) -> None:
+    def _meet(self, kind: Kind) -> None:
+        """Make sure that all workers are about to do the same; warn if somebody does it at every step."""
+        if not self._training or self._workers is None or self._workers.size == 1:
+            return
+        self._warn_of_communication()
+        hook = None if self.lightning_module is None else current_hook(self.lightning_module)
+        step = sum(local_sgd.steps for local_sgd in self._local_sgd)
+        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "")
+
+    def _warn_of_communication(self) -> None:
         """Warn if somebody communicates at two batches in a row."""
         trainer = trainer_of(self.lightning_module)
-        if self._warned_of_communication or self.lightning_module is None or trainer is None or self.world_size == 1:
+        if self._warned_of_communication or self.lightning_module is None or trainer is None:
             return
         hook = current_hook(self.lightning_module)
         if hook not in _HOOKS_OF_A_STEP:
@@ -450,6 +479,10 @@ class _FirstCallback(Callback):
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         # Not inside of the optimizer's step: a checkpoint that a signal asks for belongs behind it.
         self._strategy.act_on_notice()
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.on_epoch_ends()
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

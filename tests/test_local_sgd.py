@@ -133,7 +133,7 @@ def test_payload_is_parameters_buffers_and_the_exchange_around_them(pool):
     round_ = pool.run(one_round, 64.0, True, workers=4)[0]["round"]
     parameters = 16 + 4 + 4 + 16 + 4
     buffers = 4 + 4
-    table, means = 4 * 8 * 8, 2 * 8
+    table, means = 4 * 10 * 8, 2 * 8
     assert round_.payload_bytes == 4 * (parameters + buffers) + table + means
     assert round_.sent_bytes == round(2 * 3 / 4 * round_.payload_bytes)
 
@@ -330,7 +330,7 @@ def add_a_group() -> dict:
 def test_a_group_added_in_mid_training_joins_the_next_round(pool):
     first, second = pool.run(add_a_group, workers=2)
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
-    assert first["payload"] == 4 * (16 + 20) + 2 * 8 * 8 + 4 * 8
+    assert first["payload"] == 4 * (16 + 20) + 2 * 10 * 8 + 4 * 8
 
 
 def freeze_after_drift() -> dict:
@@ -408,8 +408,10 @@ def different_steps() -> None:
 def test_workers_that_took_different_steps_are_told_so_on_every_rank(pool):
     for outcome in pool.outcomes(different_steps, workers=3):
         assert outcome.kind == "WorkersDisagreeError"
-        assert "rank 0: step 4, asked for by 'period', period 4" in outcome.error
-        assert "rank 1: step 3, asked for by 'train_end', period 4" in outcome.error
+        assert "rank 0: the averaging round at step 4 of optimizer 0, asked for by 'period', period 4" in outcome.error
+        assert (
+            "rank 1: the averaging round at step 3 of optimizer 0, asked for by 'train_end', period 4" in outcome.error
+        )
         assert "drop_last=True" in outcome.error
 
 
