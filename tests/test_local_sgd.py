@@ -455,6 +455,128 @@ def test_a_diverged_worker_is_named_on_every_rank_before_anything_is_overwritten
         assert outcome["untouched"]
 
 
+def drop(policy: str, ranks: tuple[int, ...], trigger: str) -> dict:
+    model, rank = net(), dist.get_rank()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rule = RecordingPeriod(4)
+    local_sgd = LocalSGD(optimizer, rule, module=model, optimizer_state=policy, on_divergence="drop")
+    train(local_sgd, model, 3)
+    if rank in ranks:
+        with torch.no_grad():
+            model.second.weight[1, 1] = float("nan")
+            model.norm.running_mean.fill_(float("nan"))
+            optimizer.state[model.second.weight]["exp_avg"].fill_(float("inf"))
+    model.zero_grad()
+    before, means = snapshot(model), moments_of(optimizer)
+    local_sgd.local_steps += 1  # the fourth step, without an update
+    local_sgd.steps += 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        round_ = local_sgd.average(trigger)
+    outcome = {
+        "before": before,
+        "means": means,
+        "after": snapshot(model),
+        "state": moments_of(optimizer),
+        "round": round_,
+        "seen": [*rule.seen],
+        "told": [str(w.message) for w in caught if "left out" in str(w.message)],
+    }
+    outcome["later"] = [r for r in train(local_sgd, model, 4) if r is not None]
+    return {**outcome, "end": snapshot(model)}
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    entries = optimizer.state_dict()["state"]
+    return {f"{place}.{name}": value.clone() for place, entry in entries.items() for name, value in entry.items()}
+
+
+@pytest.mark.parametrize("policy", ["local", "average", "reset"])
+@pytest.mark.parametrize("ranks", [(1,), (0, 2)])
+def test_diverged_workers_are_left_out_and_go_on_from_the_others_average(pool, policy, ranks):
+    outcomes = pool.run(drop, policy, ranks, "period", workers=3)
+    healthy = [rank for rank in range(3) if rank not in ranks]
+    for rank, outcome in enumerate(outcomes):
+        for name, after in outcome["after"].items():
+            if name == "norm.num_batches_tracked":
+                continue
+            befores = torch.stack([outcomes[healthy_rank]["before"][name] for healthy_rank in healthy])
+            torch.testing.assert_close(after, befores.mean(dim=0))
+            assert torch.equal(after, outcomes[0]["after"][name])
+        assert outcome["round"].dropped == len(ranks)
+        assert outcome["seen"] == []  # the rule is not told of a variance among fewer workers
+        assert len(outcome["told"]) == (1 if rank == 0 else 0)
+        if policy == "average":
+            for name, after in outcome["state"].items():
+                befores = torch.stack([outcomes[healthy_rank]["means"][name] for healthy_rank in healthy])
+                torch.testing.assert_close(after, befores.mean(dim=0))
+        elif rank in ranks:
+            assert outcome["state"] == {}  # as before the first step
+        assert [(r.step, r.dropped) for r in outcome["later"]] == [(8, 0)]
+        assert all(torch.equal(tensor, outcomes[0]["end"][name]) for name, tensor in outcome["end"].items())
+        assert all(tensor.isfinite().all() for tensor in outcome["end"].values())
+    assert f"rank(s) {', '.join(map(str, ranks))} are not finite at step 4" in outcomes[0]["told"][0]
+    assert "second.weight" in outcomes[0]["told"][0]
+
+
+def test_the_variance_is_that_among_the_workers_left(pool):
+    outcomes = pool.run(drop, "local", (1,), "period", workers=3)
+    variance = 0.0
+    for name in ("first.weight", "norm.weight", "norm.bias", "second.weight", "second.bias"):
+        befores = torch.stack([outcomes[rank]["before"][name].double() for rank in (0, 2)])
+        variance += (befores - befores.mean(dim=0)).square().sum().item() / 2
+    assert [outcome["round"].variance for outcome in outcomes] == [pytest.approx(variance, rel=1e-5)] * 3
+
+
+def test_a_checkpoint_that_drops_a_worker_gives_it_the_others_state(pool):
+    outcomes = pool.run(drop, "local", (1,), "checkpoint", workers=3)
+    for outcome in outcomes:
+        for name, value in outcome["state"].items():
+            assert torch.equal(value, outcomes[0]["state"][name])
+            befores = torch.stack([outcomes[rank]["means"][name] for rank in (0, 2)])
+            torch.testing.assert_close(value, befores.mean(dim=0))
+
+
+def test_dropping_costs_no_collective_where_nobody_has_diverged(pool):
+    payloads = [
+        [outcome["later"][0].payload_bytes for outcome in pool.run(drop, "local", ranks, "period", workers=3)]
+        for ranks in ((), (1,))
+    ]
+    raised = pool.run(one_round, 64.0, True, workers=3)[0]["round"].payload_bytes
+    assert payloads == [[raised] * 3] * 2
+
+
+def test_if_all_workers_have_diverged_there_is_nothing_to_go_on_from(pool):
+    for outcome in pool.outcomes(drop, "local", (0, 1), "period", workers=2):
+        assert outcome.kind == "WorkersDivergedError"
+        assert "rank(s) 0, 1 are not finite" in outcome.error
+        assert "no worker left" in outcome.error
+
+
+def one_is_gone(word: bool) -> None:
+    model = net()
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4, module=model)
+    if dist.get_rank() == 1:
+        if word:
+            local_sgd.workers.leave_word("had failed at step 2: ValueError: boom")
+        return  # and its connections are closed
+    train(local_sgd, model, 4)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [(True, "Rank 1 had failed at step 2: ValueError: boom."), (False, "No word from rank(s) 1: killed, hanging")],
+)
+def test_a_worker_that_is_gone_is_named_with_the_round_that_was_lost(pool, word, told):
+    outcomes = pool.outcomes(one_is_gone, word, workers=3)
+    for rank in (0, 2):
+        assert outcomes[rank].kind == "WorkerLostError"
+        place = "the averaging round at step 4 of optimizer 0, asked for by 'period', period 4"
+        assert f"Rank {rank} could not finish {place}: " in outcomes[rank].error
+        assert told in outcomes[rank].error
+        assert "last checkpoint" in outcomes[rank].error
+
+
 def far_apart() -> None:
     parameter = nn.Parameter(torch.full((3,), (-1.0) ** dist.get_rank() * 1e30))
     LocalSGD(torch.optim.SGD([parameter], lr=0.1), 1).step()
@@ -473,6 +595,22 @@ def same_data() -> list[str]:
         warnings.simplefilter("always")
         train(local_sgd, model, 6, seed=0)
     return [str(warning.message) for warning in caught if "identical" in str(warning.message)]
+
+
+def rates_differ() -> list[str]:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * (1 + dist.get_rank()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(LocalSGD(optimizer, 2, module=model), model, 6)
+    return [str(warning.message) for warning in caught if "learning rates differ" in str(warning.message)]
+
+
+def test_learning_rates_that_differ_are_warned_of_once_on_the_first_rank(pool):
+    first, second = pool.run(rates_differ, workers=2)
+    assert len(first) == 1
+    assert "rank 0: 0.1, rank 1: 0.2" in first[0]
+    assert second == []
 
 
 def test_workers_that_see_the_same_data_are_warned_once_on_the_first_rank(pool):
