@@ -21,7 +21,9 @@ Described = tuple[object, ...]
 """A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
 
 
-Kind = Literal["round", "barrier", "broadcast", "reduce", "all_gather", "end of epoch"]
+Kind = Literal[
+    "round", "barrier", "broadcast", "reduce", "all_gather", "validation", "the end of an epoch", "the end of training"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

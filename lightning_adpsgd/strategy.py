@@ -202,7 +202,7 @@ class ADPSGDStrategy(DDPStrategy):
         """Make sure that all workers have ended it, if metrics that they gather by themselves are to follow."""
         assert self.lightning_module is not None
         if any(isinstance(module, Metric) for module in self.lightning_module.modules()):
-            self._meet("end of epoch")
+            self.meet("the end of an epoch")
 
     def on_training_ends(self) -> None:
         """Leave word for ranks that go on, although they should have ended too."""
@@ -228,20 +228,40 @@ class ADPSGDStrategy(DDPStrategy):
             local_sgd.step()
         return output
 
-    def average(self, trigger: Trigger, also: Sequence[Tensor] = ()) -> None:
+    def average(self, trigger: Trigger, also: Sequence[Tensor] = ()) -> bool:
         """Average what has been trained since the latest round, if anything has.
 
         Args:
             trigger: who asks.
             also: further floating-point tensors to average, in a round that then takes place in any case.
+
+        Returns:
+            Whether there was a round.
         """
         trainer = trainer_of(self.lightning_module)
         if self._second_weights_moved and trainer is not None:
             # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
             also = [*also, *second_weights(trainer)]
             self._second_weights_moved = False
-        for place, local_sgd in enumerate(self._local_sgd):
-            local_sgd.average(trigger, also if place == 0 else ())
+        rounds = [ls.average(trigger, also if place == 0 else ()) for place, ls in enumerate(self._local_sgd)]
+        return any(round_ is not None for round_ in rounds)
+
+    def meet(self, kind: Kind) -> None:
+        """Make sure, while training, that all workers are about to do the same; warn if it happens at every step.
+
+        Args:
+            kind: what they are about to do.
+
+        Raises:
+            WorkersDisagreeError: on every worker, if they are not.
+            WorkerLostError: if a worker does not come.
+        """
+        if not self._training or self._workers is None or self._workers.size == 1:
+            return
+        self._warn_of_communication()
+        hook = None if self.lightning_module is None else current_hook(self.lightning_module)
+        step = sum(local_sgd.steps for local_sgd in self._local_sgd)
+        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "")
 
     def act_on_notice(self) -> int:
         """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
@@ -263,21 +283,21 @@ class ADPSGDStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._is_alone():
-            self._meet("barrier")
+            self.meet("barrier")
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self._is_alone():
             return obj
-        self._meet("broadcast")
+        self.meet("broadcast")
         return super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
         if self._is_alone():
             return tensor
-        self._meet("reduce")
+        self.meet("reduce")
         return super().reduce(tensor, group, reduce_op)
 
     @override
@@ -288,7 +308,7 @@ class ADPSGDStrategy(DDPStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self._is_alone():
             return tensor.unsqueeze(0)
-        self._meet("all_gather")
+        self.meet("all_gather")
         return super().all_gather(tensor, group, sync_grads)
 
     # Checkpoints
@@ -425,15 +445,6 @@ class ADPSGDStrategy(DDPStrategy):
     def _is_alone(self) -> bool:
         return is_interrupted(trainer_of(self.lightning_module))
 
-    def _meet(self, kind: Kind) -> None:
-        """Make sure that all workers are about to do the same; warn if somebody does it at every step."""
-        if not self._training or self._workers is None or self._workers.size == 1:
-            return
-        self._warn_of_communication()
-        hook = None if self.lightning_module is None else current_hook(self.lightning_module)
-        step = sum(local_sgd.steps for local_sgd in self._local_sgd)
-        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "")
-
     def _warn_of_communication(self) -> None:
         """Warn if somebody communicates at two batches in a row."""
         trainer = trainer_of(self.lightning_module)
@@ -486,14 +497,16 @@ class _FirstCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._strategy.average("validation")
+        if not self._strategy.average("validation"):
+            self._strategy.meet("validation")
         self._strategy.act_on_notice()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # In its last epoch, SWA has taken no step, but has gathered new BatchNorm statistics.
         moved = [b for b in pl_module.buffers() if b.is_floating_point()] if _weight_averaging(trainer) else []
-        self._strategy.average("train_end", moved)
+        if not self._strategy.average("train_end", moved):
+            self._strategy.meet("the end of training")
         self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
