@@ -71,7 +71,8 @@ def end_children(strategy: "pl.strategies.Strategy", workers: Workers, seconds: 
     Lightning leaves them to themselves. They find out in their next collective, but with NCCL only after its timeout.
     So they are left alone in a way that they notice, and have some seconds to say what they have to say.
     """
-    children: list[subprocess.Popen[bytes]] = getattr(strategy.launcher, "procs", None) or []
+    started = getattr(strategy.launcher, "procs", None) or []
+    children = [process for process in started if isinstance(process, subprocess.Popen)]
     if not children:
         return
     workers.hang_up()

@@ -154,9 +154,9 @@ class ADPSGDStrategy(DDPStrategy):
         self._workers.forget_word()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
-        if fitting:
+        if self._workers.size > 1:
             _check_materialized(self.lightning_module)
-        check_module(self._workers, self.lightning_module)
+            check_module(self._workers, self.lightning_module)
         super().setup(trainer)
         if fitting:
             self._set_up_fit(trainer, self._workers)
@@ -520,9 +520,9 @@ def _check_materialized(module: Module) -> None:
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise MisconfigurationException(
-            f"{len(lazy)} parameter(s) are still uninitialized when fit begins, the first of them {lazy[0]!r}: every"
-            " worker would initialize its own at its first batch, and the average of those means nothing. Run a dummy"
-            " forward pass in the constructor or in configure_model() of your LightningModule."
+            f"{len(lazy)} parameter(s) of the model are still uninitialized at setup, the first of them {lazy[0]!r}:"
+            " every worker would initialize its own at its first batch, and the average of those means nothing. Run a"
+            " dummy forward pass in the constructor or in configure_model() of your LightningModule."
         )
 
 
