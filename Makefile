@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-oldest lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from nothing)
 demo: $(VENV)/.installed-examples
@@ -11,6 +12,10 @@ demo: $(VENV)/.installed-examples
 ## Run the whole test suite
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
+test-oldest: $(OLDEST)/.installed-dev
+	$(OLDEST)/bin/python -m pytest
 
 ## Check format, lint and types
 lint: $(VENV)/.installed-dev
@@ -23,12 +28,16 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/bin/pip $(OLDEST)/bin/pip:
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # One stamp per extra: a second call installs nothing, a changed pyproject.toml installs again.
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+$(OLDEST)/.installed-%: pyproject.toml tests/oldest.txt | $(OLDEST)/bin/pip
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt -e '.[$*]'
 	touch $@

@@ -15,8 +15,14 @@ from lightning_adpsgd.arguments import (
     OptimizerState,
     as_period,
     check_bucket_size,
+    check_flag,
+    check_index,
+    check_listener,
     check_on_divergence,
+    check_optimizer,
     check_optimizer_state,
+    check_optional,
+    check_total_steps,
 )
 from lightning_adpsgd.averaging import (
     TRIGGERS,
@@ -106,23 +112,23 @@ class LocalSGD:
         index: int = 0,
     ) -> None:
         # Configuration
-        self.optimizer = optimizer
+        self.optimizer = check_optimizer(optimizer)
         self.period = as_period(period)
         self.optimizer_state = check_optimizer_state(optimizer_state)
         self.on_divergence = check_on_divergence(on_divergence)
-        self.index = index
-        self.workers = workers if workers is not None else Workers()
-        self._module = module
+        self.index = check_index(index)
+        self.workers = check_optional("workers", workers, Workers) or Workers()
+        self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
         self._payloads = Payloads(
             optimizer,
-            buffers_of=module if average_buffers else None,
+            buffers_of=module if check_flag("average_buffers", average_buffers) else None,
             with_moments=self.optimizer_state == "average",
             names_of=module,
             workers=self.workers,
             bucket_bytes=self._bucket_bytes,
         )
-        self._notice = notice if notice is not None else Notice()
+        self._notice = check_optional("notice", notice, Notice) or Notice()
         self._listeners: list[Callable[[AveragingRound], None]] = []
 
         # State
@@ -137,11 +143,11 @@ class LocalSGD:
         self._warned_of_different_rates = False
 
         _learning_rates(optimizer)
-        self.period.setup(total_steps)
+        self.period.setup(check_total_steps(total_steps))
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called with the record of every round, on every worker, after the rule has seen it."""
-        self._listeners.append(listener)
+        self._listeners.append(check_listener(listener))
 
     def broadcast(self) -> None:
         """Give every worker the first worker's parameters and buffers.

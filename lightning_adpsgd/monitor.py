@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_adpsgd.arguments import check_flag, check_prefix, given, type_of
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, ring_bytes
 
 
@@ -23,33 +25,31 @@ class CommunicationMonitor(Callback):
     ``adpsgd/variance_over_lr`` (S_k / γ_k), ``adpsgd/target`` (C₂, once there is one), ``adpsgd/period``,
     ``adpsgd/syncs`` (rounds so far), ``adpsgd/sent_bytes`` (by this rank so far), ``adpsgd/sent_bytes_ddp`` (what DDP's
     gradient all-reduce would have sent so far: one ring all-reduce of the trainable parameters' gradients per step) and
-    ``adpsgd/round_seconds``. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
+    ``adpsgd/round_seconds``. Where workers have been dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how
+    many so far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
 
     Counts go on after a checkpoint is restored.
 
     Args:
-        prefix: what the names begin with, and what the plot's file is called.
+        prefix: what the names begin with, and what the plot's file is called; "train/adpsgd" makes it "adpsgd.png" in a
+            folder "train". Characters that not every file system takes are refused.
         plot: at the end of ``fit``, draw ``<prefix>.png`` into the Trainer's log directory. Needs matplotlib.
 
     Raises:
-        TypeError: if ``prefix`` is not a string.
-        ValueError: if ``prefix`` is empty.
+        TypeError: if ``prefix`` is not a string, or ``plot`` not a bool.
+        ValueError: if ``prefix`` is empty, or would not name a file inside of the log directory.
         ModuleNotFoundError: if ``plot`` is set and matplotlib is not installed.
     """
 
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
-        if not isinstance(prefix, str):
-            raise TypeError(f"CommunicationMonitor(prefix={prefix!r}): expected a str, got {type(prefix).__name__}.")
-        if not prefix:
-            raise ValueError("CommunicationMonitor(prefix=''): expected a name, such as 'adpsgd'.")
-        if plot and find_spec("matplotlib") is None:
+        # Configuration
+        self.prefix = check_prefix(prefix)
+        self.plot = check_flag("plot", plot, "CommunicationMonitor")
+        if self.plot and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
                 " (pip install matplotlib), or pass plot=False."
             )
-        # Configuration
-        self.prefix = prefix
-        self.plot = plot
 
         # State
         self.rounds: list[AveragingRound] = []
@@ -117,7 +117,8 @@ class CommunicationMonitor(Callback):
             ``rounds``; ``steps`` (optimizer steps they cover); ``rounds_per_step``; ``first_period`` and
             ``last_period`` (of the first optimizer); ``sent_bytes`` and ``sent_bytes_ddp`` (per rank);
             ``factor_saved``, the ratio of the two, or None if nothing was sent; ``seconds`` for which rounds held up
-            training; ``triggers``, the number of rounds by what asked for them.
+            training; ``dropped``, workers left out of rounds because they had diverged; ``triggers``, the number of
+            rounds by what asked for them.
         """
         steps = sum(round_.local_steps for round_ in self.rounds)
         sent = sum(round_.sent_bytes for round_ in self.rounds)
@@ -133,6 +134,7 @@ class CommunicationMonitor(Callback):
             "sent_bytes_ddp": ddp,
             "factor_saved": ddp / sent if sent else None,
             "seconds": sum(round_.seconds for round_ in self.rounds),
+            "dropped": sum(round_.dropped for round_ in self.rounds),
             "triggers": {
                 name: sum(round_.trigger == name for round_ in self.rounds)
                 for name in TRIGGERS
@@ -152,6 +154,8 @@ class CommunicationMonitor(Callback):
             "factor saved": "nothing was sent" if factor is None else f"{factor:.1f}x",
             "held up for": f"{summary['seconds']:.2f} s",
         }
+        if summary["dropped"]:
+            lines["dropped"] = f"{summary['dropped']} time(s) a worker that had diverged"
         return "\n".join(["Averaging rounds", *(f"  {name:<15} {value}" for name, value in lines.items())])
 
     def _on_round(self, trainer: "pl.Trainer", round_: AveragingRound) -> None:
@@ -167,9 +171,12 @@ class CommunicationMonitor(Callback):
     def _add(self, round_: AveragingRound, ddp_bytes: int) -> None:
         self.rounds.append(round_)
         self._ddp_bytes.append(ddp_bytes)
-        before = self._totals.get(round_.optimizer, _Totals(0, 0, 0))
+        before = self._totals.get(round_.optimizer, _Totals(0, 0, 0, 0))
         self._totals[round_.optimizer] = _Totals(
-            before.rounds + 1, before.sent_bytes + round_.sent_bytes, before.ddp_bytes + ddp_bytes
+            before.rounds + 1,
+            before.sent_bytes + round_.sent_bytes,
+            before.ddp_bytes + ddp_bytes,
+            before.dropped + round_.dropped,
         )
 
     def _metrics(self, round_: AveragingRound) -> dict[str, float]:
@@ -185,6 +192,8 @@ class CommunicationMonitor(Callback):
         }
         if round_.target is not None:
             metrics["target"] = round_.target
+        if totals.dropped:
+            metrics["dropped"] = totals.dropped
         return metrics
 
 
@@ -192,6 +201,7 @@ class _Totals(NamedTuple):
     rounds: int
     sent_bytes: int
     ddp_bytes: int
+    dropped: int
 
 
 _FLOATS = ("learning_rate", "variance", "ratio", "target", "seconds")
@@ -216,7 +226,14 @@ def draw(rounds: Sequence[AveragingRound], path: str | Path) -> None:
     Args:
         rounds: the records, in order; several optimizers are drawn side by side.
         path: the PNG file to write; its folder is made if needed.
+
+    Raises:
+        TypeError: if ``rounds`` is not a sequence of records, or ``path`` not a path.
+        ValueError: if ``rounds`` is empty.
     """
+    _check_rounds(rounds)
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"{given('path', path, 'draw')}: expected a str or a Path, got {type_of(path)}.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -230,6 +247,18 @@ def draw(rounds: Sequence[AveragingRound], path: str | Path) -> None:
         _draw_variance(axes[1][column], own)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _check_rounds(rounds: object) -> None:
+    if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
+        raise TypeError(
+            f"{given('rounds', rounds, 'draw')}: expected a sequence of AveragingRound, got {type_of(rounds)}."
+        )
+    if not rounds:
+        raise ValueError(
+            f"{given('rounds', rounds, 'draw')}: expected at least one AveragingRound; a CommunicationMonitor has them"
+            " once there was a round."
+        )
 
 
 def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> None:

@@ -36,7 +36,19 @@ from lightning_adpsgd._lightning import (
     sync_module_states,
     trainer_of,
 )
-from lightning_adpsgd.arguments import as_period, check_bucket_size, check_on_divergence, check_optimizer_state
+from lightning_adpsgd.arguments import (
+    as_period,
+    check_backend,
+    check_bucket_size,
+    check_devices,
+    check_flag,
+    check_listener,
+    check_on_divergence,
+    check_optimizer_state,
+    check_optional,
+    check_start_method,
+    check_timeout,
+)
 from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
@@ -108,18 +120,18 @@ class ADPSGDStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
+            accelerator=check_optional("accelerator", accelerator, pl.accelerators.Accelerator),
+            parallel_devices=check_devices(parallel_devices),
+            cluster_environment=check_optional("cluster_environment", cluster_environment, ClusterEnvironment),
+            checkpoint_io=check_optional("checkpoint_io", checkpoint_io, CheckpointIO),
+            precision_plugin=check_optional("precision_plugin", precision_plugin, Precision),
+            process_group_backend=check_backend(process_group_backend),
+            timeout=check_timeout(timeout),
+            start_method=check_start_method(start_method),
         )
         # Configuration
         self._period = as_period(period)
-        self._average_buffers = average_buffers
+        self._average_buffers = check_flag("average_buffers", average_buffers)
         self._optimizer_state = check_optimizer_state(optimizer_state)
         self._bucket_size_mb = check_bucket_size(bucket_size_mb)
         self._on_divergence = check_on_divergence(on_divergence)
@@ -143,6 +155,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called, on every rank, with the record of each round of this fit."""
+        check_listener(listener)
         for local_sgd in self._local_sgd:
             local_sgd.subscribe(listener)
 

@@ -250,6 +250,7 @@ def test_summary_is_the_one_computed_by_hand():
         "sent_bytes_ddp": 9000,
         "factor_saved": pytest.approx(9000 / 2680),
         "seconds": pytest.approx(2.0),
+        "dropped": 0,
         "triggers": {"period": 3, "train_end": 1},
     }
 
@@ -265,8 +266,23 @@ def test_summary_of_no_rounds_is_all_zeros():
         "sent_bytes_ddp": 0,
         "factor_saved": None,
         "seconds": 0,
+        "dropped": 0,
         "triggers": {},
     }
+
+
+def test_dropped_workers_are_counted_logged_and_told_from_the_first_on(capsys):
+    monitor = CommunicationMonitor()
+    rounds = (a_round(), a_round(step=8, dropped=2), a_round(step=12), a_round(step=16, dropped=1))
+    trainer = run(monitor, *rounds)
+    (logger,) = trainer.loggers
+    assert [metrics.get("adpsgd/dropped") for _, metrics in logger.logged] == [None, 2, 2, 3]
+    assert monitor.summary()["dropped"] == 3
+    monitor.on_fit_end(trainer, None)
+    assert "dropped         3 time(s) a worker that had diverged" in capsys.readouterr().out
+    resumed = CommunicationMonitor()
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.rounds == monitor.rounds
 
 
 def test_summary_adds_up_all_optimizers_and_tells_the_periods_of_the_first():

@@ -166,7 +166,7 @@ def _check_thresholds(low: float, high: float) -> tuple[float, float]:
 
 
 def _check_maximum(maximum: int) -> int:
-    return check_int("AdaptivePeriod", "maximum", maximum, at_least=1, at_most=LARGEST_INT, what="None or an int")
+    return check_int("AdaptivePeriod", "maximum", maximum, at_least=1, at_most=LARGEST_INT, or_else=", or None")
 
 
 def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:

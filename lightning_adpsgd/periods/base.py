@@ -83,7 +83,7 @@ class Steps:
         self.name = name
         self.amount: int | float
         if isinstance(amount, Integral) and not isinstance(amount, bool):
-            self.amount = check_int(owner, name, amount, at_least=0, at_most=LARGEST_INT, what="a number of steps")
+            self.amount = check_int(owner, name, amount, at_least=0, at_most=LARGEST_INT)
             return
         expected = "a number of steps (int) or a share of the run (float between 0 and 1)"
         share = check_number(owner, name, amount, what=expected)

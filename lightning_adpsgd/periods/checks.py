@@ -4,6 +4,7 @@ Numbers are what Python's ``numbers`` module calls so, which includes NumPy's sc
 neither is a tensor or an array, even one of a single element.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 LARGEST_INT = 2**63 - 1
 """What counts of steps have to fit into: they are stored as 64-bit integers."""
 
-_LONGEST_REPR = 200
+_LONGEST_REPR = 600
 
 
 def given(name: str, value: object, owner: str | None = None) -> str:
@@ -20,7 +21,7 @@ def given(name: str, value: object, owner: str | None = None) -> str:
         text = repr(value)
     except Exception:  # a message about a wrong value must not fail itself; an int of 5000 digits has no repr
         text = f"<{type_of(value)} that cannot be shown>"
-    text = " ".join(text.split("\n")) if "\n" in text else text
+    text = re.sub(r"\s*\n\s*", " ", text)
     if len(text) > _LONGEST_REPR:
         text = f"{text[: _LONGEST_REPR // 2]}...{text[-_LONGEST_REPR // 4 :]}"
     return f"{name}={text}" if owner is None else f"{owner}({name}={text})"
@@ -33,7 +34,7 @@ def type_of(value: object) -> str:
 
 
 def check_int(
-    owner: str | None, name: str, value: object, *, at_least: int, at_most: int | None = None, what: str = "an int"
+    owner: str | None, name: str, value: object, *, at_least: int, at_most: int | None = None, or_else: str = ""
 ) -> int:
     """Return ``value`` as an int if it is a whole number of at least ``at_least``.
 
@@ -43,20 +44,20 @@ def check_int(
         value: the argument.
         at_least: the smallest value there may be.
         at_most: the largest value there may be; None means no limit.
-        what: what is expected, for error messages.
+        or_else: what else there may be, for error messages.
 
     Raises:
         TypeError: if it is not an int (a bool is not one).
         ValueError: if it is too small or too large.
     """
-    expected = f"expected {what} of at least {at_least}"
+    expected = f"expected an int of at least {at_least}{or_else}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{given(name, value, owner)}: {expected}, got {type_of(value)}.")
     number = int(value)
     if number < at_least:
         raise ValueError(f"{given(name, value, owner)}: {expected}.")
     if at_most is not None and number > at_most:
-        raise ValueError(f"{given(name, value, owner)}: {expected} and at most {at_most}.")
+        raise ValueError(f"{given(name, value, owner)}: expected an int of at most {at_most}{or_else}.")
     return number
 
 
@@ -94,9 +95,8 @@ def check_total_steps(value: object, owner: str | None = None) -> int | None:
     """
     if value is None:
         return None
-    return check_int(
-        owner, "total_steps", value, at_least=0, at_most=LARGEST_INT, what="None (if it is not known) or an int"
-    )
+    or_else = ", or None if it is not known"
+    return check_int(owner, "total_steps", value, at_least=0, at_most=LARGEST_INT, or_else=or_else)
 
 
 def check_state(owner: str, state: object, names: Sequence[str]) -> Mapping[str, Any]:

@@ -1,0 +1,91 @@
+"""`make test-oldest` runs the suite with the versions that pyproject.toml promises, and with no newer ones."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+# What only those need who work on the package
+OWN_TOOLS = ("pytest", "hypothesis", "ruff", "mypy", "mkdocs", "mkdocs-material", "mkdocstrings")
+# What comes with something else, in the same version
+NOT_ASKED_FOR = {"pytorch-lightning": "lightning"}
+# What the package has no bound for
+ONLY_CAPPED = {"numpy", "pyparsing"}
+
+
+def name_of(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
+def lower_bounds():
+    """The smallest version of everything that a user may install with the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    return {
+        name_of(requirement): re.search(r">=([\d.]+)", requirement)[1]
+        for requirement in requirements
+        if name_of(requirement) not in ("lightning-adpsgd", *OWN_TOOLS)
+    }
+
+
+def constraints():
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines())
+    return {name_of(line): line[len(name_of(line)) :] for line in lines if line}
+
+
+def in_full(number):
+    return (*map(int, number.split(".")), 0, 0)[:3]
+
+
+def test_constrained_versions_are_the_lower_bounds():
+    pinned = {name: rule.removeprefix("==") for name, rule in constraints().items() if rule.startswith("==")}
+    same = {name: pinned.pop(name) for name in NOT_ASKED_FOR}
+    assert {name: in_full(version) for name, version in pinned.items()} == {
+        name: in_full(version) for name, version in lower_bounds().items()
+    }
+    assert same == {name: pinned[other] for name, other in NOT_ASKED_FOR.items()}
+
+
+def test_everything_else_is_only_capped():
+    assert {name for name, rule in constraints().items() if not rule.startswith("==")} == ONLY_CAPPED
+
+
+@pytest.mark.skipif(".venv-oldest" not in sysconfig.get_path("purelib"), reason="not the oldest supported versions")
+def test_oldest_versions_are_those_that_the_suite_runs_with():
+    pinned = {name: rule.removeprefix("==") for name, rule in constraints().items() if rule.startswith("==")}
+    assert {name: version(name).partition("+")[0] for name in pinned} == pinned
+
+
+def make(*arguments):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_path):
+    oldest = tmp_path / "oldest"
+    (oldest / "bin").mkdir(parents=True)
+    (oldest / "bin" / "pip").touch()
+    dry = ("--dry-run", "test-oldest", f"OLDEST={oldest}")
+    assert "--constraint tests/oldest.txt" in make(*dry)
+    (oldest / ".installed-dev").touch()
+    assert make(*dry).split() == [f"{oldest}/bin/python", "-m", "pytest"]
+    for changed in ("pyproject.toml", "tests/oldest.txt"):
+        assert "pip install" in make(*dry, f"--what-if={changed}")

@@ -1,0 +1,216 @@
+"""Lightning's private names are used in one file of the package only, and never by accident."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import lightning_adpsgd
+
+PACKAGE = Path(lightning_adpsgd.__file__).parent
+ONE_PLACE = "_lightning.py"
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
+OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
+BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
+
+
+def is_private(name):
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def modules():
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def definitions(class_):
+    """The private names that a class gives itself: methods, class variables, and attributes of ``self``."""
+    names = set()
+    for node in ast.walk(class_):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            names.add(node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def classes(trees):
+    """For each class by name: the names of its bases, and its own private names."""
+    return {
+        node.name: ([base.id for base in node.bases if isinstance(base, ast.Name)], definitions(node))
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def own_names(name, known):
+    bases, names = known.get(name, ([], set()))
+    return names.union(*(own_names(base, known) for base in bases))
+
+
+def roots(tree, of):
+    """The names in a file under which modules of ``of`` are known."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {
+                alias.asname or alias.name.split(".")[0] for alias in node.names if alias.name.split(".")[0] in of
+            }
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] in of:
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def imports(tree):
+    """Private names of Lightning, or in private modules of Lightning, that a file imports."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            root, *others = name.split(".")
+            if root in LIGHTNING and any(map(is_private, others)):
+                yield node.lineno, name
+
+
+def attributes(tree, known):
+    """Private attributes that a file reaches for and that are not its own, by attribute or by name.
+
+    An attribute of anything but ``self`` is taken for one of the file's own if a class in the same file has its name.
+    """
+    torch_roots = roots(tree, TORCH)
+    in_this_file = set().union(*(names for _, names in classes([tree]).values()))
+    owners = {
+        id(inner): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        name, value = reached(node)
+        if name is None or not is_private(name) or name in OF_NAMED_TUPLES:
+            continue
+        if is_self(value) or is_super(value):
+            if name not in own_names(owners.get(id(node)), known):
+                yield node.lineno, ast.unparse(node)
+        elif root_of(value) not in torch_roots and name not in in_this_file:
+            yield node.lineno, ast.unparse(node)
+
+
+def reached(node):
+    """The name of an attribute that a node reaches for, and whose it is."""
+    if isinstance(node, ast.Attribute):
+        return node.attr, node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_NAME:
+        owner, name = node.args[:2]
+        return (name.value, owner) if isinstance(name, ast.Constant) and isinstance(name.value, str) else (None, None)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        if isinstance(node.value, ast.Attribute) and node.value.attr == "__dict__":
+            return node.slice.value, node.value.value
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "vars":
+            return node.slice.value, node.value.args[0]
+    return None, None
+
+
+def is_super(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def root_of(node):
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def found_in(source):
+    tree = ast.parse(dedent(source))
+    return [what for _, what in (*imports(tree), *attributes(tree, classes([tree])))]
+
+
+def test_one_file_has_all_private_names_of_lightning():
+    trees = modules()
+    known = classes(trees.values())
+    places = [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {what}"
+        for path, tree in trees.items()
+        if path != PACKAGE / ONE_PLACE
+        for line, what in (*imports(tree), *attributes(tree, known))
+    ]
+    assert places == []
+
+
+def test_the_one_file_has_some():
+    tree = modules()[PACKAGE / ONE_PLACE]
+    assert list(imports(tree))
+    assert list(attributes(tree, classes([tree])))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from lightning.pytorch.core import _x", ["lightning.pytorch.core._x"]),
+        ("from lightning.pytorch._graveyard import x", ["lightning.pytorch._graveyard.x"]),
+        ("import pytorch_lightning._x.y as z", ["pytorch_lightning._x.y"]),
+        ("def f():\n    from lightning_fabric.x import (a, _b as b)", ["lightning_fabric.x._b"]),
+        ("trainer._signal_connector.x", ["trainer._signal_connector"]),
+        ("a.b().c._d = 3", ["a.b().c._d"]),
+        ("import lightning as L\nL.pytorch._x", ["L.pytorch._x"]),
+        ("getattr(trainer, '_x', None)", ["getattr(trainer, '_x', None)"]),
+        ("vars(trainer)['_x']", ["vars(trainer)['_x']"]),
+        ("trainer.__dict__['_x']", ["trainer.__dict__['_x']"]),
+        ("class A(Strategy):\n    def f(self):\n        return self._launcher", ["self._launcher"]),
+        ("class A(Strategy):\n    def f(self):\n        super()._f()", ["super()._f"]),
+        ("def f(self):\n    self._x", ["self._x"]),
+    ],
+)
+def test_private_name_of_somebody_else_is_found(source, found):
+    assert found_in(source) == found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning.pytorch import Trainer\nTrainer.__init__.__name__",
+        "from lightning_adpsgd._lightning import current_hook",
+        "from torch.x import _y\nimport torch\ntorch._foreach_norm([])\nimport torch.distributed as dist\ndist.a._b()",
+        "from __future__ import annotations\nimport _thread",
+        "AveragingRound._fields",
+        "_x = 3\nprint(_x)",
+        "class A:\n    _y = 3\n    def f(self, other):\n        self._x = other._x + self._y",
+        "class A:\n    def _x(self): ...\nclass B(A):\n    def f(self):\n        return self._x() + super()._x()",
+        "getattr(trainer, 'x')\ngetattr(trainer, name)\nvars(trainer)[name]\n{}['_x']",
+    ],
+)
+def test_own_and_public_names_raise_no_alarm(source):
+    assert found_in(source) == []
+
+
+def subclasses_of_lightning():
+    for path, tree in modules().items():
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        if path.name == "__main__.py":
+            continue
+        for name, (_, names) in classes([tree]).items():
+            class_ = getattr(importlib.import_module(module.removesuffix(".__init__")), name, None)
+            if class_ is not None and any(base.__module__.split(".")[0] in LIGHTNING for base in class_.__mro__):
+                yield pytest.param(class_, names, id=name)
+
+
+@pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])
+def test_own_private_name_is_none_that_lightning_uses_for_itself(class_, names):
+    theirs = set()
+    for base in class_.__mro__:
+        if base.__module__.split(".")[0] in LIGHTNING:
+            theirs |= {*vars(base), *re.findall(r"\b(?:self|cls|super\(\))\.(_\w+)", inspect.getsource(base))}
+    assert theirs
+    assert names & theirs == set()
