@@ -42,6 +42,7 @@ from lightning_adpsgd.errors import WorkersDivergedError
 from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module, lost
 from lightning_adpsgd.payload import Payload, Payloads, all_finite
 from lightning_adpsgd.periods import AveragingPeriod
+from lightning_adpsgd.periods.checks import check_state
 
 
 class Notice:
@@ -214,7 +215,12 @@ class LocalSGD:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning."""
+        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning.
+
+        Raises:
+            ValueError: if an entry is missing, and nothing is changed then.
+        """
+        check_state("LocalSGD", state, ("steps", "local_steps", "state_shared_at", "rule", "period"))
         self.steps = state["steps"]
         self.local_steps = state["local_steps"]
         self._state_shared_at = state["state_shared_at"]

@@ -553,9 +553,9 @@ def _warn_of_uneven_loaders(trainer: "pl.Trainer", workers: Workers) -> None:
 def _total_steps(trainer: "pl.Trainer") -> int | None:
     """K, the number of steps that each optimizer will take; None if it is not known beforehand."""
     estimate = trainer.estimated_stepping_batches
-    if not math.isfinite(estimate) or estimate <= 0:
+    if not math.isfinite(estimate):
         return None
     # Lightning counts the steps of all optimizers against max_steps; a rule counts those of one.
     if trainer.max_steps > 0:
         estimate = min(estimate, -(-trainer.max_steps // max(1, len(trainer.optimizers))))
-    return int(estimate)
+    return max(0, int(estimate))

@@ -395,6 +395,14 @@ def test_a_rule_of_another_kind_starts_anew_with_a_warning():
     assert (adaptive.steps, adaptive.local_steps, adaptive.period.value) == (7, 1, 5)
 
 
+def test_a_state_with_a_part_missing_is_refused_and_changes_nothing():
+    local_sgd = LocalSGD(torch.optim.SGD(net().parameters(), lr=0.1), 3)
+    state = {name: value for name, value in local_sgd.state_dict().items() if name != "local_steps"}
+    with pytest.raises(ValueError, match="the saved state has no 'local_steps'"):
+        local_sgd.load_state_dict({**state, "steps": 7})
+    assert local_sgd.steps == 0
+
+
 # What goes wrong
 
 

@@ -56,7 +56,7 @@ class ParameterAverager:
             if len(in_flight) == 2:
                 buffer = in_flight[0].reduction.wait()
                 deviations.append(self.finish(in_flight.popleft()))
-                if not self._layout.fits(range_, buffer):
+                if not self._layout.fits(range_, buffer, self._workers.device):
                     buffer = None  # of another dtype or device: let it go before the next one is made
             if buffer is None:
                 buffer = self._layout.new_buffer(range_, self._workers.device)

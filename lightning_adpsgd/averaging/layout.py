@@ -94,13 +94,12 @@ class FlatLayout:
             device: where to make it for tensors on the CPU; for others it is made on their own device.
         """
         space = self._spaces[range_.space]
-        where = torch.device(device) if space.device.type == "cpu" else space.device
-        return torch.empty(len(range_), dtype=space.packed_dtype, device=where)
+        return torch.empty(len(range_), dtype=space.packed_dtype, device=space.buffers_on(device))
 
-    def fits(self, range_: Range, buffer: Tensor) -> bool:
-        """Whether the range can be packed into the beginning of ``buffer``."""
+    def fits(self, range_: Range, buffer: Tensor, device: torch.device | str = "cpu") -> bool:
+        """Whether ``buffer`` can take the place of a :meth:`new_buffer` for the range."""
         space = self._spaces[range_.space]
-        here = buffer.device == space.device or space.device.type == "cpu"
+        here = buffer.device == space.buffers_on(device)
         return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(range_)
 
     def pack(self, range_: Range, out: Tensor) -> Tensor:
@@ -189,6 +188,10 @@ class _Space:
         self.length = self.ends[-1]
         self.device = entries[0].tensor.device
         self.packed_dtype = torch.float64 if entries[0].tensor.dtype == torch.float64 else torch.float32
+
+    def buffers_on(self, device: torch.device | str) -> torch.device:
+        """Where to pack: CPU tensors on the workers' device, for NCCL cannot reduce on the CPU; others on their own."""
+        return torch.device(device) if self.device.type == "cpu" else self.device
 
     def pieces(self, range_: Range) -> list[tuple[_Entry, int, int]]:
         """The parts of tensors that a range covers: (entry, start, stop) within the tensor, in order."""

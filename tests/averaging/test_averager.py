@@ -76,9 +76,9 @@ class CountingLayout(FlatLayout):
         super().__init__(*args)
         self.made: list[int] = []
 
-    def new_buffer(self, range_: Range) -> torch.Tensor:
+    def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> torch.Tensor:
         self.made.append(len(range_))
-        return super().new_buffer(range_)
+        return super().new_buffer(range_, device)
 
 
 def count_buffers(elements: int) -> list[int]:

@@ -224,6 +224,14 @@ def test_buffer_longer_than_the_range_fits_and_one_of_another_kind_does_not():
     assert not flat_layout.fits(Range(0, 1, 4), torch.empty(3, device="meta"))
 
 
+def test_tensors_on_the_cpu_are_packed_where_the_workers_can_reduce_them():
+    flat_layout = FlatLayout([torch.randn(5)], [0])
+    buffer = flat_layout.new_buffer(Range(0, 1, 4), "meta")  # stands in for a GPU
+    assert buffer.device.type == "meta"
+    assert flat_layout.fits(Range(0, 1, 4), buffer, "meta")
+    assert not flat_layout.fits(Range(0, 1, 4), torch.empty(3), "meta")
+
+
 # Index spaces
 
 

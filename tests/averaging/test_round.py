@@ -25,7 +25,9 @@ def test_fields_of_a_round_are_those_of_the_contract_in_its_order():
         "payload_bytes",
         "sent_bytes",
         "seconds",
+        "dropped",  # added to the contract; it has a default
     )
+    assert AveragingRound._field_defaults == {"dropped": 0}
 
 
 def test_triggers_are_those_of_the_contract_in_the_order_in_which_they_travel():
