@@ -1,5 +1,6 @@
 """Every corner of Lightning without a public name that this package touches, each with the reason why."""
 
+import atexit
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ SIGTERM = 1
 REQUEUE = 2
 TIME_IS_UP = 4
 
+_SECONDS_FOR_LAST_WORDS = 10.0
+_SECONDS_TO_STAY = 2.0
+
 __all__ = [
     "REQUEUE",
     "SIGTERM",
@@ -28,7 +32,8 @@ __all__ = [
     "DeferredSignals",
     "callbacks_of",
     "current_hook",
-    "end_children",
+    "end_others_at_exit",
+    "forget_failure",
     "is_interrupted",
     "second_weights",
     "sync_module_states",
@@ -65,24 +70,41 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
 
 
-def end_children(strategy: "pl.strategies.Strategy", workers: Workers, seconds: float) -> None:
-    """After a failure on this rank, see that the processes it has started end too.
+_failed: "list[tuple[pl.strategies.Strategy, Workers]]" = []
 
-    Lightning leaves them to themselves. They find out in their next collective, but with NCCL only after its timeout.
-    So they are left alone in a way that they notice, and have some seconds to say what they have to say.
+
+def end_others_at_exit(strategy: "pl.strategies.Strategy", workers: Workers) -> None:
+    """After a failure on this rank: if the process ends because of it, see that the others do not wait for it.
+
+    Lightning leaves the processes that its launcher has started to themselves. They find out in their next collective,
+    but with NCCL only after its timeout. So they are left alone in a way that they notice, and have some seconds to say
+    what they have to say. If the script goes on instead, :func:`forget_failure` calls this off.
     """
-    started = getattr(strategy.launcher, "procs", None) or []
-    children = [process for process in started if isinstance(process, subprocess.Popen)]
-    if not children:
-        return
-    workers.hang_up()
-    deadline = time.monotonic() + seconds
-    for child in children:
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+    if not _failed:
+        atexit.register(_end_others)
+    _failed[:] = [(strategy, workers)]
+
+
+def forget_failure() -> None:
+    """The script has caught the error and goes on: leave everybody alone."""
+    _failed.clear()
+    atexit.unregister(_end_others)
+
+
+def _end_others() -> None:
+    for strategy, workers in _failed:
+        workers.hang_up()
+        workers.stay(seconds=_SECONDS_TO_STAY)
+        started = getattr(strategy.launcher, "procs", None) or []
+        deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS
+        for child in started:
+            if not isinstance(child, subprocess.Popen):
+                continue
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 def current_hook(module: "pl.LightningModule") -> str | None:

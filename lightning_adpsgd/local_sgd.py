@@ -254,7 +254,7 @@ class LocalSGD:
         more = FlatLayout(also, [None] * len(also)) if also else None
         watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
         call = Call(
-            KINDS.index("round"),
+            KINDS.index("an averaging round"),
             self.steps,
             TRIGGERS.index(trigger),
             self.index,

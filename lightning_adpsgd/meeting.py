@@ -16,13 +16,22 @@ _log = logging.getLogger(__name__)
 
 # Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
 _ROLL_CALL_SECONDS = 2.0
+_STAY_SECONDS = 1.0
 
 Described = tuple[object, ...]
 """A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
 
 
 Kind = Literal[
-    "round", "barrier", "broadcast", "reduce", "all_gather", "validation", "the end of an epoch", "the end of training"
+    "an averaging round",
+    "the setup",
+    "Lightning's barrier",
+    "Lightning's broadcast",
+    "Lightning's reduction",
+    "Lightning's gathering",
+    "a validation",
+    "the end of an epoch",
+    "the end of training",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -52,7 +61,7 @@ class Call(NamedTuple):
     """Whether its optimizer has any."""
 
     def __str__(self) -> str:
-        if KINDS[int(self.kind)] == "round":
+        if KINDS[int(self.kind)] == "an averaging round":
             return (
                 f"the averaging round at step {int(self.step)} of optimizer {int(self.optimizer)}, asked for by"
                 f" {TRIGGERS[int(self.trigger)]!r}, period {int(self.period)}"
@@ -143,10 +152,14 @@ def lost(workers: Workers, call: Call, error: CollectiveError) -> WorkerLostErro
     # At once, because a launcher that notices first ends this process without a word.
     _log.error(failed)
     workers.leave_word(f"could not finish {call}")
-    words = workers.words(seconds=_ROLL_CALL_SECONDS)
+    workers.hang_up()  # others may be waiting for this worker
+    words, answered = workers.words(seconds=_ROLL_CALL_SECONDS)
+    workers.stay(seconds=_STAY_SECONDS)
     told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
     silent = sorted({*range(workers.size)} - {workers.rank, *words})
-    if silent:
+    if silent and not answered and workers.size > 2:
+        told.append("No word from rank(s) 0, who would know of the others: killed, hanging, or gone early.")
+    elif silent:
         told.append(f"No word from rank(s) {', '.join(map(str, silent))}: killed, hanging, or gone early.")
     return WorkerLostError(
         f"{failed} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
@@ -182,14 +195,15 @@ def check_module(workers: Workers, module: nn.Module) -> None:
 
     Raises:
         WorkersDisagreeError: on every worker, if they have not.
+        WorkerLostError: if some worker did not come.
     """
     mine: list[Described] = [
         (name, str(tensor.dtype), tuple(tensor.shape), None, ())
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     digest = hashlib.blake2b(repr(_nameless(mine)).encode(), digest_size=6).digest()
-    if len(workers.table([int.from_bytes(digest, "big")]).unique()) > 1:
-        raise WorkersDisagreeError(difference(workers, "The workers have built different models.", mine))
+    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=int.from_bytes(digest, "big")))
+    meeting.check_tensors("The workers have built different models.", lambda: mine)
 
 
 def _nameless(entries: Sequence[Described]) -> list[Described]:

@@ -30,7 +30,8 @@ from lightning_adpsgd._lightning import (
     DeferredSignals,
     callbacks_of,
     current_hook,
-    end_children,
+    end_others_at_exit,
+    forget_failure,
     is_interrupted,
     second_weights,
     sync_module_states,
@@ -57,7 +58,6 @@ from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
-_SECONDS_FOR_LAST_WORDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._fitted: Module | None = None
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
-        self._training = False
+        self._fitting = False
         self._second_weights_moved = False
         self._communicated_at: int | None = None
         self._warned_of_communication = False
@@ -163,6 +163,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
+        forget_failure()
         self._workers = Workers(device=self.root_device)
         self._workers.forget_word()
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -184,6 +185,8 @@ class ADPSGDStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leave word for the other ranks, who may be waiting for this one."""
         super().on_exception(exception)
+        if self._workers is not None:
+            end_others_at_exit(self, self._workers)
         if self._workers is None or isinstance(exception, WorkerLostError):
             return  # the latter was lost by the others as well, and has been told
         steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)
@@ -194,7 +197,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        self._training = False
+        self._fitting = False
         if self._signals is not None:
             self._signals.remove()
             self._signals = None
@@ -202,12 +205,9 @@ class ADPSGDStrategy(DDPStrategy):
         if trainer is not None and self._first_callback in callbacks_of(trainer):
             callbacks_of(trainer).remove(self._first_callback)
         super().teardown()
-        if self._workers is not None and is_interrupted(trainer):
-            end_children(self, self._workers, _SECONDS_FOR_LAST_WORDS)
 
     def on_training_begins(self) -> None:
         """Put off what looks at the clock at every batch."""
-        self._training = True
         if self._signals is not None:
             self._signals.install_timers()
 
@@ -260,7 +260,7 @@ class ADPSGDStrategy(DDPStrategy):
         return any(round_ is not None for round_ in rounds)
 
     def meet(self, kind: Kind) -> None:
-        """Make sure, while training, that all workers are about to do the same; warn if it happens at every step.
+        """Make sure, while fitting, that all workers are about to do the same; warn if it happens at every step.
 
         Args:
             kind: what they are about to do.
@@ -269,7 +269,7 @@ class ADPSGDStrategy(DDPStrategy):
             WorkersDisagreeError: on every worker, if they are not.
             WorkerLostError: if a worker does not come.
         """
-        if not self._training or self._workers is None or self._workers.size == 1:
+        if not self._fitting or self._workers is None or self._workers.size == 1:
             return
         self._warn_of_communication()
         hook = None if self.lightning_module is None else current_hook(self.lightning_module)
@@ -296,21 +296,21 @@ class ADPSGDStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._is_alone():
-            self.meet("barrier")
+            self.meet("Lightning's barrier")
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self._is_alone():
             return obj
-        self.meet("broadcast")
+        self.meet("Lightning's broadcast")
         return super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
         if self._is_alone():
             return tensor
-        self.meet("reduce")
+        self.meet("Lightning's reduction")
         return super().reduce(tensor, group, reduce_op)
 
     @override
@@ -321,7 +321,7 @@ class ADPSGDStrategy(DDPStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self._is_alone():
             return tensor.unsqueeze(0)
-        self.meet("all_gather")
+        self.meet("Lightning's gathering")
         return super().all_gather(tensor, group, sync_grads)
 
     # Checkpoints
@@ -402,6 +402,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     def _set_up_fit(self, trainer: "pl.Trainer", workers: Workers) -> None:
         assert self.lightning_module is not None
+        self._fitting = True
         if any(isinstance(module, SyncBatchNorm) for module in self.lightning_module.modules()):
             rank_zero_warn(
                 "This model has SyncBatchNorm layers, which communicate in every forward pass: that takes the time that"
@@ -511,7 +512,7 @@ class _FirstCallback(Callback):
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not self._strategy.average("validation"):
-            self._strategy.meet("validation")
+            self._strategy.meet("a validation")
         self._strategy.act_on_notice()
 
     @override

@@ -51,17 +51,20 @@ class ParameterAverager:
         """
         deviations: list[Tensor] = []
         in_flight: deque[InFlight] = deque()
-        for range_ in self._ranges:
-            buffer = None
-            if len(in_flight) == 2:
-                buffer = in_flight[0].reduction.wait()
-                deviations.append(self.finish(in_flight.popleft()))
-                if not self._layout.fits(range_, buffer, self._workers.device):
-                    buffer = None  # of another dtype or device: let it go before the next one is made
-            if buffer is None:
-                buffer = self._layout.new_buffer(range_, self._workers.device)
-            in_flight.append(self.launch(range_, buffer[: len(range_)], share))
-        deviations += [self.finish(oldest) for oldest in in_flight]
+        try:
+            for range_ in self._ranges:
+                buffer = None
+                if len(in_flight) == 2:
+                    buffer = in_flight[0].reduction.wait()
+                    deviations.append(self.finish(in_flight.popleft()))
+                    if not self._layout.fits(range_, buffer, self._workers.device):
+                        buffer = None  # of another dtype or device: let it go before the next one is made
+                if buffer is None:
+                    buffer = self._layout.new_buffer(range_, self._workers.device)
+                in_flight.append(self.launch(range_, buffer[: len(range_)], share))
+            deviations += [self.finish(oldest) for oldest in in_flight]
+        finally:
+            in_flight.clear()  # after an error, a traceback would hold on to what is under way
         total = torch.zeros(self._groups, dtype=torch.float64)
         for part in deviations:
             total += part.cpu()

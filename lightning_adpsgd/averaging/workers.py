@@ -1,6 +1,7 @@
 """The workers and what passes between them: the one place that calls torch.distributed, and that counts bytes."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,9 +37,14 @@ class Reduction:
         Raises:
             CollectiveError: if it cannot.
         """
-        if self._work is not None:
-            with _as_collective_error():
-                self._work.wait()
+        # A connection stays open as long as anybody holds a piece of work, and a traceback holds this object.
+        work, self._work = self._work, None
+        try:
+            if work is not None:
+                with _as_collective_error():
+                    work.wait()
+        finally:
+            del work
         return self._buffer
 
 
@@ -58,6 +64,7 @@ class Workers:
         connected = dist.is_available() and dist.is_initialized()
         self.size: int = dist.get_world_size(group) if connected else 1
         self.rank: int = dist.get_rank(group) if connected else 0
+        self._store = _store()  # kept, as hanging up takes it from the process group
         self.payload_bytes = 0
         """Bytes of all tensors that this rank has put into collectives since the start."""
 
@@ -128,46 +135,56 @@ class Workers:
 
     def leave_word(self, text: str) -> None:
         """Leave a line for the other workers to find in :meth:`words`. Waits for nobody, and never fails."""
-        store = _store()
-        if self.size > 1 and store is not None:
-            with contextlib.suppress(RuntimeError):
-                store.set(_word_of(self.rank), text)
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                self._store.set(_key("word", self.rank), text)
 
-    def words(self, seconds: float) -> dict[int, str]:
-        """What other workers have left, by rank.
+    def words(self, seconds: float) -> tuple[dict[int, str], bool]:
+        """What other workers have left, by rank, and whether the store in which they leave it has answered.
 
         Args:
             seconds: how long to wait for those that have left nothing yet.
         """
         words: dict[int, str] = {}
-        store = _store()
         deadline = time.monotonic() + seconds
-        # A store that does not answer lives in a process that is gone.
-        with contextlib.suppress(RuntimeError):
-            while store is not None:
+        try:
+            while self._store is not None:
                 for rank in {*range(self.size)} - {self.rank, *words}:
-                    if store.check([_word_of(rank)]):
-                        words[rank] = store.get(_word_of(rank)).decode()
+                    if self._store.check([_key("word", rank)]):
+                        words[rank] = self._store.get(_key("word", rank)).decode()
                 if len(words) == self.size - 1 or time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
-        return words
+        except RuntimeError:
+            return words, False  # it is served by a process that is gone
+        return words, True
 
     def forget_word(self) -> None:
         """Take back what this worker has left."""
-        store = _store()
-        if self.size > 1 and store is not None:
-            with contextlib.suppress(RuntimeError):
-                store.delete_key(_word_of(self.rank))
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                self._store.delete_key(_key("word", self.rank))
+                self._store.delete_key(_key("heard", self.rank))
 
     def hang_up(self) -> None:
         """Close this worker's connections, so that whoever waits for it notices; :meth:`words` still work.
 
         With NCCL nothing is done: there, closing waits for what is under way.
         """
-        if self.size > 1 and dist.get_backend(self._group) == "gloo":
-            self._kept_store = _store()  # may be served by this very process
+        if self.size > 1 and dist.is_initialized() and dist.get_backend(self._group) == "gloo":
             dist.destroy_process_group()
+
+    def stay(self, seconds: float) -> None:
+        """Wait for the others to have heard enough too, on the first worker, whose process serves the store."""
+        with contextlib.suppress(RuntimeError):
+            if self._store is None:
+                return
+            self._store.set(_key("heard", self.rank), "")
+            deadline = time.monotonic() + seconds
+            others = {*range(1, self.size)} if self.rank == 0 else set()
+            while others and time.monotonic() < deadline:
+                others = {rank for rank in others if not self._store.check([_key("heard", rank)])}
+                time.sleep(0.02)
 
     # Details
 
@@ -200,5 +217,6 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
 
 
-def _word_of(rank: int) -> str:
-    return f"lightning_adpsgd/word/{rank}"
+def _key(kind: str, rank: int) -> str:
+    # torchrun may keep its store when it restarts the workers: what was said then is not meant for now.
+    return f"lightning_adpsgd/{kind}/{rank}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

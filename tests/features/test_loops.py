@@ -156,7 +156,6 @@ def no_steps(options: dict) -> dict:
     return {"rounds": len(rounds), "unchanged": identical([before, weights(model)])}
 
 
-@known_bug("a run of 0 steps is taken for one of unknown length")
 @pytest.mark.parametrize("options", [{"max_steps": 0}, {"limit_train_batches": 0}], ids=str)
 def test_a_run_of_no_steps_ends_without_a_round(pool, options):
     assert pool.run_trainer(no_steps, options) == [{"rounds": 0, "unchanged": True}] * 2
