@@ -38,6 +38,7 @@ __all__ = [
     "second_weights",
     "sync_module_states",
     "trainer_of",
+    "validates_by_the_clock",
 ]
 
 
@@ -54,6 +55,11 @@ def callbacks_of(trainer: "pl.Trainer") -> list[Any]:
 def is_interrupted(trainer: "pl.Trainer | None") -> bool:
     """Whether this rank is on its way out of an exception, on which its peers may know nothing of."""
     return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+
+def validates_by_the_clock(trainer: "pl.Trainer") -> bool:
+    """Whether ``val_check_interval`` is a time (from Lightning 2.6 on)."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def second_weights(trainer: "pl.Trainer") -> list[Tensor]:

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from lightning_adpsgd.averaging import (
     Share,
     Trigger,
     Workers,
+    average_moments,
     forget,
     moments,
     ring_bytes,
@@ -40,7 +41,7 @@ from lightning_adpsgd.averaging import (
 )
 from lightning_adpsgd.errors import WorkersDivergedError
 from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module, lost
-from lightning_adpsgd.payload import Payload, Payloads, all_finite
+from lightning_adpsgd.payload import Payload, Payloads, all_finite, squared_norm
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.checks import check_state
 
@@ -78,7 +79,8 @@ class LocalSGD:
         optimizer: its parameters are averaged. Its parameter groups need a learning rate (``"lr"``).
         period: the rule; an int is a constant period; None is :class:`AdaptivePeriod` with its defaults.
         module: its floating-point buffers (BatchNorm statistics) join each round, and errors use its parameters' names.
-        total_steps: K, the optimizer steps of the whole run; None if it is not known.
+        total_steps: K, the optimizer steps of the whole run; None if it is not known; "later" if :meth:`setup` will be
+            called before the first step.
         average_buffers: whether the module's buffers join the rounds.
         optimizer_state: what a round does to floating-point state tensors of a parameter's shape (momentum, Adam's
             moments): leave them "local", "average" them over the workers, or "reset" them to zero. Step counters are
@@ -103,7 +105,7 @@ class LocalSGD:
         period: AveragingPeriod | int | None = None,
         *,
         module: nn.Module | None = None,
-        total_steps: int | None = None,
+        total_steps: int | Literal["later"] | None = None,
         average_buffers: bool = True,
         optimizer_state: OptimizerState = "local",
         on_divergence: OnDivergence = "raise",
@@ -124,7 +126,6 @@ class LocalSGD:
         self._payloads = Payloads(
             optimizer,
             buffers_of=module if check_flag("average_buffers", average_buffers) else None,
-            with_moments=self.optimizer_state == "average",
             names_of=module,
             workers=self.workers,
             bucket_bytes=self._bucket_bytes,
@@ -140,11 +141,26 @@ class LocalSGD:
         self._state_shared_at = 0  # the step of the latest round for a checkpoint
         self._anybody_has_state = True  # as far as is known
         self._state_made_at_once = set(optimizer.state)
+        self._has_drifted = False
         self._warned_of_no_drift = False
         self._warned_of_different_rates = False
 
+        self._restored_rule: dict[str, Any] | None = None
+
         _learning_rates(optimizer)
+        if not (isinstance(total_steps, str) and total_steps == "later"):
+            self.setup(total_steps)
+
+    def setup(self, total_steps: int | None) -> None:
+        """Tell the rule how long the run is; what it has learned, and has been restored, stays.
+
+        Raises:
+            TypeError: if ``total_steps`` is neither an int nor None.
+            ValueError: if it is negative, or None where the rule needs to know it.
+        """
         self.period.setup(check_total_steps(total_steps))
+        if self._restored_rule is not None:
+            self.period.load_state_dict(self._restored_rule)
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called with the record of every round, on every worker, after the rule has seen it."""
@@ -172,6 +188,7 @@ class LocalSGD:
         """
         self.steps += 1
         self.local_steps += 1
+        self._payloads.note_step()
         return self.average("period") if self.local_steps >= self.period.value else None
 
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
@@ -227,6 +244,8 @@ class LocalSGD:
         rule = type(self.period).__name__
         if rule == state["rule"]:
             self.period.load_state_dict(state["period"])
+            # Before its first step, a rule may have been saved that did not know yet how long the run would be.
+            self._restored_rule = state["period"] if self.steps > 0 else None
         elif self.workers.rank == 0:
             warnings.warn(
                 f"The saved averaging rule was {state['rule']}, this one is {rule}: it starts anew at step"
@@ -246,6 +265,8 @@ class LocalSGD:
 
     # One round, part by part
 
+    @torch.inference_mode(False)  # tensors that are made in inference mode could not be written to later
+    @torch.no_grad()
     def _average(self, trigger: Trigger, also: Sequence[Tensor]) -> AveragingRound:
         started = time.perf_counter()
         payload_before = self.workers.payload_bytes
@@ -271,7 +292,7 @@ class LocalSGD:
             measured = self._average_and_measure(payload, meeting.share)
             if more is not None:
                 ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(meeting.share)
-            self._treat_optimizer_state(trigger, payload, meeting.share)
+            self._treat_optimizer_state(trigger, meeting.share)
         except CollectiveError as error:
             raise lost(self.workers, call, error) from error
 
@@ -291,7 +312,7 @@ class LocalSGD:
             seconds=time.perf_counter() - started,
             dropped=len(meeting.diverged),
         )
-        self._finish(round_)
+        self._finish(round_, payload)
         return round_
 
     def _conclude(
@@ -332,19 +353,22 @@ class LocalSGD:
             learning_rate=next((rate for rate in rates if rate > 0.0), 0.0),
         )
 
-    def _treat_optimizer_state(self, trigger: Trigger, payload: Payload, share: Share) -> None:
-        if not share.contributes and self.optimizer_state != "average":  # which has just given it the others' mean
+    def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
+        if self.optimizer_state == "average":
+            if self.local_steps > 0 and self._anybody_has_state:
+                average_moments(self.optimizer, self.workers, self._bucket_bytes, share)
+        elif not share.contributes:
             forget(self.optimizer, self._state_made_at_once)
         if self.optimizer_state == "reset" and self.local_steps > 0:
             for moment in moments(self.optimizer):
                 moment.zero_()
         if trigger == "checkpoint":
             if self._anybody_has_state:
-                averaged = {id(tensor) for tensor in payload.tensors} if self.optimizer_state == "average" else set()
+                averaged = {id(m) for m in moments(self.optimizer)} if self.optimizer_state == "average" else set()
                 share_state(self.optimizer, self.workers, self._bucket_bytes, averaged)
             self._state_shared_at = self.steps
 
-    def _finish(self, round_: AveragingRound) -> None:
+    def _finish(self, round_: AveragingRound, payload: Payload) -> None:
         self.local_steps = 0
         self._payloads.note_averaged()
         if not math.isfinite(round_.ratio):
@@ -357,7 +381,7 @@ class LocalSGD:
         if round_.trigger == "period" and round_.dropped == 0:
             # The variance among fewer workers is another one: a round that has left some out is not shown to the rule.
             self.period.update(round_.step, ratio=round_.ratio, learning_rate=round_.learning_rate)
-        self._warn_of_no_drift(round_)
+        self._warn_of_no_drift(round_, payload)
         for listener in self._listeners:
             listener(round_)
 
@@ -399,9 +423,15 @@ class LocalSGD:
                 stacklevel=2,
             )
 
-    def _warn_of_no_drift(self, round_: AveragingRound) -> None:
-        drifted = round_.variance > 0.0 or round_.learning_rate == 0.0 or round_.local_steps == 0
-        if drifted or self._warned_of_no_drift or self.workers.size - round_.dropped == 1:
+    def _warn_of_no_drift(self, round_: AveragingRound, payload: Payload) -> None:
+        if self._warned_of_no_drift or round_.learning_rate == 0.0 or round_.local_steps == 0:
+            return
+        if self.workers.size - round_.dropped == 1 or self._has_drifted:
+            return
+        # The mean of three equal numbers is not quite that number: three divisions and two sums, rounded each.
+        noise = (2 * torch.finfo(torch.float32).eps) ** 2
+        if round_.variance > noise * squared_norm(payload.parameters):
+            self._has_drifted = True
             return
         self._warned_of_no_drift = True
         if self.workers.rank == 0:

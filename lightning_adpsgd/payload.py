@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, moments
+from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers
 from lightning_adpsgd.meeting import Described
 
 
@@ -27,7 +27,6 @@ class Payloads:
     Args:
         optimizer: its parameters are averaged.
         buffers_of: the module whose floating-point buffers are averaged along, if any.
-        with_moments: whether state tensors of their parameter's shape are averaged along.
         names_of: the module in which tensors have names, if any.
         workers: whom to average with.
         bucket_bytes: the longest range averaged at once.
@@ -38,7 +37,6 @@ class Payloads:
         optimizer: Optimizer,
         *,
         buffers_of: nn.Module | None,
-        with_moments: bool,
         names_of: nn.Module | None,
         workers: Workers,
         bucket_bytes: int,
@@ -46,14 +44,14 @@ class Payloads:
         # Configuration
         self._optimizer = optimizer
         self._buffers_of = buffers_of
-        self._with_moments = with_moments
         self._names_of = names_of
         self._workers = workers
         self._bucket_bytes = bucket_bytes
 
         # State
         self._latest: Payload | None = None
-        self._averaged_last: set[int] = set()
+        self._stepped: set[int] = set()
+        self._not_stepped: list[nn.Parameter] = []
         self.note_averaged()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -67,30 +65,36 @@ class Payloads:
         groups: list[int | None] = []
         for index, group in enumerate(self._optimizer.param_groups):
             for parameter in group["params"]:
-                # A parameter that was frozen since the latest round may have drifted before: it joins once more.
-                if parameter.requires_grad or id(parameter) in self._averaged_last:
+                if parameter.requires_grad or id(parameter) in self._stepped:
                     tensors.append(parameter)
                     groups.append(index)
         parameters = list(tensors)
         if self._buffers_of is not None:
             tensors += [b for b in self._buffers_of.buffers() if b.is_floating_point() or b.is_complex()]
-        if self._with_moments:
-            tensors += moments(self._optimizer)
         groups += [None] * (len(tensors) - len(groups))
 
         key = [(id(tensor), tensor.data_ptr(), group) for tensor, group in zip(tensors, groups, strict=True)]
         if self._latest is None or self._latest.key != key:
-            # Validation begins in inference mode, and views that are made there could not be written to later.
-            with torch.inference_mode(False):
-                layout = FlatLayout(tensors, groups)
+            layout = FlatLayout(tensors, groups)
             group_count = len(self._optimizer.param_groups)
             averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes)
             self._latest = Payload(key, parameters, tensors, layout, averager)
         return self._latest
 
+    def note_step(self) -> None:
+        """Take note of the parameters that are being trained: they may be frozen by the time of the round.
+
+        Adversarial networks, whose parts are frozen in turn, would otherwise drift apart. It costs something in the
+        first step after a round, and then only where parameters are frozen.
+        """
+        if self._not_stepped:
+            self._stepped.update(id(parameter) for parameter in self._not_stepped if parameter.requires_grad)
+            self._not_stepped = [parameter for parameter in self._not_stepped if not parameter.requires_grad]
+
     def note_averaged(self) -> None:
-        """Take note that all parameters being trained are now the same on all workers."""
-        self._averaged_last = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        """Take note that all parameters that were trained are now the same on all workers."""
+        self._stepped = set()
+        self._not_stepped = [*self.parameters()]
 
     def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
         """What all workers have to agree on, with names for people."""
@@ -122,3 +126,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     # The largest magnitude of a tensor is NaN or infinite exactly if one of its elements is.
     largest = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_kind.values()]
     return all(bool(torch.isfinite(norms).all()) for norms in largest)
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> float:
+    """Σ ‖w‖² over all tensors."""
+    return sum(float(norm) ** 2 for norm in torch._foreach_norm([tensor.data for tensor in tensors]))

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -36,6 +37,7 @@ from lightning_adpsgd._lightning import (
     second_weights,
     sync_module_states,
     trainer_of,
+    validates_by_the_clock,
 )
 from lightning_adpsgd.arguments import (
     as_period,
@@ -143,7 +145,10 @@ class ADPSGDStrategy(DDPStrategy):
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
         self._fitting = False
+        self._step_hooks: list[RemovableHandle] = []
+        self._stepping = False
         self._second_weights_moved = False
+        self._buffers_moved = False
         self._communicated_at: int | None = None
         self._warned_of_communication = False
         self._first_callback = _FirstCallback(self)
@@ -170,6 +175,12 @@ class ADPSGDStrategy(DDPStrategy):
         assert self.lightning_module is not None
         if self._workers.size > 1:
             _check_materialized(self.lightning_module)
+            if fitting and validates_by_the_clock(trainer):
+                raise MisconfigurationException(
+                    "Trainer(val_check_interval=...) is a time: every worker looks at its own clock, and between two"
+                    " averaging rounds nobody keeps them at the same step, so they would validate at different ones."
+                    " Give a number of batches, or a share of the epoch."
+                )
             check_module(self._workers, self.lightning_module)
         super().setup(trainer)
         if fitting:
@@ -204,12 +215,31 @@ class ADPSGDStrategy(DDPStrategy):
         trainer = trainer_of(self.lightning_module)
         if trainer is not None and self._first_callback in callbacks_of(trainer):
             callbacks_of(trainer).remove(self._first_callback)
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
         super().teardown()
+
+    @override
+    def on_train_start(self) -> None:
+        """Tell the rule how long the run is. Not before: counting the steps sets up the loaders, and restores them."""
+        super().on_train_start()
+        trainer = trainer_of(self.lightning_module)
+        if trainer is None or self._workers is None or not self._fitting:
+            return
+        _warn_of_uneven_loaders(trainer, self._workers)
+        total_steps = self.broadcast(_total_steps(trainer))
+        for local_sgd in self._local_sgd:
+            local_sgd.setup(total_steps)
 
     def on_training_begins(self) -> None:
         """Put off what looks at the clock at every batch."""
         if self._signals is not None:
             self._signals.install_timers()
+
+    def on_batch_begins(self) -> None:
+        """Take note that forward passes are about to move buffers."""
+        self._buffers_moved = True
 
     def on_epoch_ends(self) -> None:
         """Make sure that all workers have ended it, if metrics that they gather by themselves are to follow."""
@@ -234,28 +264,34 @@ class ADPSGDStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         """Step the optimizer, then count the attempt, which averages if the period is over."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._second_weights_moved = True
-        local_sgd = self._local_sgd_of(optimizer)
-        if local_sgd is not None:
-            local_sgd.step()
+        self._stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._stepping = False
+        self._count_step(optimizer)
         return output
 
-    def average(self, trigger: Trigger, also: Sequence[Tensor] = ()) -> bool:
+    def average(self, trigger: Trigger) -> bool:
         """Average what has been trained since the latest round, if anything has.
 
         Args:
             trigger: who asks.
-            also: further floating-point tensors to average, in a round that then takes place in any case.
 
         Returns:
             Whether there was a round.
         """
+        also: list[Tensor] = []
         trainer = trainer_of(self.lightning_module)
         if self._second_weights_moved and trainer is not None:
             # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
-            also = [*also, *second_weights(trainer)]
+            also += second_weights(trainer)
             self._second_weights_moved = False
+        if self._buffers_moved and self._average_buffers and not any(ls.local_steps for ls in self._local_sgd):
+            # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
+            assert self.lightning_module is not None
+            also += [b for b in self.lightning_module.buffers() if b.is_floating_point() or b.is_complex()]
+        self._buffers_moved = False
         rounds = [ls.average(trigger, also if place == 0 else ()) for place, ls in enumerate(self._local_sgd)]
         return any(round_ is not None for round_ in rounds)
 
@@ -414,23 +450,28 @@ class ADPSGDStrategy(DDPStrategy):
         self._signals.install()
         callbacks_of(trainer).insert(0, self._first_callback)
 
-        total_steps = self.broadcast(_total_steps(trainer))
-        _warn_of_uneven_loaders(trainer, workers)
         previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
         self._fitted = self.lightning_module
-        self._local_sgd = self._new_local_sgd(total_steps, workers)
+        self._local_sgd = self._new_local_sgd(workers)
+        self._step_hooks = [ls.optimizer.register_step_post_hook(self._on_unseen_step) for ls in self._local_sgd]
+        if not self._local_sgd and workers.size > 1:
+            rank_zero_warn(
+                "configure_optimizers() has returned no optimizer, and this strategy averages the parameters of"
+                " optimizers: what you train by other means is not averaged, and every worker ends with a model of its"
+                " own. Return your optimizers from configure_optimizers()."
+            )
         if len(previous) == len(self._local_sgd):
             for local_sgd, former in zip(self._local_sgd, previous, strict=True):
                 local_sgd.load_state_dict(former.state_dict())
                 local_sgd.start_from_the_same()
 
-    def _new_local_sgd(self, total_steps: int | None, workers: Workers) -> list[LocalSGD]:
+    def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
         return [
             LocalSGD(
                 optimizer,
                 copy.deepcopy(self._period),
                 module=self.lightning_module,
-                total_steps=total_steps,
+                total_steps="later",
                 average_buffers=self._average_buffers,
                 optimizer_state=self._optimizer_state,
                 on_divergence=self._on_divergence,
@@ -442,6 +483,17 @@ class ADPSGDStrategy(DDPStrategy):
             for index, optimizer in enumerate(self.optimizers)
             if optimizer.param_groups  # Lightning stands in for an optimizer where configure_optimizers returns none
         ]
+
+    def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step that was taken past Lightning, with ``self.optimizers(use_pl_optimizer=False)`` for example."""
+        if not self._stepping:
+            self._count_step(optimizer)
+
+    def _count_step(self, optimizer: Optimizer) -> None:
+        self._second_weights_moved = True
+        local_sgd = self._local_sgd_of(optimizer)
+        if local_sgd is not None and local_sgd.step() is not None:
+            self._buffers_moved = False
 
     def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:
         for local_sgd in self._local_sgd:
@@ -501,6 +553,10 @@ class _FirstCallback(Callback):
             self._strategy.average("checkpoint")  # the callback is about to take a copy of the weights
 
     @override
+    def on_train_batch_start(self, trainer: "pl.Trainer", *_: Any) -> None:
+        self._strategy.on_batch_begins()
+
+    @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         # Not inside of the optimizer's step: a checkpoint that a signal asks for belongs behind it.
         self._strategy.act_on_notice()
@@ -517,9 +573,7 @@ class _FirstCallback(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        # In its last epoch, SWA has taken no step, but has gathered new BatchNorm statistics.
-        moved = [b for b in pl_module.buffers() if b.is_floating_point()] if _weight_averaging(trainer) else []
-        if not self._strategy.average("train_end", moved):
+        if not self._strategy.average("train_end"):
             self._strategy.meet("the end of training")
         self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
@@ -551,12 +605,22 @@ def _warn_of_uneven_loaders(trainer: "pl.Trainer", workers: Workers) -> None:
         )
 
 
+def _scheduled_steps(trainer: "pl.Trainer") -> int | None:
+    """The steps of a run whose accumulation of gradients changes from epoch to epoch; None for other runs."""
+    schedules = [callback for callback in callbacks_of(trainer) if isinstance(callback, GradientAccumulationScheduler)]
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not schedules or epochs is None or epochs < 0 or not math.isfinite(batches):
+        return None
+    return sum(-(-int(batches) // schedules[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+
+
 def _total_steps(trainer: "pl.Trainer") -> int | None:
     """K, the number of steps that each optimizer will take; None if it is not known beforehand."""
     estimate = trainer.estimated_stepping_batches
     if not math.isfinite(estimate):
         return None
     # Lightning counts the steps of all optimizers against max_steps; a rule counts those of one.
+    estimate = _scheduled_steps(trainer) or estimate
     if trainer.max_steps > 0:
         estimate = min(estimate, -(-trainer.max_steps // max(1, len(trainer.optimizers))))
     return max(0, int(estimate))

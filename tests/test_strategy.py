@@ -357,7 +357,7 @@ def known_total_steps(options: dict) -> int | None:
         ({"max_epochs": 3, "max_steps": 20}, 20),
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, 12),
         ({"max_epochs": -1, "max_steps": 5}, 5),
-        ({"max_epochs": -1, "max_time": "00:00:00:00"}, None),
+        ({"max_epochs": -1, "max_time": "00:00:00:01"}, None),
     ],
     ids=str,
 )

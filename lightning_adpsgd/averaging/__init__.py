@@ -2,7 +2,7 @@
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range
-from lightning_adpsgd.averaging.optimizer_state import forget, moments, share_state
+from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Workers
 
@@ -17,6 +17,7 @@ __all__ = [
     "Share",
     "Trigger",
     "Workers",
+    "average_moments",
     "forget",
     "moments",
     "ring_bytes",

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout
-from lightning_adpsgd.averaging.workers import Workers
+from lightning_adpsgd.averaging.workers import Share, Workers
 
 Key = tuple[int, str]
 """Of one entry: the parameter's place in the optimizer's groups, and the entry's name."""
@@ -43,6 +43,32 @@ def forget(optimizer: Optimizer, made_at_once: Collection[Tensor]) -> None:
             value.zero_()
         elif isinstance(value, int | float) and not isinstance(value, bool):
             optimizer.state[parameter][name] = type(value)(0)
+
+
+def average_moments(optimizer: Optimizer, workers: Workers, bucket_bytes: int, share: Share | None = None) -> None:
+    """Replace momentum and moments by their mean over the workers; step counters stay each worker's own.
+
+    A worker that has none for a parameter (which has had no gradient there, or whose steps were all skipped) takes the
+    mean of those that have some, with their step counter.
+
+    Args:
+        optimizer: whose state to average; its parameters have to be known to be the same on all workers.
+        workers: whom to average with.
+        bucket_bytes: the longest range averaged at once.
+        share: what this worker contributes to the mean; None where all workers do.
+    """
+    if workers.size == 1:
+        return
+    state = _State(optimizer)
+    averaged, rest = state.split(only_moments=True)
+    layout = _layout(averaged)
+    fingerprints = workers.table([layout.fingerprint, _hash(repr(sorted(averaged)).encode())])
+    same_layout, same_keys = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
+    if not (same_layout and same_keys):
+        layout = _layout(_complete(state, averaged, workers, share))
+    ParameterAverager(layout, 0, workers, bucket_bytes).average(share)
+    if not same_keys:
+        _adopt(state, rest, workers, only_missing=True)
 
 
 def share_state(optimizer: Optimizer, workers: Workers, bucket_bytes: int, shared: Collection[int] = ()) -> None:
@@ -83,13 +109,22 @@ class _State:
         self._optimizer = optimizer
         self._parameters = [*_parameters(optimizer)]
 
-    def split(self) -> tuple[dict[Key, Tensor], dict[Key, Any]]:
-        """What is averaged, and the rest."""
+    def split(self, only_moments: bool = False) -> tuple[dict[Key, Tensor], dict[Key, Any]]:
+        """What is averaged, and the rest.
+
+        Args:
+            only_moments: average what has its parameter's shape, and nothing else.
+        """
         averaged: dict[Key, Tensor] = {}
         rest: dict[Key, Any] = {}
         for place, parameter, name, value in _entries(self._optimizer):
-            plain = all(isinstance(v, Tensor | int | float | None) for v in self._optimizer.state[parameter].values())
-            if plain and _is_averaged(name, value) and (value.shape == parameter.shape or value.dim() > 0):
+            plain = only_moments or all(
+                isinstance(v, Tensor | int | float | None) for v in self._optimizer.state[parameter].values()
+            )
+            fits = _is_averaged(name, value) and (
+                value.shape == parameter.shape or (value.dim() > 0 and not only_moments)
+            )
+            if plain and fits:
                 averaged[place, name] = value
             elif value is not None:
                 rest[place, name] = value
@@ -116,12 +151,14 @@ class _State:
         torch.save((on_cpu, {key: _map(value, lambda t: t.detach().cpu()) for key, value in entries.items()}), file)
         return file.getvalue()
 
-    def write(self, packed: bytes) -> None:
-        """Overwrite entries with those of :meth:`pack`, in place where there is a tensor already."""
+    def write(self, packed: bytes, only_missing: bool) -> None:
+        """Overwrite entries (or only add missing ones) with those of :meth:`pack`; tensors in place."""
         on_cpu, entries = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
         for (place, name), value in entries.items():
             parameter = self._parameters[place]
             mine = self._optimizer.state[parameter].get(name)
+            if only_missing and mine is not None:
+                continue
             if isinstance(mine, Tensor) and isinstance(value, Tensor) and mine.shape == value.shape:
                 mine.copy_(value)
             else:
@@ -129,20 +166,23 @@ class _State:
                 self._optimizer.state[parameter][name] = _map(value, partial(Tensor.to, device=device))
 
 
-def _complete(state: _State, averaged: dict[Key, Tensor], workers: Workers) -> dict[Key, Tensor]:
+def _complete(
+    state: _State, averaged: dict[Key, Tensor], workers: Workers, share: Share | None = None
+) -> dict[Key, Tensor]:
     """Entries that any worker has, weighted so that their mean over all workers is that over those that have them."""
-    everybody = workers.gather_objects(state.describe(averaged))
+    share = share or workers.everybody
+    everybody = workers.gather_objects(state.describe(averaged) if share.contributes else {})
     complete = {}
     for key in sorted(set().union(*everybody)):
         owners = [entries for entries in everybody if key in entries]
         # Made anew even where there is one: in memory it may be laid out in another order than the other workers'.
         complete[key] = state.make(key, *owners[0][key])
         if key in averaged:
-            complete[key].copy_(averaged[key]).mul_(workers.size / len(owners))
+            complete[key].copy_(averaged[key]).mul_(share.contributors / len(owners))
     return complete
 
 
-def _adopt(state: _State, rest: dict[Key, Any], workers: Workers) -> None:
+def _adopt(state: _State, rest: dict[Key, Any], workers: Workers, only_missing: bool = False) -> None:
     """Give every worker those entries that are not averaged, each from the first worker that has it."""
     owners: dict[Key, int] = {}
     for rank, keys in enumerate(workers.gather_objects([*rest])):
@@ -150,7 +190,7 @@ def _adopt(state: _State, rest: dict[Key, Any], workers: Workers) -> None:
             owners.setdefault(key, rank)
     for owner in sorted(set(owners.values())):
         mine = {key: rest[key] for key in owners if owners[key] == owner} if owner == workers.rank else {}
-        state.write(workers.broadcast_object(state.pack(mine), owner))
+        state.write(workers.broadcast_object(state.pack(mine), owner), only_missing)
 
 
 def _entries(optimizer: Optimizer) -> Iterator[tuple[int, nn.Parameter, str, Any]]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -18,11 +17,6 @@ from tests.training import data, fit, floats, identical, weights
 
 Round = tuple[int, int, str]
 """Of which optimizer, after which step, asked for by whom."""
-
-
-def known_bug(reason: str) -> pytest.MarkDecorator:
-    """Mark what fails for the time being; the mark has to go with the bug."""
-    return pytest.mark.xfail(reason=reason, strict=True)
 
 
 def outcome_of(model: L.LightningModule, strategy: Any = None, **options: Any) -> dict:

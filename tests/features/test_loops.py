@@ -3,7 +3,6 @@
 import functools
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -26,7 +25,6 @@ from tests.features.outcomes import (
     check_by_hand,
     in_order,
     in_order_loaders,
-    known_bug,
     outcome_of,
     periods,
     share,
@@ -200,9 +198,7 @@ def test_an_endless_dataset_is_trained_on_for_max_steps(pool):
     assert [outcome["warnings"] for outcome in outcomes] == [[], []]
 
 
-@pytest.mark.parametrize(
-    "workers", [2, pytest.param(3, marks=known_bug("the mean of three equal numbers is not quite the same number"))]
-)
+@pytest.mark.parametrize("workers", [2, 3])
 def test_an_iterable_dataset_that_is_the_same_on_all_ranks_is_warned_of_once(pool, workers):
     outcomes = pool.run_trainer(stream, True, workers=workers)
     assert [len(outcome["warnings"]) for outcome in outcomes] == [1, *[0] * (workers - 1)]
@@ -245,9 +241,7 @@ def resume_in_mid_epoch(strategy: str, folder: str) -> dict:
     return {"given": again.given, "through": weights(through), "resumed": weights(resumed)}
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param("adpsgd", marks=known_bug("the loader is set up before its state is restored")), "ddp"]
-)
+@pytest.mark.parametrize("strategy", ["adpsgd", "ddp"])
 def test_a_loader_that_knows_where_it_is_goes_on_there_when_a_run_is_resumed(pool, tmp_path, strategy):
     for outcome in pool.run_trainer(resume_in_mid_epoch, strategy, str(tmp_path)):
         assert outcome["given"] == [10, 11, 12, 13, 14, 15]
@@ -297,7 +291,6 @@ def hooks() -> list[list[str]]:
     return calls
 
 
-@known_bug("train_dataloader is called in setup, to count the steps")
 def test_hooks_are_called_in_the_order_in_which_they_are_under_ddp(pool):
     for ours, theirs in pool.run_trainer(hooks):
         assert "train_dataloader" in theirs
@@ -390,7 +383,6 @@ def test_the_rule_learns_nothing_from_the_rounds_before_validations(pool):
             assert trigger == "period" or following == period
 
 
-@known_bug("buffers that have moved without a step are not averaged")
 def test_a_validation_in_mid_accumulation_sees_the_same_on_all_ranks(pool):
     outcomes = pool.run_trainer(validate_within, {"val_check_interval": 2, "accumulate_grad_batches": 4})
     # No step was taken since the round in every second case, but BatchNorm has seen two more batches.
@@ -401,26 +393,18 @@ def test_a_validation_in_mid_accumulation_sees_the_same_on_all_ranks(pool):
         assert identical([*seen])
 
 
-class OfItsOwnPace(Classifier):
-    """Every rank takes another time for a step."""
-
-    def training_step(self, batch: Any) -> Tensor:
-        time.sleep(0.05 * (1 + self.global_rank))
-        return super().training_step(batch)
-
-
 def validate_by_the_clock() -> dict:
     torch.manual_seed(0)
     options = {"val_check_interval": timedelta(seconds=0.25), "check_val_every_n_epoch": None, "max_epochs": 2}
-    return outcome_of(OfItsOwnPace(), ADPSGDStrategy(10), loaders=both_in_order(), **options)
+    return outcome_of(seeded(), ADPSGDStrategy(10), loaders=both_in_order(), **options)
 
 
-@known_bug("every rank looks at its own clock")
 @pytest.mark.skipif(not hasattr(lightning.pytorch.trainer.setup, "_parse_time_interval_seconds"), reason="new in 2.6")
-def test_a_validation_by_the_clock_takes_place_at_the_same_step_on_all_ranks(pool):
-    outcomes = pool.run_trainer(validate_by_the_clock)
-    check(outcomes)
-    assert any(trigger == "validation" for _, _, trigger in outcomes[0]["rounds"])
+def test_a_validation_by_the_clock_is_refused_with_what_to_do_instead(pool):
+    for outcome in pool.outcomes(validate_by_the_clock, trainer=True):
+        assert outcome.kind == "MisconfigurationException"
+        assert "every worker looks at its own clock" in outcome.error
+        assert "Give a number of batches" in outcome.error
 
 
 # Inference mode, in which tensors are made that cannot be written to outside of it
@@ -515,7 +499,7 @@ def plain_loop(trigger: str) -> dict:
 
 @pytest.mark.parametrize(
     "trigger",
-    ["validation", pytest.param("checkpoint", marks=known_bug("state is made in inference mode"))],
+    ["validation", "checkpoint"],
 )
 def test_a_first_round_in_inference_mode_leaves_tensors_that_training_can_write_to(pool, trigger):
     outcomes = pool.run(plain_loop, trigger)

@@ -14,7 +14,6 @@ from tests.features.outcomes import (
     check,
     check_by_hand,
     in_order_loaders,
-    known_bug,
     outcome_of,
     periods,
     share,
@@ -365,7 +364,7 @@ class ConditionalWithMomentum(Conditional):
 
 @pytest.mark.parametrize(
     "policy",
-    ["local", pytest.param("average", marks=known_bug("state that a rank has not is refused")), "reset"],
+    ["local", "average", "reset"],
 )
 def test_parameters_without_a_gradient_on_one_rank_are_averaged_all_the_same(pool, policy):
     outcomes = pool.run_trainer(conditional, policy)

@@ -17,7 +17,6 @@ from tests.features.outcomes import (
     check,
     check_by_hand,
     in_order_loaders,
-    known_bug,
     outcome_of,
     periods,
     replace_by_mean,
@@ -89,7 +88,6 @@ def length_under_a_schedule() -> list[int | None]:
     return told
 
 
-@known_bug("the schedule of the accumulation is not looked at")
 def test_the_rule_is_told_the_steps_that_a_scheduled_accumulation_leaves(pool):
     assert pool.run_trainer(length_under_a_schedule) == [[12], [12]]
 
@@ -301,7 +299,7 @@ def freeze_in_turn(period: int) -> dict:
 
 @pytest.mark.parametrize(
     "period",
-    [1, *(pytest.param(p, marks=known_bug("frozen at two rounds in a row: left out at the second")) for p in (2, 8))],
+    [1, *(p for p in (2, 8))],
 )
 def test_parameters_that_are_frozen_in_turn_are_averaged_whenever_somebody_looks(pool, period):
     outcomes = pool.run_trainer(freeze_in_turn, period)
@@ -340,7 +338,6 @@ def step_behind_its_back(which: str) -> dict:
     return {"weights": weights(model), "warned": warned}
 
 
-@known_bug("nobody counts those steps")
 @pytest.mark.parametrize("which", ["without Lightning's wrapper", "its own"])
 def test_steps_that_lightning_does_not_see_are_not_left_unaveraged_in_silence(pool, which):
     outcomes = pool.outcomes(step_behind_its_back, which, trainer=True)

@@ -15,7 +15,6 @@ from tests.features.outcomes import (
     check,
     check_by_hand,
     in_order_loaders,
-    known_bug,
     outcome_of,
     periods,
     share,
@@ -116,7 +115,7 @@ def scaler_skips_at_first(policy: str) -> dict:
 
 @pytest.mark.parametrize(
     "policy",
-    ["local", pytest.param("average", marks=known_bug("state that a rank has not is refused")), "reset"],
+    ["local", "average", "reset"],
 )
 def test_a_round_may_come_before_every_rank_has_taken_a_step(pool, policy):
     outcomes = pool.run_trainer(scaler_skips_at_first, policy)
