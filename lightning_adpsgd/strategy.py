@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -324,9 +325,8 @@ class ADPSGDStrategy(DDPStrategy):
         self._signals.act(notice)
         return notice
 
-    # What others communicate. A rank on its way out of an exception takes part in nothing: its peers may not either.
-
-    # While training, workers make sure first that they do it together: where one is in a round, and another one in
+    # What Lightning communicates. A rank on its way out of an exception takes part in nothing: peers may not either.
+    # While fitting, workers make sure first that they do it together: where one is in a round, and another one in
     # something else, they would wait for each other, or end each other's process.
 
     @override
@@ -453,7 +453,9 @@ class ADPSGDStrategy(DDPStrategy):
         previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
         self._fitted = self.lightning_module
         self._local_sgd = self._new_local_sgd(workers)
-        self._step_hooks = [ls.optimizer.register_step_post_hook(self._on_unseen_step) for ls in self._local_sgd]
+        for local_sgd in self._local_sgd:
+            with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
+                self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
         if not self._local_sgd and workers.size > 1:
             rank_zero_warn(
                 "configure_optimizers() has returned no optimizer, and this strategy averages the parameters of"
