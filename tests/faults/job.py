@@ -200,6 +200,7 @@ def loader(job: Job, rank: int) -> DataLoader:
 def main(job: Job) -> None:
     """One rank's life."""
     os.chdir(job.folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and so would this
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the tests ask a rank that does not end where it is
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     with open("processes", "a") as file:
