@@ -2,6 +2,7 @@
 
 import atexit
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,10 @@ def forget_failure() -> None:
 
 
 def _end_others() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            # Lightning's own watch would kill this process, with another exit code, as soon as a child has ended.
+            vars(thread)["_run"] = _nothing_to_observe
     for strategy, workers in _failed:
         workers.hang_up()
         workers.stay(seconds=_SECONDS_TO_STAY)
@@ -195,6 +200,11 @@ class DeferredSignals:
 def _requeue_signal(trainer: "pl.Trainer") -> Any:
     environment = trainer._accelerator_connector.cluster_environment
     return getattr(environment, "requeue_signal", None)
+
+
+def _nothing_to_observe() -> bool:
+    """Stands in for a look at the children, and says that there need be no further one."""
+    return True
 
 
 def _do_nothing() -> None:
