@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Timer
 # `DDPStrategy` starts all ranks from the same weights inside the `DistributedDataParallel` wrapper, which this package
 # leaves out. This is what Lightning itself calls wherever it leaves the wrapper out (validation, testing).
 from lightning.pytorch.overrides.distributed import _sync_module_states as sync_module_states
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_adpsgd.averaging import Workers
@@ -37,6 +39,7 @@ __all__ = [
     "forget_failure",
     "is_interrupted",
     "second_weights",
+    "snapshot",
     "sync_module_states",
     "trainer_of",
     "validates_by_the_clock",
@@ -56,6 +59,16 @@ def callbacks_of(trainer: "pl.Trainer") -> list[Any]:
 def is_interrupted(trainer: "pl.Trainer | None") -> bool:
     """Whether this rank is on its way out of an exception, on which its peers may know nothing of."""
     return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+
+def snapshot(checkpoint: dict[str, Any], checkpoint_io: Any) -> dict[str, Any]:
+    """What to hand to the plugin that writes files: a copy, if it writes later and takes none itself.
+
+    ``AsyncCheckpointIO`` of early Lightning 2.5 writes what the tensors hold by the time that it comes to it.
+    """
+    if not isinstance(checkpoint_io, AsyncCheckpointIO) or hasattr(async_plugin, "_clone_tensor"):
+        return checkpoint
+    return apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().clone())  # type: ignore[no-any-return]
 
 
 def validates_by_the_clock(trainer: "pl.Trainer") -> bool:

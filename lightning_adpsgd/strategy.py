@@ -36,6 +36,7 @@ from lightning_adpsgd._lightning import (
     forget_failure,
     is_interrupted,
     second_weights,
+    snapshot,
     sync_module_states,
     trainer_of,
     validates_by_the_clock,
@@ -377,6 +378,7 @@ class ADPSGDStrategy(DDPStrategy):
             if "optimizer_states" in checkpoint:
                 state["optimizers"] = [local_sgd.state_dict() for local_sgd in self._local_sgd]
             checkpoint[CHECKPOINT_KEY] = state
+        checkpoint = snapshot(checkpoint, self.checkpoint_io)
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
