@@ -70,7 +70,8 @@ def test_after_the_search_for_a_learning_rate_the_rule_and_the_history_are_as_be
         assert outcome["counts"] == [*range(searched), *range(trained)]
         assert outcome["rounds"][-1][0] == trained
         assert outcome["rounds"][:2] == [(3, "period", 3), (6, "period", 3)]
-        assert outcome["rate"] == outcome["suggested"] == outcomes[0]["rate"]
+        assert outcome["rate"] == outcomes[0]["rate"]
+        assert outcome["suggested"] == outcomes[0]["suggested"]
     assert outcomes[0]["rounds"] == outcomes[1]["rounds"]
     assert identical([outcome["weights"] for outcome in outcomes])
 
