@@ -1,6 +1,7 @@
 """Every corner of Lightning without a public name that this package touches, each with the reason why."""
 
 import atexit
+import signal
 import subprocess
 import threading
 import time
@@ -27,6 +28,7 @@ TIME_IS_UP = 4
 
 _SECONDS_FOR_LAST_WORDS = 10.0
 _SECONDS_TO_STAY = 2.0
+_SECONDS_TO_END = 40
 
 __all__ = [
     "REQUEUE",
@@ -129,6 +131,10 @@ def _end_others() -> None:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+    if hasattr(signal, "alarm"):
+        # The system ends this process if native threads that wait for a peer keep it from ending by itself.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_SECONDS_TO_END)
 
 
 def current_hook(module: "pl.LightningModule") -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_SECONDS_TO_HANG_UP = 2.0
 
 
 class CollectiveError(RuntimeError):
@@ -172,7 +175,10 @@ class Workers:
         With NCCL nothing is done: there, closing waits for what is under way.
         """
         if self.size > 1 and dist.is_initialized() and dist.get_backend(self._group) == "gloo":
-            dist.destroy_process_group()
+            # Not in this thread: up to torch 2.6 at least, it can wait for a collective that will never end.
+            closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            closing.start()
+            closing.join(_SECONDS_TO_HANG_UP)
 
     def stay(self, seconds: float) -> None:
         """Wait for the others to have heard enough too, on the first worker, whose process serves the store."""
