@@ -1,7 +1,6 @@
 """How workers meet: each states where it is, and all see whether they go on together, or who is missing."""
 
 import functools
-import hashlib
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from lightning_adpsgd.averaging import TRIGGERS, CollectiveError, Share, Workers
+from lightning_adpsgd.averaging import TRIGGERS, CollectiveError, Share, Workers, hash48
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
 
 _log = logging.getLogger(__name__)
@@ -201,8 +200,8 @@ def check_module(workers: Workers, module: nn.Module) -> None:
         (name, str(tensor.dtype), tuple(tensor.shape), None, ())
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
-    digest = hashlib.blake2b(repr(_nameless(mine)).encode(), digest_size=6).digest()
-    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=int.from_bytes(digest, "big")))
+    fingerprint = hash48(repr(_nameless(mine)).encode())
+    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=fingerprint))
     meeting.check_tensors("The workers have built different models.", lambda: mine)
 
 

@@ -26,6 +26,11 @@ class Range(NamedTuple):
             yield Range(self.space, start, min(start + length, self.stop))
 
 
+def hash48(data: bytes) -> int:
+    """A hash of 48 bits, which a float64 holds exactly, so that workers can compare it in a table."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
+
+
 class FlatLayout:
     """An index space over many tensors, so that averaging can be cut anywhere, whatever the tensors' sizes.
 
@@ -69,8 +74,7 @@ class FlatLayout:
     @property
     def fingerprint(self) -> int:
         """A 48-bit hash of the signature; exact as a float64."""
-        digest = hashlib.blake2b(repr(self._signature).encode(), digest_size=6)
-        return int.from_bytes(digest.digest(), "big")
+        return hash48(repr(self._signature).encode())
 
     @property
     def numel(self) -> int:

@@ -1,6 +1,5 @@
 """An optimizer's state over the workers: averaged where a mean makes sense, the first worker's where it does not."""
 
-import hashlib
 import io
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.averaging.layout import FlatLayout, hash48
 from lightning_adpsgd.averaging.workers import Share, Workers
 
 Key = tuple[int, str]
@@ -62,7 +61,7 @@ def average_moments(optimizer: Optimizer, workers: Workers, bucket_bytes: int, s
     state = _State(optimizer)
     averaged, rest = state.split(only_moments=True)
     layout = _layout(averaged)
-    fingerprints = workers.table([layout.fingerprint, _hash(repr(sorted(averaged)).encode())])
+    fingerprints = workers.table([layout.fingerprint, hash48(repr(sorted(averaged)).encode())])
     same_layout, same_keys = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
     if not (same_layout and same_keys):
         layout = _layout(_complete(state, averaged, workers, share))
@@ -89,7 +88,9 @@ def share_state(optimizer: Optimizer, workers: Workers, bucket_bytes: int, share
     state = _State(optimizer)
     averaged, rest = state.split()
     layout = _layout(averaged)
-    fingerprints = workers.table([layout.fingerprint, _hash(repr(sorted(averaged)).encode()), _hash(state.pack(rest))])
+    fingerprints = workers.table(
+        [layout.fingerprint, hash48(repr(sorted(averaged)).encode()), hash48(state.pack(rest))]
+    )
     same_layout, same_keys, same_rest = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
     if not (same_layout and same_keys):
         averaged = _complete(state, averaged, workers)
@@ -211,11 +212,6 @@ def _is_averaged(name: str, value: object) -> bool:
 
 def _layout(averaged: dict[Key, Tensor]) -> FlatLayout:
     return FlatLayout([averaged[key] for key in sorted(averaged)], [None] * len(averaged))
-
-
-def _hash(data: bytes) -> int:
-    """48 bits, which a float64 holds exactly."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
 
 
 def _map(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
