@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging import Workers
+from lightning_adpsgd.averaging import Workers, has_mean
 
 # Bits of a notice
 SIGTERM = 1
@@ -89,7 +89,7 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
     for model in models:
         if isinstance(model, nn.Module):
             tensors += [*model.parameters(), *model.buffers()]
-    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    return [tensor for tensor in tensors if has_mean(tensor)]
 
 
 _failed: "list[tuple[pl.strategies.Strategy, Workers]]" = []

@@ -255,8 +255,10 @@ def check_optional(name: str, value: Given, kind: type) -> Given:
         TypeError: if it is anything else.
     """
     if value is not None and not isinstance(value, kind):
-        got = "the class itself. Call it" if isinstance(value, type) and issubclass(value, kind) else type_of(value)
-        raise TypeError(f"{given(name, value)}: expected None or an instance of {kind.__name__}, got {got}.")
+        expected = f"expected None or an instance of {kind.__name__}"
+        if isinstance(value, type) and issubclass(value, kind):
+            raise TypeError(f"{given(name, value)}: {expected}, got the class itself. Call it: {value.__name__}(...).")
+        raise TypeError(f"{given(name, value)}: {expected}, got {type_of(value)}.")
     return value
 
 

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 # Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
 _ROLL_CALL_SECONDS = 2.0
-_STAY_SECONDS = 1.0
+_STAY_SECONDS = 2.0
 
 Described = tuple[object, ...]
 """A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""

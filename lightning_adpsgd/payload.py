@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers
+from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, has_mean
 from lightning_adpsgd.meeting import Described
 
 
@@ -70,7 +70,7 @@ class Payloads:
                     groups.append(index)
         parameters = list(tensors)
         if self._buffers_of is not None:
-            tensors += [b for b in self._buffers_of.buffers() if b.is_floating_point() or b.is_complex()]
+            tensors += [buffer for buffer in self._buffers_of.buffers() if has_mean(buffer)]
         groups += [None] * (len(tensors) - len(groups))
 
         key = [(id(tensor), tensor.data_ptr(), group) for tensor, group in zip(tensors, groups, strict=True)]

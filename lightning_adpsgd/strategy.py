@@ -54,7 +54,7 @@ from lightning_adpsgd.arguments import (
     check_start_method,
     check_timeout,
 )
-from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers
+from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers, has_mean
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
@@ -292,7 +292,7 @@ class ADPSGDStrategy(DDPStrategy):
         if self._buffers_moved and self._average_buffers and not any(ls.local_steps for ls in self._local_sgd):
             # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
             assert self.lightning_module is not None
-            also += [b for b in self.lightning_module.buffers() if b.is_floating_point() or b.is_complex()]
+            also += [buffer for buffer in self.lightning_module.buffers() if has_mean(buffer)]
         self._buffers_moved = False
         rounds = [ls.average(trigger, also if place == 0 else ()) for place, ls in enumerate(self._local_sgd)]
         return any(round_ is not None for round_ in rounds)

@@ -464,6 +464,11 @@ def test_rules_class_in_place_of_a_rule_is_told_to_be_called():
         ADPSGDStrategy(period=AdaptivePeriod)
 
 
+def test_plugins_class_in_place_of_a_plugin_is_told_to_be_called():
+    with pytest.raises(TypeError, match=r"got the class itself\. Call it: TorchCheckpointIO\(\.\.\.\)"):
+        ADPSGDStrategy(checkpoint_io=TorchCheckpointIO)
+
+
 def test_number_of_seconds_in_place_of_a_timeout_is_told_how_to_say_so():
     with pytest.raises(TypeError, match=r"timeout=1800: expected .* timedelta\(seconds=1800\)"):
         ADPSGDStrategy(timeout=1800)

@@ -63,7 +63,7 @@ class WorkerPool:
     def _run(self, function: Callable[..., Any], args: tuple, workers: int, connect: bool) -> list[Outcome]:
         while len(self._processes) < workers:
             self._start_one()
-        port = _free_port()
+        port = free_port()
         for rank in range(workers):
             self._connections[rank].send((function, args, rank, workers, port, connect))
         outcomes: dict[int, Outcome] = {}
@@ -108,7 +108,7 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while (task := connection.recv()) is not None:
         function, args, rank, workers, port, connect = task
-        _announce(rank, workers, port)
+        announce(rank, workers, port, "tests")
         try:
             if connect:
                 dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -124,7 +124,8 @@ def _serve(connection: Connection) -> None:
         connection.send(outcome)
 
 
-def _announce(rank: int, workers: int, port: int) -> None:
+def announce(rank: int, workers: int, port: int, job: str) -> None:
+    """Tell this process its rank in the way of torchrun."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -133,11 +134,12 @@ def _announce(rank: int, workers: int, port: int) -> None:
         GROUP_RANK="0",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="tests",
+        TORCHELASTIC_RUN_ID=job,
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

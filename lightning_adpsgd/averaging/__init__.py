@@ -1,7 +1,7 @@
 """How to average: tensors and process groups in, averages and variances out."""
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.layout import FlatLayout, Range, hash48
+from lightning_adpsgd.averaging.layout import FlatLayout, Range, has_mean, hash48
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Workers
@@ -19,6 +19,7 @@ __all__ = [
     "Workers",
     "average_moments",
     "forget",
+    "has_mean",
     "hash48",
     "moments",
     "ring_bytes",

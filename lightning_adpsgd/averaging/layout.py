@@ -31,6 +31,11 @@ def hash48(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
 
 
+def has_mean(tensor: Tensor) -> bool:
+    """Whether its elements are real or complex numbers, of which a mean is one too; integers and bools have none."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class FlatLayout:
     """An index space over many tensors, so that averaging can be cut anywhere, whatever the tensors' sizes.
 

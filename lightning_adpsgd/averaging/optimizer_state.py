@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.layout import FlatLayout, hash48
+from lightning_adpsgd.averaging.layout import FlatLayout, has_mean, hash48
 from lightning_adpsgd.averaging.workers import Share, Workers
 
 Key = tuple[int, str]
@@ -60,12 +60,7 @@ def average_moments(optimizer: Optimizer, workers: Workers, bucket_bytes: int, s
         return
     state = _State(optimizer)
     averaged, rest = state.split(only_moments=True)
-    layout = _layout(averaged)
-    fingerprints = workers.table([layout.fingerprint, hash48(repr(sorted(averaged)).encode())])
-    same_layout, same_keys = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
-    if not (same_layout and same_keys):
-        layout = _layout(_complete(state, averaged, workers, share))
-    ParameterAverager(layout, 0, workers, bucket_bytes).average(share)
+    same_keys, _ = _average(state, averaged, b"", workers, bucket_bytes, share)
     if not same_keys:
         _adopt(state, rest, workers, only_missing=True)
 
@@ -87,18 +82,7 @@ def share_state(optimizer: Optimizer, workers: Workers, bucket_bytes: int, share
         return
     state = _State(optimizer)
     averaged, rest = state.split()
-    layout = _layout(averaged)
-    fingerprints = workers.table(
-        [layout.fingerprint, hash48(repr(sorted(averaged)).encode()), hash48(state.pack(rest))]
-    )
-    same_layout, same_keys, same_rest = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
-    if not (same_layout and same_keys):
-        averaged = _complete(state, averaged, workers)
-        layout = _layout(averaged)
-        shared = ()
-    if shared:
-        layout = _layout({key: value for key, value in averaged.items() if id(value) not in shared})
-    ParameterAverager(layout, 0, workers, bucket_bytes).average()
+    same_keys, same_rest = _average(state, averaged, state.pack(rest), workers, bucket_bytes, shared=shared)
     if not (same_keys and same_rest):
         _adopt(state, rest, workers)
 
@@ -167,6 +151,31 @@ class _State:
                 self._optimizer.state[parameter][name] = _map(value, partial(Tensor.to, device=device))
 
 
+def _average(
+    state: _State,
+    averaged: dict[Key, Tensor],
+    packed_rest: bytes,
+    workers: Workers,
+    bucket_bytes: int,
+    share: Share | None = None,
+    shared: Collection[int] = (),
+) -> tuple[bool, bool]:
+    """Average entries over the workers that have them, unless they are known to be ``shared`` already.
+
+    Returns:
+        Whether all workers had the same entries to average, and whether they have the same rest.
+    """
+    layout = _layout(averaged)
+    fingerprints = workers.table([layout.fingerprint, hash48(repr(sorted(averaged)).encode()), hash48(packed_rest)])
+    same_layout, same_keys, same_rest = (len(column.unique()) == 1 for column in fingerprints.unbind(dim=1))
+    if not (same_layout and same_keys):
+        layout = _layout(_complete(state, averaged, workers, share))
+    elif shared:
+        layout = _layout({key: value for key, value in averaged.items() if id(value) not in shared})
+    ParameterAverager(layout, 0, workers, bucket_bytes).average(share)
+    return same_keys, same_rest
+
+
 def _complete(
     state: _State, averaged: dict[Key, Tensor], workers: Workers, share: Share | None = None
 ) -> dict[Key, Tensor]:
@@ -207,7 +216,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
 
 
 def _is_averaged(name: str, value: object) -> bool:
-    return name != "step" and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return name != "step" and isinstance(value, Tensor) and has_mean(value)
 
 
 def _layout(averaged: dict[Key, Tensor]) -> FlatLayout:

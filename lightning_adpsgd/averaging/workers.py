@@ -68,6 +68,7 @@ class Workers:
         self.size: int = dist.get_world_size(group) if connected else 1
         self.rank: int = dist.get_rank(group) if connected else 0
         self._store = _store()  # kept, as hanging up takes it from the process group
+        self._has_stayed = False
         self.payload_bytes = 0
         """Bytes of all tensors that this rank has put into collectives since the start."""
 
@@ -164,6 +165,7 @@ class Workers:
 
     def forget_word(self) -> None:
         """Take back what this worker has left."""
+        self._has_stayed = False
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
                 self._store.delete_key(_key("word", self.rank))
@@ -181,10 +183,11 @@ class Workers:
             closing.join(_SECONDS_TO_HANG_UP)
 
     def stay(self, seconds: float) -> None:
-        """Wait for the others to have heard enough too, on the first worker, whose process serves the store."""
+        """Wait for the others to have heard enough too, on the first worker, whose process serves the store; once."""
+        if self._store is None or self._has_stayed:
+            return
+        self._has_stayed = True
         with contextlib.suppress(RuntimeError):
-            if self._store is None:
-                return
             self._store.set(_key("heard", self.rank), "")
             deadline = time.monotonic() + seconds
             others = {*range(1, self.size)} if self.rank == 0 else set()

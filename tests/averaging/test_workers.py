@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,6 +69,45 @@ def test_broadcast_overwrites_in_place_with_the_first_workers_tensors(pool):
     for tensors, same_storage in pool.run(broadcast_from_first, workers=3):
         assert all((tensor == 0).all() for tensor in tensors)
         assert same_storage
+
+
+def words_left_behind() -> dict:
+    workers = Workers()
+    if workers.rank > 0:
+        workers.leave_word(f"had enough of rank {workers.rank}")
+    dist.barrier()
+    workers.hang_up()
+    words, answered = workers.words(seconds=0.2)
+    stayed = []
+    for _ in range(2):
+        begun = time.monotonic()
+        workers.stay(seconds=20.0)
+        stayed.append(time.monotonic() - begun)
+    return {"words": words, "answered": answered, "stayed": stayed}
+
+
+def test_words_are_found_once_the_connections_are_closed_and_nobody_waits_for_those_who_have_heard(pool):
+    outcomes = pool.run(words_left_behind, workers=3)
+    first, second, third = (outcome["words"] for outcome in outcomes)
+    assert first == {1: "had enough of rank 1", 2: "had enough of rank 2"}
+    assert second == {2: "had enough of rank 2"}
+    assert third == {1: "had enough of rank 1"}
+    assert all(outcome["answered"] and max(outcome["stayed"]) < 20.0 for outcome in outcomes)
+
+
+def silence_of_the_others() -> list[float]:
+    workers = Workers()
+    stayed = []
+    for _ in range(2 if workers.rank == 0 else 0):
+        begun = time.monotonic()
+        workers.stay(seconds=0.4)
+        stayed.append(time.monotonic() - begun)
+    return stayed
+
+
+def test_first_worker_stays_once_for_those_who_say_nothing(pool):
+    stayed, _ = pool.run(silence_of_the_others)
+    assert stayed[0] >= 0.4 > stayed[1]
 
 
 def test_a_single_process_sends_nothing():

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from tests.workers import announce, free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("job.py")
@@ -196,7 +197,7 @@ def _launcher(job: dict[str, Any], launcher: str) -> subprocess.Popen:
 def _ranks(job: dict[str, Any]) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.job"])
-    port, size = _free_port(), job.get("ranks", 2)
+    port, size = free_port(), job.get("ranks", 2)
     ranks = {f"rank {rank}": context.Process(target=_rank, args=(job, rank, size, port)) for rank in range(size)}
     for process in ranks.values():
         process.start()
@@ -210,27 +211,12 @@ def _rank(job: dict[str, Any], rank: int, size: int, port: int) -> None:
     with open(Path(job["folder"]) / f"output.{rank}", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-        GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="faults",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
+    announce(rank, size, port, "faults")
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     try:
         main(Job(**job))
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
