@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD, Workers
+from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD, Workers, WorkersDivergedError
 from lightning_adpsgd.local_sgd import Notice
 
 pytestmark = pytest.mark.workers
@@ -693,3 +693,45 @@ def test_an_unknown_trigger_is_refused():
     local_sgd = LocalSGD(torch.optim.SGD(net().parameters(), lr=0.1), 2, workers=Workers())
     with pytest.raises(ValueError, match="'period', 'validation', 'checkpoint', 'train_end'"):
         local_sgd.average("later")
+
+
+def diverged_beside_the_optimizer() -> dict:
+    model = net()
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    beside = nn.Parameter(torch.full((3,), float("nan") if dist.get_rank() == 1 else 1.0))
+    before = beside.detach().clone()
+    with pytest.raises(WorkersDivergedError, match=r"rank\(s\) 1 are not finite"):
+        local_sgd.average("validation", also=[beside])
+    return {"before": before, "after": beside.detach()}
+
+
+def test_what_is_averaged_along_is_looked_at_too_before_anything_is_overwritten(pool):
+    for outcome in pool.run(diverged_beside_the_optimizer):
+        torch.testing.assert_close(outcome["after"], outcome["before"], rtol=0, atol=0, equal_nan=True)
+
+
+def going_on_from_a_saved_state() -> dict:
+    runs = {}
+    for saved_after in (2, 3):
+        optimizer = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9)
+        local_sgd = LocalSGD(optimizer, 4)
+        for step in range(3):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            local_sgd.step()
+            if step + 1 == saved_after:
+                local_sgd.average("checkpoint")
+        state, optimizer_state = local_sgd.state_dict(), optimizer.state_dict()
+        other = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9)
+        other.load_state_dict(optimizer_state)
+        restored = LocalSGD(other, 4)
+        restored.load_state_dict(state)
+        runs[saved_after] = (restored.is_complete, restored.average("checkpoint") is None)
+    return runs
+
+
+def test_a_restored_count_knows_whether_a_checkpoint_has_yet_to_average(pool):
+    for outcome in pool.run(going_on_from_a_saved_state):
+        assert outcome == {2: (False, False), 3: (True, True)}

@@ -8,8 +8,11 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO, async_plugin
 
 import lightning_adpsgd
+from lightning_adpsgd._lightning import snapshot
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 ONE_PLACE = "_lightning.py"
@@ -204,6 +207,19 @@ def subclasses_of_lightning():
             class_ = getattr(importlib.import_module(module.removesuffix(".__init__")), name, None)
             if class_ is not None and any(base.__module__.split(".")[0] in LIGHTNING for base in class_.__mro__):
                 yield pytest.param(class_, names, id=name)
+
+
+def test_what_is_written_in_the_background_is_a_copy_where_lightning_takes_none(monkeypatch):
+    weights = torch.zeros(3)
+    background = AsyncCheckpointIO()
+    monkeypatch.delattr(async_plugin, "_clone_tensor", raising=False)
+    copied = snapshot({"state_dict": {"w": weights}, "epoch": 1}, background)
+    at_once = snapshot({"state_dict": {"w": weights}}, TorchCheckpointIO())
+    weights += 1
+    assert copied["state_dict"]["w"].tolist() == [0, 0, 0]
+    assert copied["epoch"] == 1
+    assert at_once["state_dict"]["w"] is weights
+    background.teardown()
 
 
 @pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])

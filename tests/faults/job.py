@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchmetrics import MeanMetric
 
 from lightning_adpsgd import ADPSGDStrategy
 from lightning_adpsgd.averaging.averager import ParameterAverager
@@ -47,6 +48,8 @@ class Job(NamedTuple):
     validate: bool = False
     log_epoch: bool = False
     """Whether the mean of the loss over epoch and ranks is logged."""
+    metric: bool = False
+    """Whether a metric object is logged, which gathers its state from all ranks past Lightning's strategy."""
     resume: bool = False
     """Whether to go on from the latest checkpoint, if there is one."""
 
@@ -94,6 +97,7 @@ class Model(L.LightningModule):
         layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
         if self.has("deeper"):
             layers.append(nn.Linear(3, 3))
+        self.metric = MeanMetric() if job.metric else None
         self.name = "network" if self.has("renamed") else "net"
         setattr(self, self.name, layers)
 
@@ -111,6 +115,9 @@ class Model(L.LightningModule):
         loss = self.loss(batch)
         if self.job.log_epoch:
             self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        if self.metric is not None:
+            self.metric(loss.detach())
+            self.log("metric", self.metric, on_step=False, on_epoch=True)
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:

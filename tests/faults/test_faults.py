@@ -242,6 +242,7 @@ def test_lightnings_launcher_ends_a_child_that_hangs(launched):
         ("short", {}),
         ("short", {"validate": True}),
         ("short", {"log_epoch": True}),
+        ("short", {"metric": True}),
         ("short_stream", {}),
         ("short_stream", {"validate": True, "log_epoch": True}),
     ],
@@ -252,6 +253,8 @@ def test_a_loader_that_ends_early_is_an_error_that_names_the_steps(tmp_path, ste
     assert ended.codes["rank 0"] == 1
     assert re.search(rf"rank 1.* at step {step}\b", ended.output, re.I), ended.output
     assert "averaging round at step" in ended.output
+    if fault == "short":  # of a stream nobody knows beforehand
+        assert f"different numbers of batches (rank 0: 30, rank 1: {step})" in ended.said(0)
 
 
 @pytest.mark.parametrize(("fault", "name"), [("wider", "net.0.weight"), ("deeper", "net.3.weight")])

@@ -26,11 +26,21 @@ class Logs(Classifier):
         return loss
 
 
-def log(on_step: bool) -> list[str]:
+class LogsNowAndThen(Classifier):
+    """Logs its loss at every third step."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = self.loss(batch)
+        if self.global_step % 3 == 0:
+            self.log("loss", loss, sync_dist=True)
+        return loss
+
+
+def log(on_step: bool | None) -> list[str]:
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(ADPSGDStrategy(4), Logs(on_step=on_step, on_epoch=not on_step))
+        fit(ADPSGDStrategy(4), LogsNowAndThen() if on_step is None else Logs(on_step=on_step, on_epoch=not on_step))
     return [str(warning.message) for warning in caught if "at every step" in str(warning.message)]
 
 
@@ -44,3 +54,7 @@ def test_a_metric_reduced_at_every_step_is_warned_of_once_on_the_first_rank(pool
 
 def test_a_metric_reduced_at_the_end_of_an_epoch_is_not_warned_of(pool):
     assert pool.run_trainer(log, False) == [[], []]
+
+
+def test_a_metric_reduced_now_and_then_is_not_warned_of(pool):
+    assert pool.run_trainer(log, None) == [[], []]
