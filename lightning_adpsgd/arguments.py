@@ -19,6 +19,7 @@ __all__ = [
     "as_period",
     "check_backend",
     "check_bucket_size",
+    "check_combination",
     "check_devices",
     "check_flag",
     "check_index",
@@ -27,6 +28,7 @@ __all__ = [
     "check_optimizer",
     "check_optimizer_state",
     "check_optional",
+    "check_overlap",
     "check_prefix",
     "check_start_method",
     "check_timeout",
@@ -160,6 +162,38 @@ def check_index(value: object) -> int:
         ValueError: if it is negative, or too large.
     """
     return check_int(None, "index", value, at_least=0, at_most=LARGEST_INT)
+
+
+def check_overlap(value: object) -> int:
+    """Return ``value`` if it is a number of steps for which a round can travel.
+
+    Args:
+        value: the argument named ``overlap``.
+
+    Raises:
+        TypeError: if it is not an int.
+        ValueError: if it is negative, or too large.
+    """
+    return check_int(None, "overlap", value, at_least=0, at_most=LARGEST_INT)
+
+
+def check_combination(stagger: bool, overlap: int, optimizer_state: OptimizerState, period: AveragingPeriod) -> None:
+    """Make sure that these arguments, each of which is right by itself, can be had together.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if optimizer_state == "average" and (stagger or overlap):
+        asked = "stagger=True" if stagger else f"overlap={overlap}"
+        raise ValueError(
+            f'optimizer_state="average" with {asked}: expected "local" or "reset". The state is averaged in one piece,'
+            " while nobody trains. Leave out one of the two."
+        )
+    if isinstance(period, ConstantPeriod) and overlap >= period.value:
+        raise ValueError(
+            f"overlap={overlap} with {period!r}: expected fewer steps than the averaging period. A round has to arrive"
+            " before the next one is sent."
+        )
 
 
 def check_timeout(value: object) -> timedelta | None:

@@ -3,7 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from lightning_adpsgd.arguments import (
     OptimizerState,
     as_period,
     check_bucket_size,
+    check_combination,
     check_flag,
     check_index,
     check_listener,
@@ -22,6 +25,7 @@ from lightning_adpsgd.arguments import (
     check_optimizer,
     check_optimizer_state,
     check_optional,
+    check_overlap,
     check_total_steps,
 )
 from lightning_adpsgd.averaging import (
@@ -39,8 +43,9 @@ from lightning_adpsgd.averaging import (
     ring_bytes,
     share_state,
 )
+from lightning_adpsgd.cycles import Cycles, Diverged
 from lightning_adpsgd.errors import WorkersDivergedError
-from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module, lost
+from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, lost
 from lightning_adpsgd.payload import Payload, Payloads, all_finite, squared_norm
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.checks import check_state
@@ -89,7 +94,10 @@ class LocalSGD:
             these workers from the mean, and have them go on from that of the others, with the optimizer's state as
             before the first step.
         bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
+        stagger: spread each round over the period: after each step one p-th of all elements is averaged.
+        overlap: d, how many local steps go on while a round, or a part of it, travels; at most p − 1 are.
         workers: whom to average with; None is the default process group.
+        carrier: the same workers on connections of their own, for what travels while training goes on; made if needed.
         notice: bits for all workers to learn at the next round.
         index: the optimizer's index, for the records.
 
@@ -110,7 +118,10 @@ class LocalSGD:
         optimizer_state: OptimizerState = "local",
         on_divergence: OnDivergence = "raise",
         bucket_size_mb: float = 64.0,
+        stagger: bool = False,
+        overlap: int = 0,
         workers: Workers | None = None,
+        carrier: Workers | None = None,
         notice: Notice | None = None,
         index: int = 0,
     ) -> None:
@@ -121,6 +132,9 @@ class LocalSGD:
         self.on_divergence = check_on_divergence(on_divergence)
         self.index = check_index(index)
         self.workers = check_optional("workers", workers, Workers) or Workers()
+        self.stagger = check_flag("stagger", stagger)
+        self.overlap = check_overlap(overlap)
+        check_combination(self.stagger, self.overlap, self.optimizer_state, self.period)
         self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
         self._payloads = Payloads(
@@ -146,6 +160,19 @@ class LocalSGD:
         self._warned_of_different_rates = False
 
         self._restored_rule: dict[str, Any] | None = None
+        self._bytes_booked = 0
+        self._seconds_booked = 0.0
+        self._cycles: Cycles | None = None
+        if (self.stagger or self.overlap) and self.workers.size > 1:
+            self._cycles = Cycles(
+                stagger=self.stagger,
+                overlap=self.overlap,
+                payloads=self._payloads,
+                workers=self.workers,
+                carrier=carrier or self.workers.on_connections_of_their_own(),
+                call=self._call,
+                learning_rates=partial(_learning_rates, optimizer),
+            )
 
         _learning_rates(optimizer)
         if not (isinstance(total_steps, str) and total_steps == "later"):
@@ -189,6 +216,8 @@ class LocalSGD:
         self.steps += 1
         self.local_steps += 1
         self._payloads.note_step()
+        if self._cycles is not None:
+            return self._exchange(self._cycles)
         return self.average("period") if self.local_steps >= self.period.value else None
 
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
@@ -216,9 +245,10 @@ class LocalSGD:
             raise ValueError(
                 f"LocalSGD.average(trigger={trigger!r}): expected one of {', '.join(map(repr, TRIGGERS))}."
             )
+        arrived = None if self._cycles is None else self._receive(self._cycles, everything=True)
         unshared = trigger == "checkpoint" and self.steps > self._state_shared_at and self._anybody_has_state
-        if self.local_steps == 0 and not also and not unshared:
-            return None
+        if not self.has_trained and not also and not unshared:
+            return arrived
         return self._average(trigger, also)
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,39 +284,141 @@ class LocalSGD:
             )
 
     @property
+    def has_trained(self) -> bool:
+        """Whether the workers may differ: a step was taken since all of them adopted the same."""
+        return self.local_steps > 0 or not (self._cycles is None or self._cycles.fresh)
+
+    @property
     def is_complete(self) -> bool:
         """Whether no step was taken since a checkpoint's round: all that is saved now is that of all workers."""
-        return self.local_steps == 0 and (self._state_shared_at == self.steps or not self._anybody_has_state)
+        return not self.has_trained and (self._state_shared_at == self.steps or not self._anybody_has_state)
 
     def start_from_the_same(self) -> None:
         """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
         self.local_steps = 0
         self._state_shared_at = self.steps
+        if self._cycles is not None:
+            self._cycles.restart()
+
+    # Rounds that are under way while training goes on
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _exchange(self, cycles: Cycles) -> AveragingRound | None:
+        """After a step: adopt what has arrived, and send what is due."""
+        cycles.step()
+        round_ = self._receive(cycles)
+        try:
+            with self._booked():
+                self._take_note(cycles.send(self.steps, self.period.value))
+        except Diverged:
+            return self._average("period", ())
+        return self._receive(cycles) or round_
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _receive(self, cycles: Cycles, everything: bool = False) -> AveragingRound | None:
+        """Adopt what has arrived; if some worker has sent what is not finite, deal with that in a round of its own."""
+        try:
+            with self._booked():
+                meetings, measures = cycles.receive(self.steps, everything)
+        except Diverged:
+            return self._average("period", ())
+        self._take_note(meetings)
+        round_ = None
+        for measured in measures:
+            if self.optimizer_state == "reset":
+                self._reset()
+            round_ = self._record(
+                step=measured.step,
+                trigger="period",
+                period=measured.period,
+                measured=_Measured(measured.variance, measured.ratio, measured.learning_rate),
+            )
+            self._finish(round_, self._payloads.current(), shown=measured.comparable)
+        return round_
+
+    def _take_note(self, meetings: Sequence[Meeting]) -> None:
+        for meeting in meetings:
+            self._warn_of_different_rates(meeting.learning_rates)
+            self._notice.agreed |= meeting.notice
+            self._anybody_has_state = meeting.anybody_has_state
+
+    # What a round costs, and its record
+
+    @contextmanager
+    def _booked(self) -> Iterator[None]:
+        """Book the time that passes, and the bytes that are sent, to the next record."""
+        started, sent_before = time.perf_counter(), self.workers.payload_bytes
+        try:
+            yield
+        finally:
+            self._seconds_booked += time.perf_counter() - started
+            self._bytes_booked += self.workers.payload_bytes - sent_before
+
+    def _record(
+        self, *, step: int, trigger: Trigger, period: int, measured: "_Measured", dropped: int = 0
+    ) -> AveragingRound:
+        recorded_at = self.steps - self.local_steps
+        round_ = AveragingRound(
+            step=step,
+            optimizer=self.index,
+            trigger=trigger,
+            local_steps=step - recorded_at,
+            period=period,
+            learning_rate=measured.learning_rate,
+            variance=measured.variance,
+            ratio=measured.ratio,
+            target=self.period.target,
+            payload_bytes=self._bytes_booked,
+            sent_bytes=ring_bytes(self._bytes_booked, self.workers.size),
+            seconds=self._seconds_booked,
+            dropped=dropped,
+        )
+        self._bytes_booked, self._seconds_booked = 0, 0.0
+        return round_
+
+    def _call(self, kind: Kind, trigger: Trigger, period: int, **about: Any) -> Call:
+        """What this worker states now."""
+        return Call(
+            KINDS.index(kind),
+            self.steps,
+            TRIGGERS.index(trigger),
+            self.index,
+            period,
+            notice=self._notice.raised,
+            learning_rates=sum(_learning_rates(self.optimizer)),
+            has_state=any(self.optimizer.state.values()),
+            **about,
+        )
 
     # One round, part by part
 
     @torch.inference_mode(False)  # tensors that are made in inference mode could not be written to later
     @torch.no_grad()
     def _average(self, trigger: Trigger, also: Sequence[Tensor]) -> AveragingRound:
-        started = time.perf_counter()
-        payload_before = self.workers.payload_bytes
-
         payload = self._payloads.current()
+        with self._booked():
+            measured, dropped = self._average_all(trigger, payload, also)
+        round_ = self._record(
+            step=self.steps, trigger=trigger, period=self.period.value, measured=measured, dropped=dropped
+        )
+        if self._cycles is not None:
+            self._cycles.restart()
+        self._finish(round_, payload, shown=self._cycles is None)
+        return round_
+
+    def _average_all(self, trigger: Trigger, payload: Payload, also: Sequence[Tensor]) -> "tuple[_Measured, int]":
         more = FlatLayout(also, [None] * len(also)) if also else None
         watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
-        call = Call(
-            KINDS.index("an averaging round"),
-            self.steps,
-            TRIGGERS.index(trigger),
-            self.index,
+        call = self._call(
+            "an averaging round",
+            trigger,
             self.period.value,
             fingerprint=payload.layout.fingerprint ^ (0 if more is None else more.fingerprint),
             finite=self.workers.size == 1 or all_finite(watched),
-            notice=self._notice.raised,
-            learning_rates=sum(_learning_rates(self.optimizer)),
-            has_state=any(self.optimizer.state.values()),
         )
-        meeting = Meeting(self.workers, call)
+        meeting = Meeting(self.workers, call).hold()
         try:
             self._conclude(meeting, payload, more, also, watched)
             measured = self._average_and_measure(payload, meeting.share)
@@ -295,25 +427,7 @@ class LocalSGD:
             self._treat_optimizer_state(trigger, meeting.share)
         except CollectiveError as error:
             raise lost(self.workers, call, error) from error
-
-        payload_bytes = self.workers.payload_bytes - payload_before
-        round_ = AveragingRound(
-            step=self.steps,
-            optimizer=self.index,
-            trigger=trigger,
-            local_steps=self.local_steps,
-            period=self.period.value,
-            learning_rate=measured.learning_rate,
-            variance=measured.variance,
-            ratio=measured.ratio,
-            target=self.period.target,
-            payload_bytes=payload_bytes,
-            sent_bytes=ring_bytes(payload_bytes, self.workers.size),
-            seconds=time.perf_counter() - started,
-            dropped=len(meeting.diverged),
-        )
-        self._finish(round_, payload)
-        return round_
+        return measured, len(meeting.diverged)
 
     def _conclude(
         self,
@@ -343,34 +457,35 @@ class LocalSGD:
         """Replace all tensors by their means; S_k and r from values reduced over the workers."""
         rates = _learning_rates(self.optimizer)
         deviations = torch.zeros(len(rates), dtype=torch.float64)
-        if self.workers.size > 1 and self.local_steps > 0:
+        if self.workers.size > 1 and self.has_trained:
             deviations = payload.averager.average(share)
         means = self.workers.mean(torch.cat([deviations, torch.tensor(rates, dtype=torch.float64)]), share).tolist()
         variances, rates = means[: len(rates)], means[len(rates) :]
-        return _Measured(
-            variance=sum(variances),
-            ratio=sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0),
-            learning_rate=next((rate for rate in rates if rate > 0.0), 0.0),
-        )
+        ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
+        return _Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0))
 
     def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
         if self.optimizer_state == "average":
-            if self.local_steps > 0 and self._anybody_has_state:
+            if self.has_trained and self._anybody_has_state:
                 average_moments(self.optimizer, self.workers, self._bucket_bytes, share)
         elif not share.contributes:
             forget(self.optimizer, self._state_made_at_once)
-        if self.optimizer_state == "reset" and self.local_steps > 0:
-            for moment in moments(self.optimizer):
-                moment.zero_()
+        if self.optimizer_state == "reset" and self.has_trained:
+            self._reset()
         if trigger == "checkpoint":
             if self._anybody_has_state:
                 averaged = {id(m) for m in moments(self.optimizer)} if self.optimizer_state == "average" else set()
                 share_state(self.optimizer, self.workers, self._bucket_bytes, averaged)
             self._state_shared_at = self.steps
 
-    def _finish(self, round_: AveragingRound, payload: Payload) -> None:
-        self.local_steps = 0
-        self._payloads.note_averaged()
+    def _reset(self) -> None:
+        for moment in moments(self.optimizer):
+            moment.zero_()
+
+    def _finish(self, round_: AveragingRound, payload: Payload, shown: bool) -> None:
+        self.local_steps = self.steps - round_.step
+        if not self.has_trained:
+            self._payloads.note_averaged()
         if not math.isfinite(round_.ratio):
             raise WorkersDivergedError(
                 f"The variance of the parameters among the workers is not finite (S_k = {round_.variance}, S_k/γ_k ="
@@ -378,7 +493,7 @@ class LocalSGD:
                 " but so far apart that training has diverged. Lower the learning rate, clip gradients, or average more"
                 " often (a smaller period, or a warm-up)."
             )
-        if round_.trigger == "period" and round_.dropped == 0:
+        if shown and round_.trigger == "period" and round_.dropped == 0:
             # The variance among fewer workers is another one: a round that has left some out is not shown to the rule.
             self.period.update(round_.step, ratio=round_.ratio, learning_rate=round_.learning_rate)
         self._warn_of_no_drift(round_, payload)

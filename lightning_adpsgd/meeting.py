@@ -4,9 +4,10 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_adpsgd.averaging import TRIGGERS, CollectiveError, Share, Workers, hash48
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
@@ -23,6 +24,9 @@ Described = tuple[object, ...]
 
 Kind = Literal[
     "an averaging round",
+    "a part of an averaging round",
+    "a change of what is averaged",
+    "the end of a round under way",
     "the setup",
     "Lightning's barrier",
     "Lightning's broadcast",
@@ -50,7 +54,7 @@ class Call(NamedTuple):
     period: int = 0
     fingerprint: int = 0
     """Of the tensors that it is about to average."""
-    finite: bool = True
+    finite: "bool | Tensor" = True
     """Whether all of its parameters are."""
     notice: int = 0
     """The bits it has raised."""
@@ -58,40 +62,79 @@ class Call(NamedTuple):
     """Summed over the parameter groups."""
     has_state: bool = False
     """Whether its optimizer has any."""
+    variance: "float | Tensor" = 0.0
+    """Its part of S_k, where a round that was under way has ended."""
+    ratio: "float | Tensor" = 0.0
+    """Its part of S_k/γ_k there."""
+    learning_rate: float = 0.0
+    """γ_k there."""
 
     def __str__(self) -> str:
-        if KINDS[int(self.kind)] == "an averaging round":
+        kind = KINDS[int(self.kind)]
+        if kind == "an averaging round":
             return (
                 f"the averaging round at step {int(self.step)} of optimizer {int(self.optimizer)}, asked for by"
                 f" {TRIGGERS[int(self.trigger)]!r}, period {int(self.period)}"
             )
-        return f"{KINDS[int(self.kind)]} at step {int(self.step)}"
+        if self.is_under_way:
+            return (
+                f"{kind}, sent at step {int(self.step)} of optimizer {int(self.optimizer)}, period {int(self.period)}"
+            )
+        return f"{kind} at step {int(self.step)}"
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the worker goes on with something else before it reads the others' calls."""
+        return KINDS[int(self.kind)] in ("a part of an averaging round", "the end of a round under way")
 
 
 class Meeting:
-    """The calls of all workers for one thing that they do together.
+    """The calls of all workers for one thing that they do together. They are sent at once, and read when it is held.
 
     Args:
         workers: who meets.
         call: this worker's own.
         where: what this worker is doing, for error messages.
-
-    Raises:
-        WorkersDisagreeError: on every worker, if they have not come for the same thing.
-        WorkerLostError: if some worker did not come.
     """
 
     def __init__(self, workers: Workers, call: Call, where: str = "") -> None:
         self._workers = workers
+        self._call = call
+        self._where = where
+        self.calls: list[Call] = []
         try:
-            self.calls = [Call(*row) for row in workers.table(call).tolist()]
+            self._table = workers.launch_table(call)
         except CollectiveError as error:
             raise lost(workers, call, error) from error
-        if len({(c.kind, c.step, c.trigger, c.optimizer, c.period) for c in self.calls}) > 1:
-            raise WorkersDisagreeError(self._different_places(where))
 
-    def _different_places(self, where: str) -> str:
-        everybody = self._workers.gather_objects(where)
+    def hold(self) -> "Meeting":
+        """Wait for everybody's call.
+
+        Raises:
+            WorkersDisagreeError: on every worker, if they have not come for the same thing.
+            WorkerLostError: if some worker did not come.
+        """
+        try:
+            self._read()
+        except CollectiveError as error:
+            raise lost(self._workers, self._call, error) from error
+        return self
+
+    def look(self) -> None:
+        """Raise ``WorkersDisagreeError`` if they are known not to have come for the same thing."""
+        with suppress(CollectiveError):
+            self._read()
+
+    def _read(self) -> None:
+        self.calls = [Call(*row) for row in self._table.wait().tolist()]
+        if len({(c.kind, c.step, c.trigger, c.optimizer, c.period) for c in self.calls}) > 1:
+            raise WorkersDisagreeError(self._different_places())
+
+    def _different_places(self) -> str:
+        # Further calls may be under way, which nothing else must meet.
+        everybody = [""] * len(self.calls)
+        if not any(call.is_under_way for call in self.calls):
+            everybody = self._workers.gather_objects(self._where)
         places = "; ".join(
             f"rank {rank}: {call}{' in ' + theirs if theirs else ''}"
             for rank, (call, theirs) in enumerate(zip(self.calls, everybody, strict=True))
@@ -201,7 +244,7 @@ def check_module(workers: Workers, module: nn.Module) -> None:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     fingerprint = hash48(repr(_nameless(mine)).encode())
-    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=fingerprint))
+    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=fingerprint)).hold()
     meeting.check_tensors("The workers have built different models.", lambda: mine)
 
 

@@ -45,12 +45,14 @@ from lightning_adpsgd.arguments import (
     as_period,
     check_backend,
     check_bucket_size,
+    check_combination,
     check_devices,
     check_flag,
     check_listener,
     check_on_divergence,
     check_optimizer_state,
     check_optional,
+    check_overlap,
     check_start_method,
     check_timeout,
 )
@@ -93,6 +95,11 @@ class ADPSGDStrategy(DDPStrategy):
         on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
             before anything is overwritten; or "drop" these ranks from the mean, and have them go on from that of the
             others, with a fresh optimizer state. If no rank is left, that is an error in any case.
+        stagger: spread each round over the period: after each step one p-th of all elements is averaged, each element
+            once in p steps. The same bytes, but a trickle in place of bursts.
+        overlap: d, the number of local steps that go on while a round (or a part of it) travels; at most p − 1. What
+            is sent is a snapshot, and when the mean w̄ arrives, each worker adds w̄ − (its snapshot), which keeps those
+            steps. Best with ``stagger=True``: alone, it costs accuracy where d is not small against p.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
@@ -114,6 +121,8 @@ class ADPSGDStrategy(DDPStrategy):
         optimizer_state: Literal["local", "average", "reset"] = "local",
         bucket_size_mb: float = 64.0,
         on_divergence: Literal["raise", "drop"] = "raise",
+        stagger: bool = False,
+        overlap: int = 0,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -139,9 +148,13 @@ class ADPSGDStrategy(DDPStrategy):
         self._optimizer_state = check_optimizer_state(optimizer_state)
         self._bucket_size_mb = check_bucket_size(bucket_size_mb)
         self._on_divergence = check_on_divergence(on_divergence)
+        self._stagger = check_flag("stagger", stagger)
+        self._overlap = check_overlap(overlap)
+        check_combination(self._stagger, self._overlap, self._optimizer_state, self._period)
 
         # State of one fit
         self._workers: Workers | None = None
+        self._carriers: list[Workers] = []
         self._local_sgd: list[LocalSGD] = []
         self._fitted: Module | None = None
         self._notice = Notice()
@@ -289,7 +302,7 @@ class ADPSGDStrategy(DDPStrategy):
             # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
             also += second_weights(trainer)
             self._second_weights_moved = False
-        if self._buffers_moved and self._average_buffers and not any(ls.local_steps for ls in self._local_sgd):
+        if self._buffers_moved and self._average_buffers and not any(ls.has_trained for ls in self._local_sgd):
             # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
             assert self.lightning_module is not None
             also += [buffer for buffer in self.lightning_module.buffers() if has_mean(buffer)]
@@ -312,7 +325,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._warn_of_communication()
         hook = None if self.lightning_module is None else current_hook(self.lightning_module)
         step = sum(local_sgd.steps for local_sgd in self._local_sgd)
-        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "")
+        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "").hold()
 
     def act_on_notice(self) -> int:
         """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
@@ -480,13 +493,24 @@ class ADPSGDStrategy(DDPStrategy):
                 optimizer_state=self._optimizer_state,
                 on_divergence=self._on_divergence,
                 bucket_size_mb=self._bucket_size_mb,
+                stagger=self._stagger,
+                overlap=self._overlap,
                 workers=workers,
+                carrier=self._carrier_of(index, workers),
                 notice=self._notice,
                 index=index,
             )
             for index, optimizer in enumerate(self.optimizers)
             if optimizer.param_groups  # Lightning stands in for an optimizer where configure_optimizers returns none
         ]
+
+    def _carrier_of(self, index: int, workers: Workers) -> Workers | None:
+        """Connections for what travels while training goes on, one set per optimizer, made once per process."""
+        if not (self._stagger or self._overlap):
+            return None
+        while len(self._carriers) <= index:
+            self._carriers.append(workers.on_connections_of_their_own())
+        return self._carriers[index]
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a step that was taken past Lightning, with ``self.optimizers(use_pl_optimizer=False)`` for example."""
@@ -496,7 +520,7 @@ class ADPSGDStrategy(DDPStrategy):
     def _count_step(self, optimizer: Optimizer) -> None:
         self._second_weights_moved = True
         local_sgd = self._local_sgd_of(optimizer)
-        if local_sgd is not None and local_sgd.step() is not None:
+        if local_sgd is not None and local_sgd.step() is not None and not local_sgd.has_trained:
             self._buffers_moved = False
 
     def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:

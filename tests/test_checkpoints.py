@@ -74,10 +74,10 @@ def drill(optimizer: str, callbacks: list, ckpt_path: str | None = None, seed: i
     }
 
 
-def stop_and_go(optimizer: str, folder: str, offset: int, policy: str) -> dict:
+def stop_and_go(optimizer: str, folder: str, offset: int, options: dict) -> dict:
     step, path = 20 + offset, f"{folder}/{optimizer}-{offset}.ckpt"
-    whole = drill(optimizer, [SaveAt(step, path)], optimizer_state=policy)
-    resumed = drill(optimizer, [], path, seed=1, optimizer_state=policy)
+    whole = drill(optimizer, [SaveAt(step, path)], **options)
+    resumed = drill(optimizer, [], path, seed=1, **options)
     differs = [name for name in ("period", "rounds", "sent", "rates", "steps") if whole[name] != resumed[name]]
     for part in ("weights", "state"):
         differs += [name for name, tensor in whole[part].items() if not torch.equal(tensor, resumed[part][name])]
@@ -87,7 +87,7 @@ def stop_and_go(optimizer: str, folder: str, offset: int, policy: str) -> dict:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("offset", range(INITIAL + 1))
 def test_going_on_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, optimizer, offset):
-    outcomes = pool.run_trainer(stop_and_go, optimizer, str(tmp_path), offset, "local")
+    outcomes = pool.run_trainer(stop_and_go, optimizer, str(tmp_path), offset, {})
     for outcome in outcomes:
         assert outcome["differs"] == []
         assert len(outcome["periods"]) > 1  # the rule had something to remember
@@ -100,8 +100,27 @@ def test_going_on_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, op
 
 @pytest.mark.parametrize("policy", ["average", "reset"])
 def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path, policy):
-    for outcome in pool.run_trainer(stop_and_go, "sgd", str(tmp_path), 2, policy):
+    for outcome in pool.run_trainer(stop_and_go, "sgd", str(tmp_path), 2, {"optimizer_state": policy}):
         assert outcome["differs"] == []
+
+
+@pytest.mark.parametrize("offset", range(INITIAL))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stagger": True},
+        {"overlap": 2},
+        {"stagger": True, "overlap": 1},
+        {"stagger": True, "overlap": 1, "optimizer_state": "reset"},
+    ],
+    ids=str,
+)
+def test_the_same_holds_in_the_middle_of_rounds_that_are_under_way(pool, tmp_path, options, offset):
+    outcomes = pool.run_trainer(stop_and_go, "adamw", str(tmp_path), offset, options)
+    for outcome in outcomes:
+        assert outcome["differs"] == []
+        assert len(outcome["periods"]) > 1
+    assert identical([outcome["whole"]["weights"] for outcome in outcomes])
 
 
 # What the file holds

@@ -1,20 +1,22 @@
 """How to average: tensors and process groups in, averages and variances out."""
 
-from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.averager import InFlight, ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range, has_mean, hash48
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
-from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Workers
+from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Table, Workers
 
 __all__ = [
     "TRIGGERS",
     "AveragingRound",
     "CollectiveError",
     "FlatLayout",
+    "InFlight",
     "ParameterAverager",
     "Range",
     "Reduction",
     "Share",
+    "Table",
     "Trigger",
     "Workers",
     "average_moments",

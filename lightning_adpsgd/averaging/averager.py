@@ -1,6 +1,7 @@
 """Averages a layout over the workers, range by range, and measures how far the workers had drifted apart."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ class InFlight(NamedTuple):
 
     range: Range
     reduction: Reduction
+    snapshot: Tensor | None = None
+    """This worker's values when they were sent; None if the tensors still hold them when the mean arrives."""
 
 
 class ParameterAverager:
@@ -25,6 +28,9 @@ class ParameterAverager:
 
     Ranges are reduced one after the other: while one travels, the next is packed and the one before is measured and
     written back. At most two buffers of a range's size are alive, whatever the model's size.
+
+    A part of the layout can also be sent now, and its mean adopted some steps later (:meth:`send`, :meth:`adopt`). Then
+    what was sent is kept beside the mean: two buffers of the part's size.
 
     Args:
         layout: the tensors.
@@ -37,7 +43,7 @@ class ParameterAverager:
         self._layout = layout
         self._groups = groups
         self._workers = workers
-        self._ranges = layout.cut(bucket_bytes)
+        self._bucket_bytes = bucket_bytes
 
     def average(self, share: Share | None = None) -> Tensor:
         """Average everything.
@@ -52,7 +58,7 @@ class ParameterAverager:
         deviations: list[Tensor] = []
         in_flight: deque[InFlight] = deque()
         try:
-            for range_ in self._ranges:
+            for range_ in self._layout.cut(self._bucket_bytes):
                 buffer = None
                 if len(in_flight) == 2:
                     buffer = in_flight[0].reduction.wait()
@@ -83,6 +89,58 @@ class ParameterAverager:
         mean = in_flight.reduction.wait()
         deviations = self._squared_deviations(in_flight.range, mean)
         self._layout.unpack(in_flight.range, mean)
+        return deviations
+
+    def send(self, part: int, parts: int, carrier: Workers) -> tuple[list[InFlight], Tensor]:
+        """Begin to average one of ``parts`` equal parts of the layout as it is now.
+
+        Args:
+            part: which one, from 0.
+            parts: how many there are.
+            carrier: the workers, on the connections that are to be used.
+
+        Returns:
+            What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
+        """
+        snapshots, largest = [], []
+        ranges = self._layout.cut(self._bucket_bytes, part, parts)
+        for range_ in ranges:
+            snapshot = self._layout.pack(range_, self._layout.new_buffer(range_, self._workers.device))
+            snapshots.append(snapshot)
+            for _, start, stop in self._layout.groups(range_):
+                largest.append(torch.linalg.vector_norm(snapshot[start:stop], float("inf")).to(self._workers.device))
+        in_flight = [
+            InFlight(range_, carrier.mean_(snapshot.clone()), snapshot)
+            for range_, snapshot in zip(ranges, snapshots, strict=True)
+        ]
+        return in_flight, torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True)
+
+    def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
+        """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
+
+        Tensors of no parameter group (BatchNorm statistics) take the mean as it is: they are moving averages, and a
+        variance must not become negative.
+
+        Args:
+            in_flight: of :meth:`send`.
+            moved: whether there were such steps. If not, everything takes the mean as it is, so that it is the same on
+                all workers, bit for bit.
+
+        Returns:
+            Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
+        """
+        deviations = torch.zeros(self._groups, dtype=torch.float64, device=self._workers.device)
+        for range_, reduction, snapshot in in_flight:
+            assert snapshot is not None
+            mean = reduction.wait()
+            difference = torch.sub(mean, snapshot, out=snapshot)
+            for group, start, stop in self._layout.groups(range_):
+                for part in difference[start:stop].split(_MEASURED_AT_ONCE):
+                    deviations[group] += torch.dot(part, part)
+            if moved:
+                self._layout.move(range_, mean, difference)
+            else:
+                self._layout.unpack(range_, mean)
         return deviations
 
     def _squared_deviations(self, range_: Range, mean: Tensor) -> Tensor:

@@ -86,13 +86,22 @@ class FlatLayout:
         """Number of elements in all index spaces; a complex element counts twice."""
         return sum(space.length for space in self._spaces)
 
-    def cut(self, max_bytes: int) -> list[Range]:
-        """The whole layout as ranges of nearly equal length, each at most ``max_bytes`` when packed."""
+    def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Range]:
+        """The layout, or one part of it, as ranges of nearly equal length, each at most ``max_bytes`` when packed.
+
+        Args:
+            max_bytes: the longest range, in bytes.
+            part: which part, from 0.
+            parts: into how many the layout is divided; of each index space they have the same length, give or take one
+                element, whatever the tensors.
+        """
         ranges: list[Range] = []
         for index, space in enumerate(self._spaces):
-            longest = max(1, max_bytes // space.packed_dtype.itemsize)
-            pieces = -(-space.length // longest)
-            ranges += Range(index, 0, space.length).chunks(-(-space.length // pieces))
+            slice_ = Range(index, space.length * part // parts, space.length * (part + 1) // parts)
+            if len(slice_) > 0:
+                longest = max(1, max_bytes // space.packed_dtype.itemsize)
+                pieces = -(-len(slice_) // longest)
+                ranges += slice_.chunks(-(-len(slice_) // pieces))
         return ranges
 
     def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> Tensor:
@@ -130,6 +139,30 @@ class FlatLayout:
         for (entry, start, stop), source, dense in zip(pieces, sources, whole, strict=True):
             if not dense:
                 entry.write(start, stop, source)
+
+    def move(self, range_: Range, mean: Tensor, difference: Tensor) -> None:
+        """Add ``difference`` to a range of what belongs to a parameter group; overwrite the rest of it with ``mean``.
+
+        Args:
+            range_: the range.
+            mean: shape (len(range_),).
+            difference: shape (len(range_),).
+        """
+        pieces = self._spaces[range_.space].pieces(range_)
+        lengths = [stop - start for _, start, stop in pieces]
+        targets, added = [], []
+        for (entry, start, stop), new, change in zip(
+            pieces, mean.split(lengths), difference.split(lengths), strict=True
+        ):
+            if entry.flat is None:
+                entry.write(start, stop, new if entry.group is None else entry.read(start, stop) + change)
+            elif entry.group is None:
+                entry.read(start, stop).copy_(new)
+            else:
+                targets.append(entry.read(start, stop))
+                added.append(change)
+        if targets:
+            torch._foreach_add_(targets, added)
 
     def groups(self, range_: Range) -> list[tuple[int, int, int]]:
         """The runs of a range that belong to one parameter group: (group, start, stop), relative to the range."""

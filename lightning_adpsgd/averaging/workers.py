@@ -1,10 +1,12 @@
 """The workers and what passes between them: the one place that calls torch.distributed, and that counts bytes."""
 
 import contextlib
+import functools
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,36 @@ class Reduction:
         return self._buffer
 
 
+class Table:
+    """A table that is under way; ``wait`` returns it, on the CPU.
+
+    On CUDA it is copied to the host beside what the device has to compute: nobody waits for that.
+    """
+
+    def __init__(self, table: Tensor, work: "dist.Work | None") -> None:
+        self._reduction = Reduction(table, work)
+        self._host: Tensor | None = None
+        if table.device.type == "cuda":
+            with torch.cuda.stream(_side_stream(table.device)):
+                self._host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+                self._host.copy_(self._reduction.wait(), non_blocking=True)
+                table.record_stream(torch.cuda.current_stream())
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+
+    def wait(self) -> Tensor:
+        """Every worker's row: float64, shape (workers, length of a row).
+
+        Raises:
+            CollectiveError: if some row does not arrive.
+        """
+        if self._host is None:
+            return self._reduction.wait().cpu()
+        with _as_collective_error():
+            self._copied.synchronize()
+        return self._host
+
+
 class Workers:
     """The workers whose replicas are averaged, one per rank of a process group.
 
@@ -69,8 +101,25 @@ class Workers:
         self.rank: int = dist.get_rank(group) if connected else 0
         self._store = _store()  # kept, as hanging up takes it from the process group
         self._has_stayed = False
-        self.payload_bytes = 0
+        self._counted = _Counted()
+
+    @property
+    def payload_bytes(self) -> int:
         """Bytes of all tensors that this rank has put into collectives since the start."""
+        return self._counted.payload_bytes
+
+    def on_connections_of_their_own(self) -> "Workers":
+        """The same workers, on connections where nothing else travels; bytes are counted together. All have to ask.
+
+        What is under way there cannot meet what is sent here in the meantime.
+        """
+        if self.size == 1:
+            return self
+        ranks = [self._global_rank(rank) for rank in range(self.size)]
+        group: Any = dist.new_group(ranks, timeout=_timeout(self._group, self.device))
+        other = Workers(group, self.device)
+        other._counted = self._counted
+        return other
 
     @property
     def everybody(self) -> Share:
@@ -99,12 +148,19 @@ class Workers:
 
         Integers up to 2⁵³ arrive as they were sent.
         """
+        return self.launch_table(row).wait()
+
+    def launch_table(self, row: "Sequence[float | Tensor]") -> Table:
+        """Begin to fill a :meth:`table`; entries may be tensors of one element, which the host need not know."""
         table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self.device)
-        table[self.rank] = torch.tensor(row, dtype=torch.float64)
-        if self.size > 1:
-            # An all-reduce in which everybody else adds zeros: every backend has it, and it costs what the ring costs.
-            Reduction(table, self._all_reduce(table)).wait()
-        return table.cpu()
+        table[self.rank] = torch.tensor(
+            [0.0 if isinstance(entry, Tensor) else entry for entry in row], dtype=torch.float64
+        )
+        for place, entry in enumerate(row):
+            if isinstance(entry, Tensor):
+                table[self.rank, place] = entry
+        # An all-reduce in which everybody else adds zeros: every backend has it, and it costs what the ring costs.
+        return Table(table, self._all_reduce(table) if self.size > 1 else None)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every worker's ``value``, in order of rank. For error messages; not counted as payload."""
@@ -206,7 +262,16 @@ class Workers:
             return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
     def _count(self, tensor: Tensor) -> None:
-        self.payload_bytes += tensor.numel() * tensor.element_size()
+        self._counted.payload_bytes += tensor.numel() * tensor.element_size()
+
+
+class _Counted:
+    payload_bytes = 0
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
@@ -224,6 +289,13 @@ def _store() -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
+
+
+def _timeout(group: "dist.ProcessGroup | None", device: torch.device) -> timedelta:
+    """How long a group's collectives wait; there is no public way to it either."""
+    backend = (group or dist.distributed_c10d._get_default_group())._get_backend(device)
+    timeout: timedelta = backend.options._timeout
+    return timeout
 
 
 def _key(kind: str, rank: int) -> str:

@@ -1,0 +1,258 @@
+"""Rounds that are spread over the period, or that travel while training goes on, against values computed by hand."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_adpsgd import AveragingRound, LocalSGD
+from tests.test_local_sgd import RecordingPeriod
+
+pytestmark = pytest.mark.workers
+
+WORKERS = 2
+STEPS = 11
+
+
+class Changing(RecordingPeriod):
+    """A period that is another one after each round it is shown."""
+
+    def __init__(self, *periods: int) -> None:
+        super().__init__(periods[0])
+        self.periods = list(periods)
+
+    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+        super().update(step, ratio=ratio, learning_rate=learning_rate)
+        if len(self.periods) > 1:
+            self.periods.pop(0)
+        self.period = self.periods[0]
+
+
+def start() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (4,), (2, 2, 3))]
+
+
+def gradient(step: int, rank: int, place: int, shape: torch.Size) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + place)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def trained(rank: int | None, steps: int, rule: RecordingPeriod | int, **options: object) -> dict:
+    """Train with gradients that are known beforehand; ``rank`` None is the caller's own."""
+    rank = dist.get_rank() if rank is None else rank
+    parameters = [nn.Parameter(tensor) for tensor in start()]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    local_sgd = LocalSGD(optimizer, rule, bucket_size_mb=40 / 2**20, **options)
+    rounds: list[AveragingRound] = []
+    local_sgd.subscribe(rounds.append)
+    history = []
+    for step in range(1, steps + 1):
+        for place, parameter in enumerate(parameters):
+            parameter.grad = gradient(step, rank, place, parameter.shape)
+        optimizer.step()
+        local_sgd.step()
+        history.append(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+    return {"history": history, "rounds": rounds, "local_sgd": local_sgd, "parameters": parameters}
+
+
+def follow(periods: list[int], stagger: bool, overlap: int, steps: int) -> tuple[list[list[torch.Tensor]], list[float]]:
+    """What the history has to be, and S_k of every cycle; each element for itself, as the definition says."""
+    workers = [torch.cat([tensor.reshape(-1) for tensor in start()]).clone() for _ in range(WORKERS)]
+    shapes = [tensor.shape for tensor in start()]
+    length = len(workers[0])
+    history: list[list[torch.Tensor]] = [[] for _ in range(WORKERS)]
+    cycles = iter(periods)
+    period, sent, began = next(cycles), 0, 0
+    flying: list[tuple[int, slice, list[torch.Tensor], int]] = []  # due, elements, snapshots, number of parts
+    variances, variance = [], 0.0
+    for step in range(1, steps + 1):
+        for rank in range(WORKERS):
+            gradients = [gradient(step, rank, place, shape).reshape(-1) for place, shape in enumerate(shapes)]
+            workers[rank] = workers[rank] - 0.5 * torch.cat(gradients)
+
+        def arrive(step: int = step) -> None:
+            while flying and flying[0][0] <= step:
+                _, where, snapshots, _ = flying.pop(0)
+                mean = sum(snapshots) / WORKERS
+                for rank in range(WORKERS):
+                    workers[rank][where] += mean - snapshots[rank]
+
+        arrive()
+        parts = period if stagger else 1
+        if flying and parts != flying[-1][3]:
+            arrive(steps + overlap)
+        if stagger or step - began == period:
+            where = slice(length * sent // parts, length * (sent + 1) // parts)
+            snapshots = [worker[where].clone() for worker in workers]
+            mean = sum(snapshots) / WORKERS
+            variance += sum(float((mean - snapshot).square().sum()) for snapshot in snapshots) / WORKERS
+            flying.append((step + min(overlap, period - 1), where, snapshots, parts))
+            sent += 1
+            if sent == parts:
+                variances.append(variance)
+                variance, sent, began = 0.0, 0, step
+                period = next(cycles, period)
+        arrive()
+        for rank in range(WORKERS):
+            history[rank].append(workers[rank].clone())
+    return history, variances
+
+
+def train(stagger: bool, overlap: int, period: int) -> dict:
+    outcome = trained(None, STEPS, RecordingPeriod(period), stagger=stagger, overlap=overlap)
+    local_sgd = outcome.pop("local_sgd")
+    return {"history": outcome["history"], "rounds": outcome["rounds"], "seen": local_sgd.period.seen}
+
+
+@pytest.mark.parametrize("period", [1, 3, 4])
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 3)])
+def test_every_element_is_averaged_once_per_cycle_and_keeps_the_steps_taken_meanwhile(pool, stagger, overlap, period):
+    history, variances = follow([period], stagger, overlap, STEPS)
+    for rank, outcome in enumerate(pool.run(train, stagger, overlap, period, workers=WORKERS)):
+        torch.testing.assert_close(torch.stack(outcome["history"]), torch.stack(history[rank]), rtol=0, atol=1e-12)
+        rounds = outcome["rounds"]
+        assert len(rounds) >= (STEPS - min(overlap, period - 1) - 1) // period
+        for round_, variance in zip(rounds, variances, strict=False):
+            assert round_.variance == pytest.approx(variance)
+            assert round_.ratio == pytest.approx(variance / 0.5)
+        assert [round_.step for round_ in rounds] == [period * (index + 1) for index in range(len(rounds))]
+        assert {(round_.local_steps, round_.period, round_.trigger) for round_ in rounds} == {
+            (period, period, "period")
+        }
+
+
+def train_by(rule: Changing, overlap: int) -> dict:
+    outcome = trained(None, 16, rule, stagger=True, overlap=overlap)
+    return {"history": outcome["history"], "rounds": outcome["rounds"], "seen": rule.seen}
+
+
+@pytest.mark.parametrize(("overlap", "periods"), [(0, [3, 3, 2, 5, 5]), (1, [3, 3, 3, 2, 5]), (2, [3, 3, 3, 2, 5])])
+def test_a_new_period_cuts_anew_from_the_next_cycle_on(pool, overlap, periods):
+    history, variances = follow(periods, True, overlap, 16)
+    for rank, outcome in enumerate(pool.run(train_by, Changing(3, 2, 5), overlap, workers=WORKERS)):
+        torch.testing.assert_close(torch.stack(outcome["history"]), torch.stack(history[rank]), rtol=0, atol=1e-12)
+        rounds = outcome["rounds"]
+        assert [round_.period for round_ in rounds] == periods[: len(rounds)]
+        # In the first cycle, what was sent first had drifted for one step only: the rule is not shown that.
+        assert [step for step, _, _ in outcome["seen"]] == [round_.step for round_ in rounds[1:]]
+        assert [round_.variance for round_ in rounds] == pytest.approx(variances[: len(rounds)])
+
+
+def force(stagger: bool, overlap: int, step: int) -> dict:
+    outcome = trained(None, step, RecordingPeriod(4), stagger=stagger, overlap=overlap)
+    local_sgd, parameters, rounds = outcome["local_sgd"], outcome["parameters"], outcome["rounds"]
+    sent = local_sgd.workers.payload_bytes
+    forced = local_sgd.average("validation")
+    again = local_sgd.average("validation")
+    return {
+        "flat": torch.cat([parameter.detach().reshape(-1) for parameter in parameters]),
+        "rounds": rounds,
+        "forced": forced,
+        "again": again,
+        "has_trained": local_sgd.has_trained,
+        "bytes": (sum(round_.payload_bytes for round_ in rounds), local_sgd.workers.payload_bytes, sent),
+    }
+
+
+@pytest.mark.parametrize("step", range(3, 9))
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 3), (False, 1), (False, 3)])
+def test_whoever_looks_sees_the_same_on_all_workers_whatever_is_under_way(pool, stagger, overlap, step):
+    outcomes = pool.run(force, stagger, overlap, step, workers=WORKERS)
+    history, _ = follow([4], stagger, overlap, step)
+    mean = sum(states[-1] for states in history) / WORKERS
+    for outcome in outcomes:
+        assert torch.equal(outcome["flat"], outcomes[0]["flat"])  # bit for bit
+        torch.testing.assert_close(outcome["flat"], mean, rtol=0, atol=1e-12)
+        assert outcome["forced"] is not None
+        assert outcome["again"] is None
+        assert not outcome["has_trained"]
+        assert sum(round_.local_steps for round_ in outcome["rounds"]) == step
+        booked, total, before = outcome["bytes"]
+        assert booked == total > before
+
+
+def diverge(stagger: bool, overlap: int, on_divergence: str) -> dict:
+    outcome = trained(None, 5, RecordingPeriod(4), stagger=stagger, overlap=overlap, on_divergence=on_divergence)
+    local_sgd, parameters = outcome["local_sgd"], outcome["parameters"]
+    if dist.get_rank() == 1:
+        parameters[0].data.fill_(float("nan"))
+    error = None
+    try:
+        for _ in range(8):
+            local_sgd.optimizer.step()
+            local_sgd.step()
+    except RuntimeError as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return {
+        "error": error,
+        "finite": all(bool(parameter.isfinite().all()) for parameter in parameters),
+        "dropped": sum(round_.dropped for round_ in outcome["rounds"]),
+    }
+
+
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 2), (False, 2)])
+def test_what_is_not_finite_is_adopted_by_nobody(pool, stagger, overlap):
+    first, second = pool.run(diverge, stagger, overlap, "raise")
+    for outcome in (first, second):
+        assert outcome["error"].startswith("WorkersDivergedError: Parameters of rank(s) 1 are not finite")
+    assert first["finite"]
+    assert not second["finite"]
+
+
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 2), (False, 2)])
+def test_a_diverged_worker_is_given_the_others_parameters_in_a_round_of_its_own(pool, stagger, overlap):
+    for outcome in pool.run(diverge, stagger, overlap, "drop"):
+        assert outcome == {"error": None, "finite": True, "dropped": 1}
+
+
+def part_ways(stagger: bool, overlap: int, how: str) -> str:
+    outcome = trained(None, 5, RecordingPeriod(4), stagger=stagger, overlap=overlap)
+    local_sgd = outcome["local_sgd"]
+    if dist.get_rank() == 1 and how == "validates":
+        local_sgd.average("validation")
+    if dist.get_rank() == 1 and how == "adds parameters":
+        local_sgd.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(7, dtype=torch.float64))]})
+    for _ in range(8):
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["validates", "adds parameters"])
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 3), (False, 2)])
+def test_workers_that_part_ways_find_out(pool, stagger, overlap, how):
+    outcomes = pool.outcomes(part_ways, stagger, overlap, how)
+    # Whoever finds out first leaves; the other one may notice that before anything else.
+    assert {outcome.kind for outcome in outcomes} <= {"WorkersDisagreeError", "WorkerLostError"}, outcomes
+    found = [outcome.error for outcome in outcomes if outcome.kind == "WorkersDisagreeError"]
+    assert found, outcomes
+    assert re.search(r"(a part of an averaging round|the end of a round under way), sent at step", found[0])
+
+
+def add_parameters(stagger: bool, overlap: int) -> dict:
+    outcome = trained(None, 6, RecordingPeriod(4), stagger=stagger, overlap=overlap)
+    local_sgd = outcome["local_sgd"]
+    added = nn.Parameter(torch.full((7,), float(dist.get_rank()), dtype=torch.float64))
+    local_sgd.optimizer.add_param_group({"params": [added], "lr": 0.25})
+    for _ in range(12):
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    return {"added": added.detach(), "rounds": outcome["rounds"], "seen": local_sgd.period.seen}
+
+
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (False, 2)])
+def test_parameters_that_come_later_are_averaged_from_the_next_cycle_on(pool, stagger, overlap):
+    for outcome in pool.run(add_parameters, stagger, overlap):
+        torch.testing.assert_close(outcome["added"], torch.full((7,), 0.5, dtype=torch.float64))
+        assert sum(round_.local_steps for round_ in outcome["rounds"]) == outcome["rounds"][-1].step
+
+
+def alone() -> list:
+    return trained(0, 8, RecordingPeriod(4), stagger=True, overlap=1)["rounds"]
+
+
+def test_one_worker_has_nothing_to_send():
+    assert [(round_.step, round_.sent_bytes) for round_ in alone()] == [(4, 0), (8, 0)]
