@@ -45,6 +45,7 @@ __all__ = [
     "sync_module_states",
     "trainer_of",
     "validates_by_the_clock",
+    "wrap_for_gradients_of",
 ]
 
 
@@ -90,6 +91,12 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
         if isinstance(model, nn.Module):
             tensors += [*model.parameters(), *model.buffers()]
     return [tensor for tensor in tensors if has_mean(tensor)]
+
+
+def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> None:
+    """Wrap the model as ``DDPStrategy`` does, for gradients to be averaged in a group of the ranks only."""
+    strategy._ddp_kwargs["process_group"] = group
+    strategy.model = strategy._setup_model(strategy.model)  # type: ignore[arg-type]
 
 
 _failed: "list[tuple[pl.strategies.Strategy, Workers]]" = []

@@ -13,9 +13,12 @@ from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPe
 from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_number, check_total_steps, given, type_of
 
 __all__ = [
+    "REDUCE_DTYPES",
     "OnDivergence",
     "OptimizerState",
+    "ReduceDtype",
     "StartMethod",
+    "WorkerKind",
     "as_period",
     "check_backend",
     "check_bucket_size",
@@ -30,9 +33,11 @@ __all__ = [
     "check_optional",
     "check_overlap",
     "check_prefix",
+    "check_reduce_dtype",
     "check_start_method",
     "check_timeout",
     "check_total_steps",
+    "check_worker",
     "given",
     "type_of",
 ]
@@ -40,6 +45,10 @@ __all__ = [
 OptimizerState = Literal["local", "average", "reset"]
 OnDivergence = Literal["raise", "drop"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+ReduceDtype = Literal["bf16", "fp16"]
+WorkerKind = Literal["device", "node"]
+
+REDUCE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Listener = TypeVar("Listener", bound=Callable[..., object])
 Given = TypeVar("Given")
@@ -175,6 +184,39 @@ def check_overlap(value: object) -> int:
         ValueError: if it is negative, or too large.
     """
     return check_int(None, "overlap", value, at_least=0, at_most=LARGEST_INT)
+
+
+def check_reduce_dtype(value: object) -> ReduceDtype | None:
+    """Return ``value`` if it is a type in which rounds can travel, or None.
+
+    Args:
+        value: the argument named ``reduce_dtype``.
+
+    Raises:
+        TypeError: if it is neither a str nor None.
+        ValueError: if it is another one.
+    """
+    if value is None:
+        return None
+    if isinstance(value, torch.dtype):
+        expected = " or ".join(f'"{name}"' for name in REDUCE_DTYPES)
+        raise TypeError(f"{given('reduce_dtype', value)}: expected None, {expected}, got a torch.dtype.")
+    dtype: ReduceDtype = _one_of("reduce_dtype", value, get_args(ReduceDtype))
+    return dtype
+
+
+def check_worker(value: object) -> WorkerKind:
+    """Return ``value`` if it says what a worker is.
+
+    Args:
+        value: the argument named ``worker``.
+
+    Raises:
+        TypeError: if it is not a str.
+        ValueError: if it is another one.
+    """
+    kind: WorkerKind = _one_of("worker", value, get_args(WorkerKind))
+    return kind
 
 
 def check_combination(stagger: bool, overlap: int, optimizer_state: OptimizerState, period: AveragingPeriod) -> None:

@@ -219,6 +219,9 @@ class Cycles:
 
     def _adopt(self, step: int, everything: bool = False) -> list[Meeting]:
         held = []
+        for part in self._parts:
+            if self._steps - part.step >= -(-part.cycle.delay // 2):
+                self._advance(part)
         while self._parts and (everything or self._steps - self._parts[0].step >= self._parts[0].cycle.delay):
             part = self._parts.popleft()
             held.append(part.meeting.hold())
@@ -229,6 +232,14 @@ class Cycles:
             except CollectiveError as error:
                 raise self._lost(part.call, error) from error
         return held
+
+    def _advance(self, part: _Part) -> None:
+        """What travels in two phases begins the second one half-way."""
+        try:
+            for in_flight in part.in_flight:
+                in_flight.reduction.advance()
+        except CollectiveError as error:
+            raise self._lost(part.call, error) from error
 
     def _adopt_part(self, part: _Part, step: int) -> None:
         cycle = part.cycle

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.arguments import (
+    REDUCE_DTYPES,
     OnDivergence,
     OptimizerState,
+    ReduceDtype,
     as_period,
     check_bucket_size,
     check_combination,
@@ -26,6 +28,7 @@ from lightning_adpsgd.arguments import (
     check_optimizer_state,
     check_optional,
     check_overlap,
+    check_reduce_dtype,
     check_total_steps,
 )
 from lightning_adpsgd.averaging import (
@@ -96,6 +99,8 @@ class LocalSGD:
         bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
         stagger: spread each round over the period: after each step one p-th of all elements is averaged.
         overlap: d, how many local steps go on while a round, or a part of it, travels; at most p − 1 are.
+        reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
+            that type, and what rounding cuts off travels in the next round. Takes two more copies of what is averaged.
         workers: whom to average with; None is the default process group.
         carrier: the same workers on connections of their own, for what travels while training goes on; made if needed.
         notice: bits for all workers to learn at the next round.
@@ -120,6 +125,7 @@ class LocalSGD:
         bucket_size_mb: float = 64.0,
         stagger: bool = False,
         overlap: int = 0,
+        reduce_dtype: ReduceDtype | None = None,
         workers: Workers | None = None,
         carrier: Workers | None = None,
         notice: Notice | None = None,
@@ -134,6 +140,7 @@ class LocalSGD:
         self.workers = check_optional("workers", workers, Workers) or Workers()
         self.stagger = check_flag("stagger", stagger)
         self.overlap = check_overlap(overlap)
+        self.reduce_dtype = check_reduce_dtype(reduce_dtype)
         check_combination(self.stagger, self.overlap, self.optimizer_state, self.period)
         self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
@@ -143,6 +150,7 @@ class LocalSGD:
             names_of=module,
             workers=self.workers,
             bucket_bytes=self._bucket_bytes,
+            reduce_dtype=None if self.reduce_dtype is None else REDUCE_DTYPES[self.reduce_dtype],
         )
         self._notice = check_optional("notice", notice, Notice) or Notice()
         self._listeners: list[Callable[[AveragingRound], None]] = []
@@ -163,7 +171,7 @@ class LocalSGD:
         self._bytes_booked = 0
         self._seconds_booked = 0.0
         self._cycles: Cycles | None = None
-        if (self.stagger or self.overlap) and self.workers.size > 1:
+        if (self.stagger or self.overlap) and self.workers.count > 1:
             self._cycles = Cycles(
                 stagger=self.stagger,
                 overlap=self.overlap,
@@ -204,6 +212,7 @@ class LocalSGD:
             check_module(self.workers, self._module)
             tensors |= {id(tensor): tensor for tensor in (*self._module.parameters(), *self._module.buffers())}
         self.workers.broadcast_(tensors.values())
+        self.start_from_the_same()
 
     def step(self) -> AveragingRound | None:
         """Count a step that the optimizer has attempted, and average if the period is over.
@@ -299,6 +308,8 @@ class LocalSGD:
         self._state_shared_at = self.steps
         if self._cycles is not None:
             self._cycles.restart()
+        if self.workers.count > 1:
+            self._payloads.start_from_the_same()
 
     # Rounds that are under way while training goes on
 
@@ -371,7 +382,7 @@ class LocalSGD:
             ratio=measured.ratio,
             target=self.period.target,
             payload_bytes=self._bytes_booked,
-            sent_bytes=ring_bytes(self._bytes_booked, self.workers.size),
+            sent_bytes=ring_bytes(self._bytes_booked, self.workers.count),
             seconds=self._seconds_booked,
             dropped=dropped,
         )
@@ -421,13 +432,13 @@ class LocalSGD:
         meeting = Meeting(self.workers, call).hold()
         try:
             self._conclude(meeting, payload, more, also, watched)
-            measured = self._average_and_measure(payload, meeting.share)
+            measured = self._average_and_measure(trigger, payload, meeting.share)
             if more is not None:
                 ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(meeting.share)
             self._treat_optimizer_state(trigger, meeting.share)
         except CollectiveError as error:
             raise lost(self.workers, call, error) from error
-        return measured, len(meeting.diverged)
+        return measured, len(meeting.diverged_workers)
 
     def _conclude(
         self,
@@ -448,17 +459,18 @@ class LocalSGD:
             ],
         )
         if meeting.diverged:
-            self._deal_with_divergence(meeting.diverged, watched)
+            self._deal_with_divergence(meeting, watched)
         self._warn_of_different_rates(meeting.learning_rates)
         self._notice.agreed = meeting.notice
         self._anybody_has_state = meeting.anybody_has_state
 
-    def _average_and_measure(self, payload: Payload, share: Share) -> "_Measured":
+    def _average_and_measure(self, trigger: Trigger, payload: Payload, share: Share) -> "_Measured":
         """Replace all tensors by their means; S_k and r from values reduced over the workers."""
         rates = _learning_rates(self.optimizer)
         deviations = torch.zeros(len(rates), dtype=torch.float64)
-        if self.workers.size > 1 and self.has_trained:
-            deviations = payload.averager.average(share)
+        if self.workers.count > 1 and self.has_trained:
+            as_it_is = trigger != "period" or share != self.workers.everybody
+            deviations = payload.averager.average(share, as_it_is)
         means = self.workers.mean(torch.cat([deviations, torch.tensor(rates, dtype=torch.float64)]), share).tolist()
         variances, rates = means[: len(rates)], means[len(rates) :]
         ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
@@ -502,7 +514,8 @@ class LocalSGD:
 
     # What can go wrong
 
-    def _deal_with_divergence(self, ranks: list[int], watched: list[Tensor]) -> None:
+    def _deal_with_divergence(self, meeting: Meeting, watched: list[Tensor]) -> None:
+        ranks = meeting.diverged
         mine = [self._payloads.name_of(tensor) for tensor in watched if not all_finite([tensor])]
         names = self.workers.gather_objects(mine)
         first = names[ranks[0]]
@@ -514,7 +527,7 @@ class LocalSGD:
             "Training diverged there: lower the learning rate, clip gradients, or look for bad samples in that rank's"
             " data."
         )
-        if self.on_divergence == "raise" or len(ranks) == self.workers.size:
+        if self.on_divergence == "raise" or len(meeting.diverged_workers) == self.workers.count:
             everybody = " There is no worker left to go on from." if self.on_divergence == "drop" else ""
             raise WorkersDivergedError(f"{found} No rank's parameters were overwritten.{everybody} {advice}")
         if self.workers.rank == 0:
@@ -541,7 +554,7 @@ class LocalSGD:
     def _warn_of_no_drift(self, round_: AveragingRound, payload: Payload) -> None:
         if self._warned_of_no_drift or round_.learning_rate == 0.0 or round_.local_steps == 0:
             return
-        if self.workers.size - round_.dropped == 1 or self._has_drifted:
+        if self.workers.count - round_.dropped == 1 or self._has_drifted:
             return
         # The mean of three equal numbers is not quite that number: three divisions and two sums, rounded each.
         noise = (2 * torch.finfo(torch.float32).eps) ** 2
@@ -551,7 +564,7 @@ class LocalSGD:
         self._warned_of_no_drift = True
         if self.workers.rank == 0:
             warnings.warn(
-                f"After {round_.local_steps} local step(s) the parameters of all {self.workers.size} workers are"
+                f"After {round_.local_steps} local step(s) the parameters of all {self.workers.count} workers are"
                 " identical. Probably every worker sees the same data: give each its own share, for example with"
                 " torch.utils.data.DistributedSampler (Lightning's Trainer does so unless"
                 " use_distributed_sampler=False), or with a different seed per worker for random or iterable data.",

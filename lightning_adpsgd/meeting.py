@@ -161,10 +161,16 @@ class Meeting:
         return [rank for rank, call in enumerate(self.calls) if not call.finite]
 
     @property
+    def diverged_workers(self) -> set[int]:
+        """The workers that these ranks belong to."""
+        return {self._workers.worker_of(rank) for rank in self.diverged}
+
+    @property
     def share(self) -> Share:
         """What this worker contributes to the mean over those whose parameters are finite."""
-        diverged = self.diverged
-        return Share(len(self.calls) - len(diverged), self._workers.rank not in diverged)
+        diverged = self.diverged_workers
+        contributes = self._workers.worker_of(self._workers.rank) not in diverged
+        return Share(self._workers.count - len(diverged), contributes)
 
     @property
     def notice(self) -> int:

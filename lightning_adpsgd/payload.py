@@ -30,6 +30,7 @@ class Payloads:
         names_of: the module in which tensors have names, if any.
         workers: whom to average with.
         bucket_bytes: the longest range averaged at once.
+        reduce_dtype: the type in which values travel, if not their own.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Payloads:
         names_of: nn.Module | None,
         workers: Workers,
         bucket_bytes: int,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         # Configuration
         self._optimizer = optimizer
@@ -47,6 +49,7 @@ class Payloads:
         self._names_of = names_of
         self._workers = workers
         self._bucket_bytes = bucket_bytes
+        self._reduce_dtype = reduce_dtype
 
         # State
         self._latest: Payload | None = None
@@ -77,9 +80,16 @@ class Payloads:
         if self._latest is None or self._latest.key != key:
             layout = FlatLayout(tensors, groups)
             group_count = len(self._optimizer.param_groups)
-            averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes)
+            averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes, self._reduce_dtype)
             self._latest = Payload(key, parameters, tensors, layout, averager)
         return self._latest
+
+    def start_from_the_same(self) -> None:
+        """Take note that what is averaged is the same on all workers."""
+        if self._reduce_dtype is not None:
+            differences = self.current().averager.differences
+            assert differences is not None
+            differences.start()
 
     def note_step(self) -> None:
         """Take note of the parameters that are being trained: they may be frozen by the time of the round.

@@ -40,6 +40,7 @@ from lightning_adpsgd._lightning import (
     sync_module_states,
     trainer_of,
     validates_by_the_clock,
+    wrap_for_gradients_of,
 )
 from lightning_adpsgd.arguments import (
     as_period,
@@ -53,10 +54,12 @@ from lightning_adpsgd.arguments import (
     check_optimizer_state,
     check_optional,
     check_overlap,
+    check_reduce_dtype,
     check_start_method,
     check_timeout,
+    check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, Trigger, Workers, has_mean
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, has_mean
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
@@ -100,6 +103,12 @@ class ADPSGDStrategy(DDPStrategy):
         overlap: d, the number of local steps that go on while a round (or a part of it) travels; at most p − 1. What
             is sent is a snapshot, and when the mean w̄ arrives, each worker adds w̄ − (its snapshot), which keeps those
             steps. Best with ``stagger=True``: alone, it costs accuracy where d is not small against p.
+        worker: what drifts and is averaged: each "device", or each "node", whose devices then average their gradients
+            after every backward pass, as DDP does, over the node's own fast links. A node sends the model once per
+            round, not once per device. Every node needs the same number of devices.
+        reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
+            that type, which halves the bytes; what rounding cuts off travels in the next round. Keeps two more copies
+            of what is averaged. Rounds for a validation, a checkpoint or the end travel as they are.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
@@ -123,6 +132,8 @@ class ADPSGDStrategy(DDPStrategy):
         on_divergence: Literal["raise", "drop"] = "raise",
         stagger: bool = False,
         overlap: int = 0,
+        worker: Literal["device", "node"] = "device",
+        reduce_dtype: Literal["bf16", "fp16"] | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -150,11 +161,14 @@ class ADPSGDStrategy(DDPStrategy):
         self._on_divergence = check_on_divergence(on_divergence)
         self._stagger = check_flag("stagger", stagger)
         self._overlap = check_overlap(overlap)
+        self._worker = check_worker(worker)
+        self._reduce_dtype = check_reduce_dtype(reduce_dtype)
         check_combination(self._stagger, self._overlap, self._optimizer_state, self._period)
 
         # State of one fit
         self._workers: Workers | None = None
         self._carriers: list[Workers] = []
+        self._node_workers: NodeWorkers | None = None
         self._local_sgd: list[LocalSGD] = []
         self._fitted: Module | None = None
         self._notice = Notice()
@@ -184,7 +198,7 @@ class ADPSGDStrategy(DDPStrategy):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
-        self._workers = Workers(device=self.root_device)
+        self._workers = self._new_workers()
         self._workers.forget_word()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
@@ -203,9 +217,14 @@ class ADPSGDStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """No wrapper, hence no gradient all-reduce: all ranks only start from rank 0's weights."""
+        """No wrapper, hence no gradient all-reduce, except inside of a node that is one worker.
+
+        All ranks start from rank 0's weights.
+        """
         assert self.model is not None
         sync_module_states(self.model)
+        if isinstance(self._workers, NodeWorkers) and self._workers.size > 1:
+            wrap_for_gradients_of(self, self._workers.node)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -246,6 +265,7 @@ class ADPSGDStrategy(DDPStrategy):
         total_steps = self.broadcast(_total_steps(trainer))
         for local_sgd in self._local_sgd:
             local_sgd.setup(total_steps)
+            local_sgd.start_from_the_same()
 
     def on_training_begins(self) -> None:
         """Put off what looks at the clock at every batch."""
@@ -482,6 +502,36 @@ class ADPSGDStrategy(DDPStrategy):
                 local_sgd.load_state_dict(former.state_dict())
                 local_sgd.start_from_the_same()
 
+    def _new_workers(self) -> Workers:
+        if self._worker == "device":
+            return Workers(device=self.root_device)
+        if self._node_workers is None:
+            self._node_workers = self._new_node_workers()
+        return self._node_workers
+
+    def _new_node_workers(self) -> NodeWorkers:
+        """The nodes as workers, as the Trainer was told and the cluster has placed the ranks."""
+        everybody = Workers(device=self.root_device)
+        places = everybody.table([self.node_rank, self.local_rank]).long().tolist()
+        nodes = [node for node, _ in places]
+        sizes = {node: nodes.count(node) for node in sorted(set(nodes))}
+        ranks_per_node = max(sizes.values())
+        in_order = [[node, place] for node in range(len(sizes)) for place in range(ranks_per_node)]
+        if places != in_order:
+            each = ", ".join(f"node {node}: {size}" for node, size in sizes.items())
+            raise MisconfigurationException(
+                f'{type(self).__name__}(worker="node") found nodes with different numbers of ranks, or ranks that are'
+                f" not numbered node by node (ranks of {each}). Every node has to run as many as the others,"
+                " Trainer(devices=...), and ranks have to be numbered from the first node to the last."
+            )
+        if len(sizes) == 1 and everybody.size > 1:
+            rank_zero_warn(
+                f'{type(self).__name__}(worker="node") on one node: there is no other worker to average with, so this'
+                " trains as DDP does, with a gradient all-reduce at every step. For workers inside of a node leave out"
+                ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
+            )
+        return NodeWorkers(ranks_per_node, self.root_device)
+
     def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
         return [
             LocalSGD(
@@ -495,6 +545,7 @@ class ADPSGDStrategy(DDPStrategy):
                 bucket_size_mb=self._bucket_size_mb,
                 stagger=self._stagger,
                 overlap=self._overlap,
+                reduce_dtype=self._reduce_dtype,
                 workers=workers,
                 carrier=self._carrier_of(index, workers),
                 notice=self._notice,

@@ -112,6 +112,8 @@ def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path
         {"overlap": 2},
         {"stagger": True, "overlap": 1},
         {"stagger": True, "overlap": 1, "optimizer_state": "reset"},
+        {"reduce_dtype": "bf16"},
+        {"stagger": True, "overlap": 1, "reduce_dtype": "fp16"},
     ],
     ids=str,
 )

@@ -203,8 +203,8 @@ def test_averaging_the_state_is_paid_for_in_bytes(pool):
     local, average = (
         pool.run(momentum_round, policy, "sgd", workers=2)[0]["payload"] for policy in ("local", "average")
     )
-    # one momentum buffer per parameter, and the agreement on who has some
-    assert average - local == 4 * 44 + 2 * 2 * 8
+    # one momentum buffer per parameter, and the agreement on who has what
+    assert average - local == 4 * 44 + 2 * 3 * 8
 
 
 # When, and what the rule is told

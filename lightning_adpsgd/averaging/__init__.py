@@ -4,7 +4,7 @@ from lightning_adpsgd.averaging.averager import InFlight, ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range, has_mean, hash48
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
-from lightning_adpsgd.averaging.workers import CollectiveError, Reduction, Share, Table, Workers
+from lightning_adpsgd.averaging.workers import CollectiveError, NodeWorkers, Reduction, Share, Table, Workers
 
 __all__ = [
     "TRIGGERS",
@@ -12,6 +12,7 @@ __all__ = [
     "CollectiveError",
     "FlatLayout",
     "InFlight",
+    "NodeWorkers",
     "ParameterAverager",
     "Range",
     "Reduction",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.layout import FlatLayout, Range
+from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
 # Elements whose deviation is held in memory at once: 4 MB of fp32, small enough for a cache, large enough for a kernel.
@@ -19,6 +20,8 @@ class InFlight(NamedTuple):
 
     range: Range
     reduction: Reduction
+    is_difference: bool = False
+    """Whether what travels is the change of the average."""
     snapshot: Tensor | None = None
     """This worker's values when they were sent; None if the tensors still hold them when the mean arrives."""
 
@@ -37,19 +40,29 @@ class ParameterAverager:
         groups: number of parameter groups.
         workers: whom to average with.
         bucket_bytes: the longest range, in bytes when packed.
+        reduce_dtype: 16-bit type in which values travel, as differences from the last average; None: as they are.
     """
 
-    def __init__(self, layout: FlatLayout, groups: int, workers: Workers, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: FlatLayout,
+        groups: int,
+        workers: Workers,
+        bucket_bytes: int,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.differences = None if reduce_dtype is None else Differences(layout, reduce_dtype, workers.device)
         self._layout = layout
         self._groups = groups
         self._workers = workers
         self._bucket_bytes = bucket_bytes
 
-    def average(self, share: Share | None = None) -> Tensor:
+    def average(self, share: Share | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
 
         Args:
             share: what this worker contributes to the mean; None where all workers do.
+            as_it_is: whether values travel as they are, whatever ``reduce_dtype`` says.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -67,18 +80,21 @@ class ParameterAverager:
                         buffer = None  # of another dtype or device: let it go before the next one is made
                 if buffer is None:
                     buffer = self._layout.new_buffer(range_, self._workers.device)
-                in_flight.append(self.launch(range_, buffer[: len(range_)], share))
+                in_flight.append(self.launch(range_, buffer[: len(range_)], share, as_it_is))
             deviations += [self.finish(oldest) for oldest in in_flight]
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
+        if self.differences is not None:
+            self.differences.is_known = True
         total = torch.zeros(self._groups, dtype=torch.float64)
         for part in deviations:
             total += part.cpu()
         return total
 
-    def launch(self, range_: Range, buffer: Tensor, share: Share | None = None) -> InFlight:
+    def launch(self, range_: Range, buffer: Tensor, share: Share | None = None, as_it_is: bool = True) -> InFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        return InFlight(range_, self._workers.mean_(self._layout.pack(range_, buffer), share))
+        packed = self._layout.pack(range_, buffer)
+        return InFlight(range_, *self._launch(range_, packed, self._workers, share, as_it_is))
 
     def finish(self, in_flight: InFlight) -> Tensor:
         """Wait for a range's mean, measure its distance from this worker's values, and write it back.
@@ -86,10 +102,28 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
-        mean = in_flight.reduction.wait()
+        mean = self._mean(in_flight)
         deviations = self._squared_deviations(in_flight.range, mean)
         self._layout.unpack(in_flight.range, mean)
         return deviations
+
+    def _launch(
+        self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool
+    ) -> tuple[Reduction, bool]:
+        if self.differences is None:
+            return workers.mean_(values, share), False
+        if as_it_is or not self.differences.is_known:
+            return workers.mean_(self.differences.settle(range_, values), share), False
+        return self.differences.send(range_, values, workers), True
+
+    def _mean(self, in_flight: InFlight) -> Tensor:
+        arrived = in_flight.reduction.wait()
+        if self.differences is None:
+            return arrived
+        if in_flight.is_difference:
+            return self.differences.receive(in_flight.range, arrived)
+        self.differences.note(in_flight.range, arrived)
+        return arrived
 
     def send(self, part: int, parts: int, carrier: Workers) -> tuple[list[InFlight], Tensor]:
         """Begin to average one of ``parts`` equal parts of the layout as it is now.
@@ -110,7 +144,7 @@ class ParameterAverager:
             for _, start, stop in self._layout.groups(range_):
                 largest.append(torch.linalg.vector_norm(snapshot[start:stop], float("inf")).to(self._workers.device))
         in_flight = [
-            InFlight(range_, carrier.mean_(snapshot.clone()), snapshot)
+            InFlight(range_, *self._launch(range_, snapshot.clone(), carrier, None, as_it_is=False), snapshot)
             for range_, snapshot in zip(ranges, snapshots, strict=True)
         ]
         return in_flight, torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True)
@@ -130,13 +164,14 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
         deviations = torch.zeros(self._groups, dtype=torch.float64, device=self._workers.device)
-        for range_, reduction, snapshot in in_flight:
+        for part in in_flight:
+            range_, snapshot = part.range, part.snapshot
             assert snapshot is not None
-            mean = reduction.wait()
+            mean = self._mean(part)
             difference = torch.sub(mean, snapshot, out=snapshot)
             for group, start, stop in self._layout.groups(range_):
-                for part in difference[start:stop].split(_MEASURED_AT_ONCE):
-                    deviations[group] += torch.dot(part, part)
+                for piece in difference[start:stop].split(_MEASURED_AT_ONCE):
+                    deviations[group] += torch.dot(piece, piece)
             if moved:
                 self._layout.move(range_, mean, difference)
             else:

@@ -104,6 +104,10 @@ class FlatLayout:
                 ranges += slice_.chunks(-(-len(slice_) // pieces))
         return ranges
 
+    def cut_into_spaces(self) -> list[Range]:
+        """Each index space as one range."""
+        return [Range(index, 0, space.length) for index, space in enumerate(self._spaces)]
+
     def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> Tensor:
         """An uninitialized buffer that a range can be packed into: fp64 for 64-bit elements, otherwise fp32.
 

@@ -181,6 +181,7 @@ def _complete(
 ) -> dict[Key, Tensor]:
     """Entries that any worker has, weighted so that their mean over all workers is that over those that have them."""
     share = share or workers.everybody
+    ranks_per_worker = workers.size // workers.count
     everybody = workers.gather_objects(state.describe(averaged) if share.contributes else {})
     complete = {}
     for key in sorted(set().union(*everybody)):
@@ -188,7 +189,7 @@ def _complete(
         # Made anew even where there is one: in memory it may be laid out in another order than the other workers'.
         complete[key] = state.make(key, *owners[0][key])
         if key in averaged:
-            complete[key].copy_(averaged[key]).mul_(share.contributors / len(owners))
+            complete[key].copy_(averaged[key]).mul_(share.contributors * ranks_per_worker / len(owners))
     return complete
 
 

@@ -5,13 +5,15 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 _SECONDS_TO_HANG_UP = 2.0
 
@@ -36,6 +38,9 @@ class Reduction:
         self._buffer = buffer
         self._work = work
 
+    def advance(self) -> None:
+        """Take the next of several phases, if there is one, which waits for the one before."""
+
     def wait(self) -> Tensor:
         """Wait until the buffer holds the mean (on CUDA: until the current stream may use it).
 
@@ -51,6 +56,64 @@ class Reduction:
         finally:
             del work
         return self._buffer
+
+
+class RoundedReduction(Reduction):
+    """A sum over the workers in two phases: each adds up its share of the elements, and all gather the rounded sums.
+
+    Args:
+        rounded: this worker's values, in a 16-bit type; shape (length,).
+        round_sum: rounds this worker's share of the sum, given the place of its first element.
+        dtype: in which to add.
+        group: the process group; None is the default group.
+    """
+
+    def __init__(
+        self,
+        rounded: Tensor,
+        round_sum: Callable[[int, Tensor], Tensor],
+        dtype: torch.dtype,
+        group: "dist.ProcessGroup | None",
+    ) -> None:
+        self._length, self._dtype, self._device = len(rounded), dtype, rounded.device
+        self._round_sum = round_sum
+        self._group = group
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._share = -(-self._length // size)
+        self._start = min(self._length, rank * self._share)
+        # As integers, of which every backend just moves the bits; from the host, which is where gloo exchanges them.
+        device = "cpu" if dist.get_backend(group) == "gloo" else rounded.device
+        padded = torch.zeros(size * self._share, dtype=rounded.dtype, device=device)
+        padded[: self._length] = rounded
+        self._type = rounded.dtype
+        self._parts = torch.empty_like(padded)
+        work = dist.all_to_all_single(self._as_bits(self._parts), self._as_bits(padded), group=group, async_op=True)
+        self._sent: Tensor | None = padded  # alive while it travels
+        super().__init__(padded, work)
+
+    @override
+    def advance(self) -> None:
+        if self._sent is None:
+            return
+        super().wait()
+        total = self._parts.view(-1, self._share).to(self._dtype).sum(dim=0)
+        mine = torch.zeros(self._share, dtype=self._type, device=total.device)
+        length = max(0, min(self._share, self._length - self._start))
+        mine[:length] = self._round_sum(self._start, total[:length].to(self._device)).to(mine.device)
+        self._sent = None
+        self._mine = mine  # alive while it travels
+        with _as_collective_error():
+            self._work = dist.all_gather_into_tensor(
+                self._as_bits(self._buffer), self._as_bits(mine), group=self._group, async_op=True
+            )
+
+    @override
+    def wait(self) -> Tensor:
+        self.advance()
+        return super().wait()[: self._length].to(self._device)
+
+    def _as_bits(self, tensor: Tensor) -> Tensor:
+        return tensor.view(torch.uint8)
 
 
 class Table:
@@ -84,7 +147,7 @@ class Table:
 
 
 class Workers:
-    """The workers whose replicas are averaged, one per rank of a process group.
+    """The workers whose replicas are averaged, one per rank of a process group (see :class:`NodeWorkers` for others).
 
     Without an initialized process group there is one worker, and nothing is ever sent.
 
@@ -97,6 +160,7 @@ class Workers:
         self._group = group
         self.device = torch.device(device)
         connected = dist.is_available() and dist.is_initialized()
+        # Processes, of which a worker may have several
         self.size: int = dist.get_world_size(group) if connected else 1
         self.rank: int = dist.get_rank(group) if connected else 0
         self._store = _store()  # kept, as hanging up takes it from the process group
@@ -122,13 +186,22 @@ class Workers:
         return other
 
     @property
+    def count(self) -> int:
+        """How many workers there are."""
+        return self.size
+
+    def worker_of(self, rank: int) -> int:
+        """The worker that a rank belongs to."""
+        return rank
+
+    @property
     def everybody(self) -> Share:
         """The share of a mean that all workers contribute to."""
-        return Share(self.size, True)
+        return Share(self.count, True)
 
     def mean_(self, buffer: Tensor, share: Share | None = None) -> Reduction:
         """Begin to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
-        if self.size == 1:
+        if self.count == 1:
             return Reduction(buffer, None)
         share = share or self.everybody
         if share.contributes:
@@ -136,7 +209,17 @@ class Workers:
             buffer.div_(share.contributors)
         else:
             buffer.zero_()
+        return self.sum_(buffer)
+
+    def sum_(self, buffer: Tensor) -> Reduction:
+        """Begin to replace ``buffer`` (contiguous) by its sum over the workers."""
         return Reduction(buffer, self._all_reduce(buffer))
+
+    def sum_rounded(self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> Reduction:
+        """Begin to add up what is in a 16-bit type, in a wider one (see :class:`RoundedReduction`)."""
+        self._count(rounded)
+        with _as_collective_error():
+            return RoundedReduction(rounded, round_sum, dtype, self._group)
 
     def mean(self, values: Tensor, share: Share | None = None) -> Tensor:
         """The mean of a small vector over the workers that contribute, as float64 on the CPU."""
@@ -256,13 +339,138 @@ class Workers:
     def _global_rank(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
-    def _all_reduce(self, tensor: Tensor) -> "dist.Work | None":
+    def _all_reduce(self, tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> "dist.Work | None":
         self._count(tensor)
         with _as_collective_error():
-            return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+            return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group or self._group, async_op=True)
 
     def _count(self, tensor: Tensor) -> None:
         self._counted.payload_bytes += tensor.numel() * tensor.element_size()
+
+
+class NodeWorkers(Workers):
+    """Workers each of which is a node: the ranks of one node hold the same replica, and send it once.
+
+    Of every buffer, each rank of a node averages its own slice with its counterparts in the other nodes; then the
+    slices are gathered inside of the node. So a node sends one buffer per ring, however many ranks it has. What passes
+    inside of a node is not counted.
+
+    Args:
+        ranks_per_node: how many consecutive ranks make up a node, the same number for each.
+        device: where small tensors are made; with NCCL it has to be this rank's GPU.
+
+    Raises:
+        ValueError: if the number of ranks is no multiple of it.
+    """
+
+    def __init__(self, ranks_per_node: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(None, device)
+        if self.size % ranks_per_node != 0:
+            raise ValueError(f"{self.size} ranks cannot be nodes of {ranks_per_node} ranks each.")
+        self.ranks_per_node = ranks_per_node
+        self._node_of_rank = [rank // ranks_per_node for rank in range(self.size)]
+        self.node: Any = None
+        """The process group of this rank's node."""
+        self._counterparts: Any = None
+        if self.size > 1:
+            ranks, timeout = range(self.size), _timeout(None, self.device)
+            # Everybody takes part in making all of them.
+            for first in ranks[::ranks_per_node]:
+                group = dist.new_group([*ranks[first : first + ranks_per_node]], timeout=timeout)
+                self.node = group if self.worker_of(self.rank) == self.worker_of(first) else self.node
+            for place in ranks[:ranks_per_node]:
+                group = dist.new_group([*ranks[place::ranks_per_node]], timeout=timeout)
+                self._counterparts = group if self.rank % ranks_per_node == place else self._counterparts
+
+    @property
+    @override
+    def count(self) -> int:
+        return self.size // self.ranks_per_node
+
+    @override
+    def worker_of(self, rank: int) -> int:
+        return self._node_of_rank[rank]
+
+    @override
+    def on_connections_of_their_own(self) -> Workers:
+        if self.size == 1:
+            return self
+        other = NodeWorkers(self.ranks_per_node, self.device)
+        other._counted = self._counted
+        return other
+
+    @override
+    def sum_(self, buffer: Tensor) -> Reduction:
+        slices = buffer.tensor_split(self.ranks_per_node)
+        mine = slices[self.rank % self.ranks_per_node]
+        work = self._all_reduce(mine, self._counterparts) if len(mine) > 0 else None
+        return _GatheredReduction(buffer, work, partial(self._gather, slices))
+
+    @override
+    def sum_rounded(self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> Reduction:
+        slices = rounded.tensor_split(self.ranks_per_node)
+        place = self.rank % self.ranks_per_node
+        mine = slices[place]
+        if len(mine) == 0:
+            return _GatheredReduction(rounded, None, partial(self._gather, slices))
+        self._count(mine)
+        offset = sum(len(part) for part in slices[:place])
+        with _as_collective_error():
+            under_way = RoundedReduction(
+                mine, lambda start, total: round_sum(offset + start, total), dtype, self._counterparts
+            )
+        return _GatheredReduction(rounded, None, partial(self._gather, slices), under_way, mine)
+
+    @override
+    def mean(self, values: Tensor, share: Share | None = None) -> Tensor:
+        # Over all ranks, so that the ranks of a node, too, have the same number, bit for bit.
+        buffer = values.to(self.device, torch.float64, copy=True)
+        share = share or self.everybody
+        buffer.mul_(float(share.contributes) / (share.contributors * self.ranks_per_node))
+        return (Reduction(buffer, self._all_reduce(buffer)) if self.size > 1 else Reduction(buffer, None)).wait().cpu()
+
+    def _gather(self, slices: Sequence[Tensor]) -> None:
+        first = self.rank - self.rank % self.ranks_per_node
+        works: list[Any] = [
+            dist.broadcast(part, first + place, group=self.node, async_op=True)
+            for place, part in enumerate(slices)
+            if len(part) > 0
+        ]
+        for work in works:
+            work.wait()
+
+
+class _GatheredReduction(Reduction):
+    """Slices, of which each rank of a node has reduced one."""
+
+    def __init__(
+        self,
+        buffer: Tensor,
+        work: "dist.Work | None",
+        gather: Callable[[], None],
+        under_way: Reduction | None = None,
+        mine: Tensor | None = None,
+    ) -> None:
+        super().__init__(buffer, work)
+        self._gather: Callable[[], None] | None = gather
+        self._under_way, self._mine = under_way, mine
+
+    @override
+    def advance(self) -> None:
+        if self._under_way is not None:
+            self._under_way.advance()
+
+    @override
+    def wait(self) -> Tensor:
+        buffer = super().wait()
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None and self._mine is not None:
+            self._mine.copy_(under_way.wait())
+        gather, self._gather = self._gather, None
+        if gather is not None:
+            with _as_collective_error():
+                gather()
+        return buffer
 
 
 class _Counted:

@@ -1,0 +1,118 @@
+"""Differences from the last average in 16 bits, on real processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_adpsgd import LocalSGD
+
+pytestmark = pytest.mark.workers
+
+
+def push(dtype: str | None, change: float, steps: int, start: float, forced: bool, options: dict) -> dict:
+    """Every worker adds the same change at every step; the second one adds it twice."""
+    parameter = nn.Parameter(torch.full((300,), start))
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 2, reduce_dtype=dtype, **options)
+    rounds, history = [], []
+    local_sgd.subscribe(rounds.append)
+    local_sgd.broadcast()
+    for _ in range(steps):
+        parameter.grad = torch.full_like(parameter, -change * (1 + dist.get_rank()))
+        local_sgd.optimizer.step()
+        local_sgd.step()
+        history.append(parameter[0].item())
+    if forced:
+        local_sgd.average("train_end")
+    return {"value": parameter.detach(), "rounds": rounds, "history": history}
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_of_the_bytes_travel_and_nothing_is_lost(pool, dtype, options):
+    # Rounding loses a part of each change that is the same every time: it would add up.
+    change = 1.0 + 2.0**-11 + 2.0**-13
+    plain = pool.run(push, None, change, 200, 1000.0, False, options)
+    halved = pool.run(push, dtype, change, 200, 1000.0, False, options)
+    assert torch.equal(halved[0]["value"], halved[1]["value"]) or options
+    for ours, theirs in zip(halved, plain, strict=True):
+        difference = (ours["value"] - theirs["value"]).abs().max().item()
+        assert difference < 2.0**-6  # what one round of two steps may owe; 100 rounds would add up to 0.1 and more
+        assert len(ours["rounds"]) == len(theirs["rounds"])
+        sent, would_send = (sum(round_.payload_bytes for round_ in outcome["rounds"]) for outcome in (ours, theirs))
+        saved = sum(2 * 300 for _ in ours["rounds"])
+        assert saved <= would_send - sent <= saved + 2 * 300  # a part of the next round may be under way
+
+
+def test_without_the_errors_small_parts_would_be_lost(pool):
+    outcome, _ = pool.run(push_forgetfully)
+    plain, _ = pool.run(push, None, 1.0 + 2.0**-11 + 2.0**-13, 200, 1000.0, False, {})
+    assert (outcome["value"] - plain["value"]).abs().max().item() > 2.0**-5
+
+
+def push_forgetfully() -> dict:
+    from lightning_adpsgd.averaging.transport import Differences
+
+    send = Differences.send
+
+    def forgetting(self: Differences, *args: object) -> torch.Tensor:
+        reduction = send(self, *args)
+        for error in self._errors:
+            error.zero_()
+        return reduction
+
+    Differences.send = forgetting
+    try:
+        return push("bf16", 1.0 + 2.0**-11 + 2.0**-13, 200, 1000.0, False, {})
+    finally:
+        Differences.send = send
+
+
+def test_what_is_too_large_for_the_type_travels_in_several_rounds(pool):
+    for outcome in pool.run(burst):
+        assert all(torch.tensor(outcome).isfinite())
+        assert outcome == sorted(outcome)
+        assert outcome[0] < 1.5e6
+        assert outcome[-1] == pytest.approx(1.5e6, rel=1e-3)
+
+
+def burst() -> list[float]:
+    parameter = nn.Parameter(torch.zeros(4))
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1, reduce_dtype="fp16")
+    local_sgd.broadcast()
+    history = []
+    for step in range(60):
+        parameter.grad = torch.full_like(parameter, -1e6 * (1 + dist.get_rank()) if step == 0 else 0.0)
+        local_sgd.optimizer.step()
+        local_sgd.step()
+        history.append(parameter[0].item())
+    return history
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}], ids=str)
+def test_rounds_that_others_ask_for_travel_as_they_are_and_settle_what_is_owed(pool, options):
+    change = 1.0 + 2.0**-11 + 2.0**-13
+    plain = pool.run(push, None, change, 21, 1000.0, True, options)
+    halved = pool.run(push, "bf16", change, 21, 1000.0, True, options)
+    assert torch.equal(halved[0]["value"], halved[1]["value"])
+    assert halved[0]["rounds"][-1].payload_bytes >= 4 * 300
+    # The two workers' changes are 1 : 2, of which the sum is rounded too, once per round.
+    torch.testing.assert_close(halved[0]["value"], plain[0]["value"], atol=0.02, rtol=0)
+
+
+def test_without_a_common_start_the_first_round_travels_as_it_is(pool):
+    first, second = pool.run(start_apart)[0]
+    assert first >= 4 * 1000
+    assert second < 2 * 1000 + 500
+
+
+def start_apart() -> list[int]:
+    parameter = nn.Parameter(torch.full((1000,), float(dist.get_rank())))
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1, reduce_dtype="bf16")
+    rounds = []
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        local_sgd.optimizer.step()
+        rounds.append(local_sgd.step())
+    assert parameter[0].item() == -1.5
+    return [round_.payload_bytes for round_ in rounds]
