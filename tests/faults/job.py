@@ -48,6 +48,8 @@ class Job(NamedTuple):
     validate: bool = False
     log_epoch: bool = False
     """Whether the mean of the loss over epoch and ranks is logged."""
+    stagger: bool = False
+    overlap: int = 0
     metric: bool = False
     """Whether a metric object is logged, which gathers its state from all ranks past Lightning's strategy."""
     resume: bool = False
@@ -228,7 +230,13 @@ def fit(job: Job, rank: int) -> None:
     """Train, and leave the weights."""
     model = Model(job, rank)
     trainer = L.Trainer(
-        strategy=ADPSGDStrategy(job.period, bucket_size_mb=2**-12, timeout=timedelta(seconds=job.timeout)),
+        strategy=ADPSGDStrategy(
+            job.period,
+            bucket_size_mb=2**-12,
+            stagger=job.stagger,
+            overlap=job.overlap,
+            timeout=timedelta(seconds=job.timeout),
+        ),
         accelerator="cpu",
         devices=job.ranks,
         max_epochs=job.epochs,

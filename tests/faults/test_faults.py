@@ -287,3 +287,23 @@ def test_parameters_that_are_not_finite_end_all_before_they_spread(tmp_path, ran
     assert all(told in ended.said(rank) for rank in (0, 1)), ended.output
     for rank in {0, 1} - set(ranks):
         assert all(tensor.isfinite().all() for tensor in ended.weights(rank).values())
+
+
+# While parts of a round are under way
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raise", "WorkerLostError: .*Rank 1 had failed at step .*: ValueError: a bad sample"),
+        ("kill", "WorkerLostError: .*" + no_word(1)),
+        ("short", "(WorkersDisagreeError|WorkerLostError): .*step"),
+        ("nan", r"WorkersDivergedError: Parameters of rank\(s\) 1 are not finite"),
+    ],
+)
+@pytest.mark.parametrize("options", [{"stagger": True}, {"stagger": True, "overlap": 2}, {"overlap": 2}], ids=str)
+def test_the_same_holds_while_parts_of_a_round_are_under_way(tmp_path, fault, told, options):
+    ended = run(tmp_path, "nobody", fault, **options)
+    check_that_all_ended(ended)
+    assert ended.codes["rank 0"] == 1
+    assert re.search(told, ended.output), ended.output
