@@ -200,7 +200,7 @@ def check_reduce_dtype(value: object) -> ReduceDtype | None:
         return None
     if isinstance(value, torch.dtype):
         expected = " or ".join(f'"{name}"' for name in REDUCE_DTYPES)
-        raise TypeError(f"{given('reduce_dtype', value)}: expected None, {expected}, got a torch.dtype.")
+        raise TypeError(f"{given('reduce_dtype', value)}: expected None, {expected}, got torch's own.")
     dtype: ReduceDtype = _one_of("reduce_dtype", value, get_args(ReduceDtype))
     return dtype
 
@@ -228,8 +228,8 @@ def check_combination(stagger: bool, overlap: int, optimizer_state: OptimizerSta
     if optimizer_state == "average" and (stagger or overlap):
         asked = "stagger=True" if stagger else f"overlap={overlap}"
         raise ValueError(
-            f'optimizer_state="average" with {asked}: expected "local" or "reset". The state is averaged in one piece,'
-            " while nobody trains. Leave out one of the two."
+            f'optimizer_state={optimizer_state!r} with {asked}: expected "local" or "reset". The state is averaged in'
+            " one piece, while nobody trains. Leave out one of the two."
         )
     if isinstance(period, ConstantPeriod) and overlap >= period.value:
         raise ValueError(

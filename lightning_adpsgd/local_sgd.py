@@ -152,6 +152,7 @@ class LocalSGD:
             bucket_bytes=self._bucket_bytes,
             reduce_dtype=None if self.reduce_dtype is None else REDUCE_DTYPES[self.reduce_dtype],
         )
+        carrier = check_optional("carrier", carrier, Workers)
         self._notice = check_optional("notice", notice, Notice) or Notice()
         self._listeners: list[Callable[[AveragingRound], None]] = []
 

@@ -57,6 +57,7 @@ class CommunicationMonitor(Callback):
         self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
         self._totals: dict[int, _Totals] = {}  # of each optimizer
         self._plot_path: Path | None = None
+        self._transport = "at once"
 
     # Lightning's hooks
 
@@ -69,6 +70,7 @@ class CommunicationMonitor(Callback):
                 ' rounds. Use it with Trainer(strategy="adpsgd").'
             )
             return
+        self._transport = getattr(trainer.strategy, "transport", self._transport)
         subscribe(partial(self._on_round, trainer))
 
     @override
@@ -83,7 +85,7 @@ class CommunicationMonitor(Callback):
             return
         print(f"\n{self._report()}")
         if self._plot_path is not None:
-            draw(self.rounds, self._plot_path)
+            draw(self.rounds, self._plot_path, transport=self._transport)
             print(f"  plot            {self._plot_path}")
 
     @override
@@ -117,8 +119,8 @@ class CommunicationMonitor(Callback):
             ``rounds``; ``steps`` (optimizer steps they cover); ``rounds_per_step``; ``first_period`` and
             ``last_period`` (of the first optimizer); ``sent_bytes`` and ``sent_bytes_ddp`` (per rank);
             ``factor_saved``, the ratio of the two, or None if nothing was sent; ``seconds`` for which rounds held up
-            training; ``dropped``, workers left out of rounds because they had diverged; ``triggers``, the number of
-            rounds by what asked for them.
+            training; ``transport``, how rounds travelled, in words; ``dropped``, workers left out of rounds because
+            they had diverged; ``triggers``, the number of rounds by what asked for them.
         """
         steps = sum(round_.local_steps for round_ in self.rounds)
         sent = sum(round_.sent_bytes for round_ in self.rounds)
@@ -134,6 +136,7 @@ class CommunicationMonitor(Callback):
             "sent_bytes_ddp": ddp,
             "factor_saved": ddp / sent if sent else None,
             "seconds": sum(round_.seconds for round_ in self.rounds),
+            "transport": self._transport,
             "dropped": sum(round_.dropped for round_ in self.rounds),
             "triggers": {
                 name: sum(round_.trigger == name for round_ in self.rounds)
@@ -154,6 +157,8 @@ class CommunicationMonitor(Callback):
             "factor saved": "nothing was sent" if factor is None else f"{factor:.1f}x",
             "held up for": f"{summary['seconds']:.2f} s",
         }
+        if summary["transport"] != "at once":
+            lines["rounds travel"] = summary["transport"]
         if summary["dropped"]:
             lines["dropped"] = f"{summary['dropped']} time(s) a worker that had diverged"
         return "\n".join(["Averaging rounds", *(f"  {name:<15} {value}" for name, value in lines.items())])
@@ -220,20 +225,23 @@ def _readable(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def draw(rounds: Sequence[AveragingRound], path: str | Path) -> None:
+def draw(rounds: Sequence[AveragingRound], path: str | Path, transport: str = "at once") -> None:
     """Draw the history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
 
     Args:
         rounds: the records, in order; several optimizers are drawn side by side.
         path: the PNG file to write; its folder is made if needed.
+        transport: how rounds travelled, for the title (:attr:`ADPSGDStrategy.transport`).
 
     Raises:
-        TypeError: if ``rounds`` is not a sequence of records, or ``path`` not a path.
+        TypeError: if ``rounds`` is not a sequence of records, ``path`` not a path, or ``transport`` not a string.
         ValueError: if ``rounds`` is empty.
     """
     _check_rounds(rounds)
     if not isinstance(path, str | PathLike):
         raise TypeError(f"{given('path', path, 'draw')}: expected a str or a Path, got {type_of(path)}.")
+    if not isinstance(transport, str):
+        raise TypeError(f"{given('transport', transport, 'draw')}: expected a str, got {type_of(transport)}.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -243,7 +251,8 @@ def draw(rounds: Sequence[AveragingRound], path: str | Path) -> None:
     axes = figure.subplots(2, len(indices), sharex="col", squeeze=False)
     for column, index in enumerate(indices):
         own = [round_ for round_ in rounds if round_.optimizer == index]
-        _draw_period(axes[0][column], own, f"optimizer {index}: " if len(indices) > 1 else "")
+        title = f"optimizer {index}: " if len(indices) > 1 else ""
+        _draw_period(axes[0][column], own, title, "" if transport == "at once" else f", {transport}")
         _draw_variance(axes[1][column], own)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -261,7 +270,7 @@ def _check_rounds(rounds: object) -> None:
         )
 
 
-def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> None:
+def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str, transport: str) -> None:
     steps = [round_.step for round_ in rounds]
     axis.step(steps, [round_.period for round_ in rounds], where="post", color="C0", label="averaging period p")
     axis.set_ylabel("averaging period p [steps]", color="C0")
@@ -272,7 +281,7 @@ def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> Non
     count.plot(steps, range(1, len(rounds) + 1), color="C1", label="averaging rounds so far")
     count.set_ylabel("averaging rounds so far", color="C1")
     count.set_ylim(bottom=0)
-    axis.set_title(f"{title}{len(rounds)} averaging rounds in {steps[-1]} steps")
+    axis.set_title(f"{title}{len(rounds)} averaging rounds in {steps[-1]} steps{transport}")
     _legend(axis, count)
 
 

@@ -187,6 +187,17 @@ class ADPSGDStrategy(DDPStrategy):
         """One per optimizer, in the order of ``trainer.optimizers``; those of the latest ``fit``."""
         return self._local_sgd
 
+    @property
+    def transport(self) -> str:
+        """How rounds travel, in words: "at once" where neither of the options that change it is set."""
+        told = [
+            "spread over the period" if self._stagger else "",
+            f"adopted {self._overlap} step(s) later" if self._overlap else "",
+            f"in {self._reduce_dtype}" if self._reduce_dtype else "",
+            "between nodes" if self._worker == "node" else "",
+        ]
+        return ", ".join(filter(None, told)) or "at once"
+
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called, on every rank, with the record of each round of this fit."""
         check_listener(listener)

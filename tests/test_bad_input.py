@@ -296,6 +296,10 @@ CONSTRUCTORS = {
             "optimizer_state": one_of("local", "average", "reset"),
             "on_divergence": one_of("raise", "drop"),
             "bucket_size_mb": bucket_size,
+            "stagger": flag,
+            "overlap": lambda value: whole(value, 0, 7),  # less than the period
+            "reduce_dtype": lambda value: value is None or one_of("bf16", "fp16")(value),
+            "carrier": instance_or_none(Workers),
             "workers": instance_or_none(Workers),
             "notice": instance_or_none(Notice),
             "index": whole,
@@ -311,6 +315,10 @@ CONSTRUCTORS = {
             "optimizer_state": one_of("local", "average", "reset"),
             "on_divergence": one_of("raise", "drop"),
             "bucket_size_mb": bucket_size,
+            "stagger": flag,
+            "overlap": whole,
+            "worker": one_of("device", "node"),
+            "reduce_dtype": lambda value: value is None or one_of("bf16", "fp16")(value),
             "accelerator": instance_or_none(CPUAccelerator),
             "parallel_devices": devices,
             "cluster_environment": instance_or_none(LightningEnvironment),
@@ -467,6 +475,29 @@ def test_rules_class_in_place_of_a_rule_is_told_to_be_called():
 def test_plugins_class_in_place_of_a_plugin_is_told_to_be_called():
     with pytest.raises(TypeError, match=r"got the class itself\. Call it: TorchCheckpointIO\(\.\.\.\)"):
         ADPSGDStrategy(checkpoint_io=TorchCheckpointIO)
+
+
+@pytest.mark.parametrize("make", [ADPSGDStrategy, lambda **options: LocalSGD(optimizer(), total_steps=100, **options)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"period": 4, "overlap": 4},
+            r"overlap=4 with ConstantPeriod\(.*expected fewer steps than the averaging period",
+        ),
+        ({"stagger": True, "optimizer_state": "average"}, "optimizer_state='average' with stagger=True: expected"),
+        ({"overlap": 1, "optimizer_state": "average"}, "optimizer_state='average' with overlap=1: expected"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype='int8': expected"),
+    ],
+)
+def test_options_that_cannot_be_had_together_are_both_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"period": 8, **options})
+
+
+def test_torchs_type_in_place_of_its_name_is_told_the_names():
+    with pytest.raises(TypeError, match=r'reduce_dtype=torch\.bfloat16: expected None, "bf16" or "fp16"'):
+        ADPSGDStrategy(reduce_dtype=torch.bfloat16)
 
 
 def test_number_of_seconds_in_place_of_a_timeout_is_told_how_to_say_so():
@@ -790,6 +821,10 @@ WRONG = {
         "optimizer_state": ["sometimes", 3, None],
         "on_divergence": ["ignore", True],
         "bucket_size_mb": ["large", 0, -1.0, float("inf"), None],
+        "stagger": [1, "perhaps", None],
+        "overlap": [-1, 0.5, "one", None],
+        "worker": ["host", 2, None],
+        "reduce_dtype": ["int8", 16],
         "accelerator": [3, "tiny_model.Model"],
         "parallel_devices": [2, "cpu"],
         "cluster_environment": [3, "nowhere"],

@@ -250,6 +250,7 @@ def test_summary_is_the_one_computed_by_hand():
         "sent_bytes_ddp": 9000,
         "factor_saved": pytest.approx(9000 / 2680),
         "seconds": pytest.approx(2.0),
+        "transport": "at once",
         "dropped": 0,
         "triggers": {"period": 3, "train_end": 1},
     }
@@ -266,6 +267,7 @@ def test_summary_of_no_rounds_is_all_zeros():
         "sent_bytes_ddp": 0,
         "factor_saved": None,
         "seconds": 0,
+        "transport": "at once",
         "dropped": 0,
         "triggers": {},
     }
