@@ -10,6 +10,10 @@ from torch.optim import Optimizer
 from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, has_mean
 from lightning_adpsgd.meeting import Described
 
+# Tensors of fewer elements are looked at together, that many at a time: what they are, is less than the call costs.
+_SMALL = 1 << 14
+_TOGETHER = 64
+
 
 class Payload(NamedTuple):
     """The tensors of a round, and the machinery built for them."""
@@ -129,13 +133,22 @@ class Payloads:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element of any tensor is NaN or infinite."""
-    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    # The smallest and the largest are finite exactly if all are: NaN is passed on by both.
+    found: list[Tensor] = []
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel() > 0:
-            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor.data)
-    # The largest magnitude of a tensor is NaN or infinite exactly if one of its elements is.
-    largest = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_kind.values()]
-    return all(bool(torch.isfinite(norms).all()) for norms in largest)
+        values = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
+        if values.numel() >= _SMALL:
+            found.append(torch.stack(torch.aminmax(values)))
+        elif values.numel() > 0:
+            small.setdefault((values.dtype, values.device), []).append(values.reshape(-1))
+    for values_of_a_kind in small.values():
+        for first in range(0, len(values_of_a_kind), _TOGETHER):
+            found.append(torch.stack(torch.aminmax(torch.cat(values_of_a_kind[first : first + _TOGETHER]))))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for extremes in found:
+        by_device.setdefault(extremes.device, []).append(extremes.double())
+    return all(bool(torch.isfinite(torch.stack(extremes)).all()) for extremes in by_device.values())
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> float:

@@ -11,8 +11,12 @@ from lightning_adpsgd.averaging.layout import FlatLayout, Range
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
-# Elements whose deviation is held in memory at once: 4 MB of fp32, small enough for a cache, large enough for a kernel.
-_MEASURED_AT_ONCE = 1 << 20
+# On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
+_LONGEST_ON_CPU = 16 * 2**20  # bytes
+
+# Elements that are measured and written back at once: few enough for a CPU's cache, enough for a GPU's kernel.
+_MEASURED_AT_ONCE = {"cpu": 1 << 18}
+_MEASURED_AT_ONCE_ELSEWHERE = 1 << 22
 
 
 class InFlight(NamedTuple):
@@ -30,7 +34,8 @@ class ParameterAverager:
     """Replaces the tensors of a layout by their means over the workers, in place.
 
     Ranges are reduced one after the other: while one travels, the next is packed and the one before is measured and
-    written back. At most two buffers of a range's size are alive, whatever the model's size.
+    written back. At most two buffers of a range's size are alive, whatever the model's size; on the CPU, they are kept
+    for the next round.
 
     A part of the layout can also be sent now, and its mean adopted some steps later (:meth:`send`, :meth:`adopt`). Then
     what was sent is kept beside the mean: two buffers of the part's size.
@@ -55,7 +60,9 @@ class ParameterAverager:
         self._layout = layout
         self._groups = groups
         self._workers = workers
-        self._bucket_bytes = bucket_bytes
+        on_cpu = workers.device.type == "cpu"
+        self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
+        self._buffers: list[Tensor] | None = [] if on_cpu else None  # the system takes its time to hand out memory
 
     def average(self, share: Share | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
@@ -70,18 +77,17 @@ class ParameterAverager:
         """
         deviations: list[Tensor] = []
         in_flight: deque[InFlight] = deque()
+        buffers: deque[Tensor] = deque()  # of what is in flight
+        spare = [] if self._buffers is None else self._buffers
         try:
             for range_ in self._layout.cut(self._bucket_bytes):
-                buffer = None
                 if len(in_flight) == 2:
-                    buffer = in_flight[0].reduction.wait()
                     deviations.append(self.finish(in_flight.popleft()))
-                    if not self._layout.fits(range_, buffer, self._workers.device):
-                        buffer = None  # of another dtype or device: let it go before the next one is made
-                if buffer is None:
-                    buffer = self._layout.new_buffer(range_, self._workers.device)
-                in_flight.append(self.launch(range_, buffer[: len(range_)], share, as_it_is))
+                    spare.append(buffers.popleft())
+                buffers.append(self._buffer_for(range_, spare))
+                in_flight.append(self.launch(range_, buffers[-1][: len(range_)], share, as_it_is))
             deviations += [self.finish(oldest) for oldest in in_flight]
+            spare += buffers
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
         if self.differences is not None:
@@ -93,6 +99,11 @@ class ParameterAverager:
 
     def launch(self, range_: Range, buffer: Tensor, share: Share | None = None, as_it_is: bool = True) -> InFlight:
         """Pack a range into ``buffer`` and begin to average it."""
+        if self.differences is None:
+            # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
+            share = share or self._workers.everybody
+            packed = self._layout.pack(range_, buffer, divisor=share.contributors)
+            return InFlight(range_, self._workers.sum_(packed if share.contributes else packed.zero_()))
         packed = self._layout.pack(range_, buffer)
         return InFlight(range_, *self._launch(range_, packed, self._workers, share, as_it_is))
 
@@ -103,9 +114,29 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
         mean = self._mean(in_flight)
-        deviations = self._squared_deviations(in_flight.range, mean)
-        self._layout.unpack(in_flight.range, mean)
+        range_ = in_flight.range
+        deviations = torch.zeros(self._groups, dtype=torch.float64, device=mean.device)
+        at_once = _measured_at_once(mean.device)
+        scratch = mean.new_empty(min(len(range_), at_once))
+        for chunk in range_.chunks(at_once):
+            arrived = mean[chunk.start - range_.start : chunk.stop - range_.start]
+            runs = self._layout.groups(chunk)
+            if runs:
+                # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
+                difference = self._layout.difference(chunk, arrived, scratch[: len(chunk)])
+                for group, start, stop in runs:
+                    part = difference[start:stop]
+                    deviations[group] += torch.dot(part, part)
+            self._layout.unpack(chunk, arrived)
         return deviations
+
+    def _buffer_for(self, range_: Range, spare: list[Tensor]) -> Tensor:
+        """A spare buffer that fits, or a new one: two of the longest range are enough."""
+        while spare:
+            buffer = spare.pop()
+            if self._layout.fits(range_, buffer, self._workers.device):
+                return buffer
+        return self._layout.new_buffer(range_, self._workers.device)
 
     def _launch(
         self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool
@@ -170,7 +201,7 @@ class ParameterAverager:
             mean = self._mean(part)
             difference = torch.sub(mean, snapshot, out=snapshot)
             for group, start, stop in self._layout.groups(range_):
-                for piece in difference[start:stop].split(_MEASURED_AT_ONCE):
+                for piece in difference[start:stop].split(_measured_at_once(difference.device)):
                     deviations[group] += torch.dot(piece, piece)
             if moved:
                 self._layout.move(range_, mean, difference)
@@ -178,17 +209,6 @@ class ParameterAverager:
                 self._layout.unpack(range_, mean)
         return deviations
 
-    def _squared_deviations(self, range_: Range, mean: Tensor) -> Tensor:
-        # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-        deviations = torch.zeros(self._groups, dtype=torch.float64, device=mean.device)
-        scratch = mean.new_empty(min(len(range_), _MEASURED_AT_ONCE))
-        for chunk in range_.chunks(_MEASURED_AT_ONCE):
-            runs = self._layout.groups(chunk)
-            if not runs:
-                continue
-            offset = chunk.start - range_.start
-            difference = self._layout.pack(chunk, scratch[: len(chunk)]).sub_(mean[offset : offset + len(chunk)])
-            for group, start, stop in runs:
-                part = difference[start:stop]
-                deviations[group] += torch.dot(part, part)
-        return deviations
+
+def _measured_at_once(device: torch.device) -> int:
+    return _MEASURED_AT_ONCE.get(device.type, _MEASURED_AT_ONCE_ELSEWHERE)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_FEW = 32  # tensors for which it is quicker to go through them one by one, in one pass, than all together in two
+
 
 class Range(NamedTuple):
     """Elements ``start`` to ``stop`` (exclusive) of one index space of a :class:`FlatLayout`."""
@@ -124,13 +126,33 @@ class FlatLayout:
         here = buffer.device == space.buffers_on(device)
         return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(range_)
 
-    def pack(self, range_: Range, out: Tensor) -> Tensor:
-        """Copy a range of the tensors into ``out`` (shape: (len(range_),)), and return it."""
-        pieces = self._spaces[range_.space].pieces(range_)
-        targets = out.split([stop - start for _, start, stop in pieces])
-        sources = [entry.read(start, stop) for entry, start, stop in pieces]
+    def pack(self, range_: Range, out: Tensor, divisor: int = 1) -> Tensor:
+        """Copy a range of the tensors, divided by ``divisor``, into ``out`` (shape: (len(range_),)), and return it."""
+        targets, sources = self._pieces(range_, out)
+        if divisor != 1 and len(sources) <= _FEW and sources[0].dtype == out.dtype:
+            for target, source in zip(targets, sources, strict=True):
+                torch.div(source, divisor, out=target)  # memory is passed over once
+            return out
         torch._foreach_copy_(targets, sources)
-        return out
+        return out if divisor == 1 else out.div_(divisor)
+
+    def difference(self, range_: Range, values: Tensor, out: Tensor) -> Tensor:
+        """Put a range of the tensors, less ``values``, into ``out`` (both of shape (len(range_),)), and return it."""
+        targets, sources = self._pieces(range_, out)
+        if len(sources) <= _FEW and sources[0].dtype == out.dtype:
+            offset = 0
+            for target, source in zip(targets, sources, strict=True):
+                torch.sub(source, values[offset : offset + len(target)], out=target)
+                offset += len(target)
+            return out
+        torch._foreach_copy_(targets, sources)
+        return out.sub_(values)
+
+    def _pieces(self, range_: Range, buffer: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of a buffer for a range, and those of the tensors."""
+        pieces = self._spaces[range_.space].pieces(range_)
+        targets = [*buffer.split([stop - start for _, start, stop in pieces])]
+        return targets, [entry.read(start, stop) for entry, start, stop in pieces]
 
     def unpack(self, range_: Range, buffer: Tensor) -> None:
         """Write ``buffer`` (shape: (len(range_),)) into a range of the tensors, in place."""

@@ -213,7 +213,7 @@ class Workers:
 
     def sum_(self, buffer: Tensor) -> Reduction:
         """Begin to replace ``buffer`` (contiguous) by its sum over the workers."""
-        return Reduction(buffer, self._all_reduce(buffer))
+        return Reduction(buffer, self._all_reduce(buffer) if self.count > 1 else None)
 
     def sum_rounded(self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> Reduction:
         """Begin to add up what is in a 16-bit type, in a wider one (see :class:`RoundedReduction`)."""
