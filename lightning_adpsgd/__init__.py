@@ -4,7 +4,7 @@ Importing this package registers the strategy names "adpsgd", "adpsgd_spawn", "a
 alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works.
 """
 
-from lightning_adpsgd.averaging import AveragingRound, Workers
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Workers
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.monitor import CommunicationMonitor
@@ -19,6 +19,7 @@ __all__ = [
     "CommunicationMonitor",
     "ConstantPeriod",
     "LocalSGD",
+    "NodeWorkers",
     "WorkerLostError",
     "Workers",
     "WorkersDisagreeError",

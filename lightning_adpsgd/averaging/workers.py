@@ -316,7 +316,7 @@ class Workers:
         With NCCL nothing is done: there, closing waits for what is under way.
         """
         if self.size > 1 and dist.is_initialized() and dist.get_backend(self._group) == "gloo":
-            # Not in this thread: up to torch 2.6 at least, it can wait for a collective that will never end.
+            # Not in this thread: it can wait for a collective that will never end.
             closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
             closing.start()
             closing.join(_SECONDS_TO_HANG_UP)
