@@ -180,7 +180,7 @@ class Workers:
         if self.size == 1:
             return self
         ranks = [self._global_rank(rank) for rank in range(self.size)]
-        group: Any = dist.new_group(ranks, timeout=_timeout(self._group, self.device))
+        group: Any = dist.new_group(ranks, timeout=_timeout(self.device))
         other = Workers(group, self.device)
         other._counted = self._counted
         return other
@@ -373,7 +373,7 @@ class NodeWorkers(Workers):
         """The process group of this rank's node."""
         self._counterparts: Any = None
         if self.size > 1:
-            ranks, timeout = range(self.size), _timeout(None, self.device)
+            ranks, timeout = range(self.size), _timeout(self.device)
             # Everybody takes part in making all of them.
             for first in ranks[::ranks_per_node]:
                 group = dist.new_group([*ranks[first : first + ranks_per_node]], timeout=timeout)
@@ -499,10 +499,9 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
 
 
-def _timeout(group: "dist.ProcessGroup | None", device: torch.device) -> timedelta:
-    """How long a group's collectives wait; there is no public way to it either."""
-    backend = (group or dist.distributed_c10d._get_default_group())._get_backend(device)
-    timeout: timedelta = backend.options._timeout
+def _timeout(device: torch.device) -> timedelta:
+    """How long collectives wait; there is no public way to it either."""
+    timeout: timedelta = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
     return timeout
 
 
