@@ -130,8 +130,8 @@ def is_super(node):
 
 
 def root_of(node):
-    while isinstance(node, ast.Attribute):
-        node = node.value
+    while isinstance(node, ast.Attribute | ast.Call):  # what torch's functions return is torch's
+        node = node.value if isinstance(node, ast.Attribute) else node.func
     return node.id if isinstance(node, ast.Name) else None
 
 
