@@ -1,0 +1,359 @@
+"""What `link.py` compares: ways to train one model on many workers, each as its own project recommends.
+
+Those that average parameters do so every `period` steps, so that all of them have the same number of rounds. What a
+contender says it has sent is its own account where it keeps one (``adpsgd``, PowerSGD); for the others it is what a
+ring all-reduce sends for the tensors that it reduces.
+
+What sets some of them apart from what else there is, and is not this package's merit:
+
+- Lightning broadcasts a tensor at every batch in every strategy of several processes (whether SIGTERM has come), so
+  ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. It is what they cost their users, and is kept.
+- Lightning registers no communication hook on a CPU. It is done here for the three contenders that have one; left to
+  Lightning, ``post-local-sgd`` would send gradients and parameters both.
+- Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, post-local SGD
+  included. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nobody averages them.
+- ``accelerate`` and ``torchft`` are plain loops, without a Trainer and what it takes per step, while the time that
+  everybody is compared with, ``none``, has it: where a step is short they look better than they communicate.
+- ``accelerate`` makes one all-reduce per parameter, each waited for, after a barrier.
+- ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse looks for one
+  every 100 ms by default; here it does so every 10 ms, because only one long wait per round would be measured.
+- ``adpsgd-bf16`` does not send in a ring but from each rank to each other one: with several ranks per host, more than
+  what is reported for a rank leaves the host.
+- PowerSGD gets all gradients in one bucket, when the backward pass is over. Its hook waits for collectives inside of
+  callbacks, which gloo runs on two threads: with more buckets it hangs. And it compresses matrices, so how much it
+  saves depends on the shapes of the model, and what it loses is not in a time per step: look at the loss.
+"""
+
+import gc
+import inspect
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.ranks import ADDRESS
+from benchmarks.training import Recipe, Record, Recorder, Sent, Task, loss_of, new_loader, new_network, new_optimizer
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound
+from lightning_adpsgd.averaging import ring_bytes
+
+POWERSGD_RANK = 2  # what its paper uses for images
+FIRST_POWERSGD_STEP = 2  # the least that PyTorch allows
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, whoever's it is."""
+
+    recipe: Recipe
+    hosts: int
+    ranks_per_host: int
+    period: int
+    adapt: bool
+    """Whether ``AdaptivePeriod`` is to leave the period; it samples for the first quarter of the run then."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.hosts * self.ranks_per_host
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train."""
+
+    name: str
+    train: Callable[[Plan, Record], None]
+    """Trains on the calling rank, whose rank is in the environment as torchrun leaves it there."""
+    why_not: Callable[[Plan], str | None] = lambda plan: None
+    """Why it cannot take part, as a sentence; None if it can."""
+    sends_in_slices: bool = False
+    """Whether every rank of a host sends a slice; otherwise the ring leaves each host from one rank only."""
+
+
+# Lightning
+
+
+def _fit(plan: Plan, record: Record, strategy: Strategy, *callbacks: Callback, **options: Any) -> None:
+    task = Task(plan.recipe)
+    settings = {"devices": plan.ranks_per_host, "num_nodes": plan.hosts, **options}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        callbacks=[*callbacks, Recorder(record)],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(task, new_loader(plan.recipe, _rank(), plan.world_size))
+    _disconnect()
+
+
+def _alone(plan: Plan, record: Record) -> None:
+    """Each rank is Lightning's trainer of a single device, and knows of no other one."""
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    _fit(plan, record, strategy, devices=1, num_nodes=1, plugins=[LightningEnvironment()])
+
+
+class HookedDDP(DDPStrategy):
+    """DDP with a communication hook, on any device.
+
+    Args:
+        hook: PyTorch's function that reduces a bucket of gradients.
+        new_state: makes its state, once processes are connected.
+        options: of ``DDPStrategy``.
+    """
+
+    def __init__(self, hook: Callable[..., Any], new_state: Callable[[], Any], **options: Any) -> None:
+        super().__init__(**options)
+        self._hook = hook
+        self._new_state = new_state
+
+    def configure_ddp(self) -> None:
+        """Register the hook."""
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(self._new_state(), self._hook)
+
+
+def _ddp(plan: Plan, record: Record) -> None:
+    record.sent = _every_step(plan, record, bytes_per_parameter=4)
+    _fit(plan, record, DDPStrategy())
+
+
+def _ddp_bf16(plan: Plan, record: Record) -> None:
+    record.sent = _every_step(plan, record, bytes_per_parameter=2)
+    _fit(plan, record, HookedDDP(bf16_compress_hook, lambda: None))
+
+
+def _ddp_powersgd(plan: Plan, record: Record) -> None:
+    states: list[PowerSGDState] = []
+
+    def new_state() -> PowerSGDState:
+        states.append(PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=FIRST_POWERSGD_STEP))
+        return states[0]
+
+    def sent() -> Sent:
+        # It counts from its first step on; a run's timed steps come later.
+        compressed = states[0].total_numel_after_compression if states else 0
+        return Sent(record.steps, ring_bytes(4 * compressed, plan.world_size))
+
+    record.sent = sent
+    one_bucket = 1 + 4 * _parameters(plan) // 2**20  # in MB
+    _fit(plan, record, HookedDDP(powerSGD_hook, new_state, bucket_cap_mb=one_bucket))
+
+
+def _post_local_sgd(plan: Plan, record: Record) -> None:
+    # Gradients are reduced among the ranks of a host; where there is one, that is left out.
+    state = PostLocalSGDState(None, None, start_localSGD_iter=0, post_local_gradient_allreduce=plan.ranks_per_host > 1)
+
+    def with_subgroup() -> PostLocalSGDState:
+        if plan.ranks_per_host > 1:
+            state.subgroup, _ = dist.new_subgroups(group_size=plan.ranks_per_host)
+        return state
+
+    # Lightning's averager, which looks at the state, averages after the first step and then once in a period.
+    record.sent = _every_period(plan, lambda: -(-record.steps // plan.period))
+    _fit(
+        plan,
+        record,
+        HookedDDP(post_localSGD_hook, with_subgroup, ddp_comm_state=state, model_averaging_period=plan.period),
+    )
+
+
+class RoundCounter(Callback):
+    """Adds up what averaging rounds report."""
+
+    def __init__(self) -> None:
+        self.sent = Sent()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Be told of rounds."""
+        trainer.strategy.subscribe(self._add)
+
+    def _add(self, round_: AveragingRound) -> None:
+        self.sent = Sent(self.sent.rounds + 1, self.sent.bytes + round_.sent_bytes)
+
+
+def _constant(plan: Plan, record: Record) -> None:
+    _average(plan, record, period=plan.period)
+
+
+def _average(plan: Plan, record: Record, period: AveragingPeriod | int, **options: Any) -> None:
+    counter = RoundCounter()
+    record.sent = lambda: counter.sent
+    _fit(plan, record, ADPSGDStrategy(period=period, **options), counter)
+
+
+def _adpsgd(name: str, sends_in_slices: bool = False, **options: Any) -> Contender:
+    """The package with some of its options, which this version of it may not have."""
+
+    def train(plan: Plan, record: Record) -> None:
+        # While it samples, which may be throughout, the period stays what it was at first.
+        period = AdaptivePeriod(initial=plan.period, sampling=0.25 if plan.adapt else 1.0)
+        _average(plan, record, period, **options)
+
+    def why_not(plan: Plan) -> str | None:
+        known = inspect.signature(ADPSGDStrategy).parameters
+        unknown = [f"{option}={value!r}" for option, value in options.items() if option not in known]
+        if unknown:
+            return f"this version of lightning_adpsgd does not have {', '.join(unknown)}"
+        if options.get("worker") == "node" and plan.ranks_per_host == 1:
+            return "with one rank per host it is the same as adpsgd; see --ranks-per-host"
+        if options.get("overlap", 0) >= plan.period:
+            return f"overlap={options['overlap']} needs a longer period than {plan.period}"
+        return None
+
+    return Contender(name, train, why_not, sends_in_slices)
+
+
+# Others, in a loop of their own
+
+
+def _loop(
+    plan: Plan,
+    record: Record,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    for batch in new_loader(plan.recipe, _rank(), plan.world_size):
+        if record.steps == 0:
+            record.begin()
+        loss = loss_of(network, batch)
+        optimizer.zero_grad()
+        backward(loss)
+        optimizer.step()
+        after_step()
+        record.step(loss.detach())
+
+
+def _accelerate(plan: Plan, record: Record) -> None:
+    from accelerate import Accelerator
+    from accelerate.local_sgd import LocalSGD
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(cpu=True)  # connects the processes
+    network = new_network(plan.recipe)
+    network, optimizer = accelerator.prepare(network, new_optimizer(plan.recipe, network))
+    with LocalSGD(accelerator=accelerator, model=network, local_sgd_steps=plan.period) as local_sgd:
+        record.sent = _every_period(plan, lambda: local_sgd.num_steps // plan.period)
+        _loop(plan, record, network, optimizer, accelerator.backward, local_sgd.step)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next run has another process group
+    _disconnect()
+
+
+def _torchft(plan: Plan, record: Record) -> None:
+    """Every rank is a replica group of its own, with its own store and manager; rank 0 has the lighthouse."""
+    from torchft.coordination import LighthouseServer
+    from torchft.local_sgd import LocalSGD
+    from torchft.manager import Manager
+    from torchft.process_group import ProcessGroupGloo
+
+    port = int(os.environ["MASTER_PORT"]) + 1
+    lighthouse = None
+    if _rank() == 0:
+        lighthouse = LighthouseServer(bind=f"0.0.0.0:{port}", min_replicas=plan.world_size, quorum_tick_ms=10)
+    network = new_network(plan.recipe)
+    optimizer = new_optimizer(plan.recipe, network)
+    store = dist.TCPStore(os.environ[ADDRESS], 0, is_master=True, wait_for_workers=False)
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=TIMEOUT),
+        load_state_dict=network.load_state_dict,
+        state_dict=network.state_dict,
+        min_replica_size=plan.world_size,
+        use_async_quorum=False,
+        init_sync=False,  # all start from the same weights
+        timeout=TIMEOUT,
+        quorum_timeout=TIMEOUT,
+        rank=0,
+        world_size=1,
+        store_addr=os.environ[ADDRESS],
+        store_port=store.port,
+        lighthouse_addr=f"http://{os.environ['MASTER_ADDR']}:{port}",
+        replica_id=f"replica_{_rank()}",
+        hostname=os.environ[ADDRESS],
+    )
+    record.sent = _every_period(plan, manager.current_step)
+    with LocalSGD(manager, network, optimizer, sync_every=plan.period):
+        _loop(plan, record, network, optimizer)
+    record.meet()  # none may leave while others are in the last round
+    manager.shutdown(wait=False)
+    if lighthouse is not None:
+        lighthouse.shutdown()
+
+
+def _needs(module: str) -> Callable[[Plan], str | None]:
+    return lambda plan: None if find_spec(module) else f"{module} is not installed (pip install {module})"
+
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("none", _alone),
+        Contender("ddp", _ddp),
+        Contender("ddp-bf16", _ddp_bf16),
+        Contender("ddp-powersgd", _ddp_powersgd),
+        Contender("post-local-sgd", _post_local_sgd),
+        Contender("accelerate", _accelerate, _needs("accelerate")),
+        Contender("torchft", _torchft, _needs("torchft")),
+        Contender("constant", _constant),
+        _adpsgd("adpsgd"),
+        _adpsgd("adpsgd-overlap", overlap=1),
+        _adpsgd("adpsgd-stagger", stagger=True),
+        _adpsgd("adpsgd-stagger-overlap", stagger=True, overlap=1),
+        _adpsgd("adpsgd-node", sends_in_slices=True, worker="node"),
+        _adpsgd("adpsgd-bf16", reduce_dtype="bf16"),
+    )
+}
+"""All of them, by name."""
+
+
+# What they share
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _every_step(plan: Plan, record: Record, bytes_per_parameter: int) -> Callable[[], Sent]:
+    payload = bytes_per_parameter * _parameters(plan)
+    return lambda: Sent(record.steps, ring_bytes(record.steps * payload, plan.world_size))
+
+
+def _every_period(plan: Plan, rounds: Callable[[], int]) -> Callable[[], Sent]:
+    payload = 4 * _parameters(plan)
+    return lambda: Sent(rounds(), ring_bytes(rounds() * payload, plan.world_size))
+
+
+def _parameters(plan: Plan) -> int:
+    return sum(parameter.numel() for parameter in new_network(plan.recipe).parameters())
+
+
+def _disconnect() -> None:
+    gc.collect()  # what a run has left may hold connections
+    if dist.is_initialized():
+        # A gloo group that is destroyed right after its last collective can wait for its own threads for ever (seen
+        # with torch 2.4).
+        time.sleep(0.05)
+        dist.destroy_process_group()

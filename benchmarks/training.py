@@ -1,0 +1,330 @@
+"""What every contender of `link.py` trains: one model, one optimizer, the same batches; and the record of a run."""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from benchmarks.hosts import INTERFACE
+
+MODELS = ("mlp", "resnet8", "resnet20", "resnet18")
+HIDDEN_LAYERS = 4
+POOLED = 192  # inputs of the multilayer perceptron: images of 32 by 32 pixels and 3 colours, pooled to 8 by 8
+CLASSES = 10
+EXAMPLES = 2048  # random ones per rank
+FEWEST_PARAMETERS = 10_000
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, by whatever contender."""
+
+    model: str
+    """One of ``MODELS``."""
+    parameters: int
+    """Of the multilayer perceptron, about; the others have the number they have."""
+    batch_size: int
+    """Per rank."""
+    learning_rate: float
+    seed: int
+    steps: int
+    pause_ms: float = 0.0
+    """Time for which a step's forward and backward pass leave the processor alone, as they do on an accelerator."""
+    data: str | None = None
+    """The folder with CIFAR-10; None is random images."""
+    verify: bool = True
+    """Whether the files have to be those that were published, rather than the same images packed anew."""
+    images: int | None = None
+    """How many training images to take, the first ones; None is all."""
+
+
+# The model
+
+
+class Pause(nn.Module):
+    """Sleeps, one part in the forward pass and two in the backward pass, which is how long these take elsewhere.
+
+    Stands for the time in which an accelerator computes: the process waits and its cores are free.
+
+    Args:
+        seconds: for both passes together.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Sleep now, and again in the backward pass."""
+        return _Sleep.apply(inputs, self.seconds)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, seconds: float) -> Tensor:
+        context.seconds = seconds
+        time.sleep(seconds / 3)
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        time.sleep(context.seconds * 2 / 3)
+        return gradients[0], None
+
+
+def new_network(recipe: Recipe) -> nn.Module:
+    """The model, the same on every rank."""
+    torch.manual_seed(recipe.seed)
+    if recipe.model == "mlp":
+        return _perceptron(recipe)
+    from examples.image_classification.model import build_network  # needs torchvision
+
+    return build_network(recipe.model, num_classes=CLASSES, in_channels=3)
+
+
+def parameter_count(recipe: Recipe) -> int:
+    """How many parameters the model has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in new_network(recipe).parameters())
+
+
+def _perceptron(recipe: Recipe) -> nn.Module:
+    width = _width(recipe.parameters)
+    layers: list[nn.Module] = [nn.AvgPool2d(4), nn.Flatten()]
+    for inputs, outputs in itertools.pairwise([POOLED, *[width] * HIDDEN_LAYERS]):
+        layer = nn.Linear(inputs, outputs)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # or the first hundred steps would learn nothing
+        layers += [layer, nn.ReLU()]
+        if recipe.pause_ms > 0:  # behind each layer, so that DDP can send its gradient while others are computed
+            layers.append(Pause(recipe.pause_ms / 1000 / HIDDEN_LAYERS))
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES))
+
+
+def _width(parameters: int) -> int:
+    """Of hidden layers that have so many parameters, with input and output layer."""
+    square, linear = HIDDEN_LAYERS - 1, POOLED + HIDDEN_LAYERS + CLASSES
+    return round((math.sqrt(linear**2 + 4 * square * (parameters - CLASSES)) - linear) / (2 * square))
+
+
+def new_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum at a constant rate."""
+    return torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=MOMENTUM)
+
+
+def loss_of(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy of a batch."""
+    images, labels = batch
+    return F.cross_entropy(network(images), labels)
+
+
+class Task(L.LightningModule):
+    """The same for Lightning.
+
+    Args:
+        recipe: what to train.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.network = new_network(recipe)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of a batch of this rank's share."""
+        return loss_of(self.network, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return new_optimizer(self.recipe, self.network)
+
+
+# The data
+
+
+class Images(Dataset):
+    """Images and labels in memory, handed out in whole batches."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch; a DataLoader asks for it in one go."""
+        return self.images[indices], self.labels[indices]
+
+
+class Shuffled(Sampler[int]):
+    """All examples in random order, then all in another one, and so on: the whole run is one epoch for the Trainer.
+
+    What a trainer does between epochs is not what is measured.
+
+    Args:
+        examples: how many there are.
+        draws: how many to draw in the whole run.
+        seed: of the order.
+    """
+
+    def __init__(self, examples: int, draws: int, seed: int) -> None:
+        self._examples = examples
+        self._draws = draws
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """The number of draws."""
+        return self._draws
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw; the same each time."""
+        generator = torch.Generator().manual_seed(self._seed)
+        orders = (torch.randperm(self._examples, generator=generator).tolist() for _ in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(orders), self._draws)
+
+
+def new_loader(recipe: Recipe, rank: int, world_size: int) -> DataLoader:
+    """One rank's batches, the same ones for every contender."""
+    images = _random_images(recipe.seed, rank) if recipe.data is None else _cifar10(recipe, rank, world_size)
+    torch.manual_seed(recipe.seed + 1 + rank)  # of what augments
+    return DataLoader(
+        images,
+        batch_size=recipe.batch_size,
+        sampler=Shuffled(len(images), recipe.steps * recipe.batch_size, recipe.seed + 1 + rank),
+        collate_fn=_as_is,
+    )
+
+
+def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+@cache
+def _random_images(seed: int, rank: int) -> Images:
+    """Noise around one image per class: what is learned in a few hundred steps, and not at once."""
+    centres = 0.05 * torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    centres = centres.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    generator = torch.Generator().manual_seed(seed + 1 + rank)
+    labels = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
+    return Images(centres[labels] + torch.randn(EXAMPLES, 3, 32, 32, generator=generator), labels)
+
+
+@cache
+def _cifar10(recipe: Recipe, rank: int, world_size: int) -> Dataset:
+    """Every world_size-th image, cut and mirrored at random."""
+    from examples.image_classification.data import DATASETS, ImageData, TensorImages  # needs torchvision
+
+    data = ImageData(root=recipe.data, verify=recipe.verify, download=False, train_images=recipe.images)
+    data.setup("fit")
+    share = slice(rank, None, world_size)
+    facts = DATASETS["cifar10"]
+    images, labels = data.train_set.images[share].clone(), data.train_set.labels[share].clone()
+    return TensorImages(images, labels, facts.mean, facts.std, augment=True)
+
+
+# The record
+
+
+class Sent(NamedTuple):
+    """What a rank has communicated since the start of a run."""
+
+    rounds: int = 0
+    """Averages of the model or of its gradient over all ranks."""
+    bytes: int = 0
+    """What this rank says that it has sent to others, or what a ring all-reduce sends for what it has reduced."""
+
+
+class Traffic(NamedTuple):
+    """What an interface has sent since it was made."""
+
+    bytes: int
+    packets: int
+
+
+class Interface:
+    """This host's interface; reading it takes microseconds, so that it can be read at every step."""
+
+    def __init__(self) -> None:
+        folder = Path("/sys/class/net") / INTERFACE / "statistics"
+        self._files = [os.open(folder / f"tx_{name}", os.O_RDONLY) for name in Traffic._fields]
+
+    def sent(self) -> Traffic:
+        """What it has sent so far."""
+        return Traffic(*(int(os.pread(file, 32, 0)) for file in self._files))
+
+
+class Record:
+    """What one rank notes down at each step of a run.
+
+    Args:
+        meet: waits for all ranks, without the network.
+        traffic: what this host's interface has sent so far.
+    """
+
+    def __init__(self, meet: Callable[[], None], traffic: Callable[[], Traffic]) -> None:
+        self.sent: Callable[[], Sent] = Sent
+        """To be set by the contender: what was communicated so far."""
+        self.meet = meet
+        self._traffic = traffic
+        self._losses: list[float] = []
+        self._notes: list[tuple[float, Traffic, Sent]] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return len(self._losses)
+
+    def begin(self) -> None:
+        """Begin together, immediately before the first step."""
+        self.meet()
+        self._note()
+
+    def step(self, loss: Tensor) -> None:
+        """Note down a step, with all that belongs to it."""
+        self._losses.append(float(loss))
+        self._note()
+
+    def as_json(self) -> dict[str, list]:
+        """All of it: of each step its loss; the rest before the first step and after each."""
+        times, traffic, sent = zip(*self._notes, strict=True)
+        return {
+            "losses": self._losses,
+            "times": list(times),
+            "tx_bytes": [each.bytes for each in traffic],
+            "tx_packets": [each.packets for each in traffic],
+            "rounds": [each.rounds for each in sent],
+            "sent_bytes": [each.bytes for each in sent],
+        }
+
+    def _note(self) -> None:
+        self._notes.append((time.perf_counter(), self._traffic(), self.sent()))
+
+
+class Recorder(Callback):
+    """Has a Trainer keep the record."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        """Begin together."""
+        if index == 0:
+            self._record.begin()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        """Note down a step, its averaging round included."""
+        self._record.step(outputs["loss"])

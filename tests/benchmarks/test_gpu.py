@@ -1,0 +1,207 @@
+import json
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import (
+    TRACED,
+    TRAINED,
+    Rounds,
+    Trained,
+    complaints,
+    count_synchronizing,
+    main,
+    readable_trace,
+    readable_training,
+    trace_rows,
+    training_rows,
+    why_not,
+)
+from benchmarks.machine import Timing
+from lightning_adpsgd import AveragingRound
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE_SECONDS = 240
+
+
+# What is missing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--backend", "nccl"], ["--parts", "trace"]])
+def test_without_cuda_it_says_what_is_missing(arguments, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "Nothing was measured. PyTorch" in said
+    assert "sees no CUDA device. This needs an NVIDIA GPU, its driver, and a PyTorch that is built for CUDA" in said
+
+
+def test_without_nccl_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert main(["--backend", "nccl"]) == 2
+    assert "is built without NCCL. Leave out --backend nccl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--parts", "training,test"], "argument --parts: expected some of local-step, round, training, trace"),
+        (["--backend", "mpi"], "argument --backend: invalid choice: 'mpi'"),
+        (["--ranks", "1"], "argument --ranks: expected int from 2 to 64, got '1'"),
+        (["--period", "1"], "argument --period: expected int of at least 2, got '1'"),
+        (["--traces", "no_such_folder"], "argument --traces: no_such_folder: there is no such folder"),
+        (["--rehearse", "--backend", "nccl"], "NCCL is for GPUs only"),
+        (["--tensors", "5000", "--parameters", "0.001"], "--tensors 5000: expected at most as many"),
+    ],
+)
+def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+# Training
+
+
+def some_turns(*seconds):
+    """Two ranks, of which the second is slower by the half."""
+    return [
+        [
+            Trained(Timing(5.0, 5.0 + factor * each, 0.1, None), 4, 1000, 10 + rank)
+            for rank, factor in enumerate((1.0, 1.5))
+        ]
+        for each in seconds
+    ]
+
+
+def test_speeds_are_taken_within_a_turn_on_the_slowest_rank():
+    turns = {"none": some_turns(1, 10, 100), "ddp": some_turns(2, 40, 300), "adpsgd": some_turns(1, 20, 150)}
+    none, ddp, adpsgd = training_rows(turns, steps=10)
+    assert (none["speed_vs_none"], none["speed_vs_ddp"]) == (1.0, 3.0)
+    assert (ddp["speed_vs_none"], ddp["speed_vs_ddp"]) == (1 / 3, 1.0)
+    assert (adpsgd["speed_vs_none"], adpsgd["speed_vs_ddp"]) == (2 / 3, 2.0)
+    assert adpsgd["step_seconds"] == pytest.approx(3.0)
+    assert (adpsgd["rounds"], adpsgd["sent_bytes"], adpsgd["peak_bytes"]) == (4, 1000, 11)
+    assert readable_training(adpsgd)["peak memory"] == "11 B"
+    assert readable_training(ddp)["rounds"] == ""
+
+
+def a_round(step, trigger):
+    return AveragingRound(step, 0, trigger, 1, 8, 0.1, 0.0, 0.0, None, 4, 4, 0.1)
+
+
+def test_only_rounds_of_the_timed_steps_that_a_period_asked_for_are_counted():
+    rounds = Rounds()
+    rounds.noted += [a_round(8, "period"), a_round(16, "period"), a_round(24, "period"), a_round(24, "train_end")]
+    assert [each.step for each in rounds.between(8, 24)] == [16, 24]
+
+
+def test_option_that_the_package_does_not_have_is_named(monkeypatch):
+    monkeypatch.setitem(TRAINED, "new", {"no_such_option": 1})
+    assert why_not("new") == "this version of lightning_adpsgd does not have no_such_option=1"
+    assert why_not("none") is why_not("adpsgd") is None
+
+
+# The trace
+
+
+def test_calls_that_wait_or_read_back_are_counted_and_no_others():
+    names = ["cudaMemcpyAsync", "Memcpy DtoH (Device -> Pageable)", "Memcpy HtoD (Pageable -> Device)"]
+    names += ["aten::item", "aten::items", "cudaStreamSynchronize", "cudaStreamSynchronize", "cudaMemcpy"]
+    assert count_synchronizing(names) == {
+        "Memcpy DtoH": 1,
+        "aten::item": 1,
+        "cudaStreamSynchronize": 2,
+        "cudaMemcpy": 1,
+    }
+
+
+def some_rows(**answers):
+    """Of one rank; all is as it should be, unless told otherwise."""
+    seen = {"counts": {"aten::_local_scalar_dense": 4, "cudaDeviceSynchronize": 1}, "warnings": ["a.py:1 f"] * 4}
+    quiet = {"counts": {"cudaDeviceSynchronize": 1}, "warnings": []}
+    all_answers = {"single": quiet, "adpsgd": quiet, "control": seen} | answers
+    return trace_rows({contender: [all_answers[contender]] for contender in TRACED}, steps=4)
+
+
+def test_no_complaint_if_a_local_step_waits_no_more_than_a_single_device():
+    assert complaints(some_rows(), on_cuda=True) == []
+
+
+def test_call_that_a_local_step_makes_beyond_a_single_device_is_complained_about():
+    waiting = {"counts": {"cudaStreamSynchronize": 4}, "warnings": []}
+    (complaint,) = complaints(some_rows(adpsgd=waiting), on_cuda=True)
+    assert "cudaStreamSynchronize was called 4 times in 4 local steps, and 0 times" in complaint
+
+
+def test_place_that_synchronizes_is_complained_about():
+    waiting = {"counts": {}, "warnings": ["lightning_adpsgd/local_sgd.py:9 step"] * 4}
+    (complaint,) = complaints(some_rows(adpsgd=waiting), on_cuda=True)
+    assert "make the host wait for the device: 4 x lightning_adpsgd/local_sgd.py:9 step." in complaint
+
+
+@pytest.mark.parametrize(("counted", "told"), [(3, 4), (4, 3)])
+def test_control_that_goes_unseen_is_complained_about(counted, told):
+    unseen = {"counts": {"aten::_local_scalar_dense": counted}, "warnings": ["a.py:1 f"] * told}
+    (complaint,) = complaints(some_rows(control=unseen), on_cuda=True)
+    assert "The measurement is blind" in complaint
+
+
+def test_trace_without_such_calls_says_none():
+    row = {"contender": "adpsgd", "rank": 0, "steps": 4, "counts": {}, "warnings": []}
+    assert [(each["call"], each["count"]) for each in readable_trace(row)] == [("none", "0")]
+
+
+def test_synchronization_is_attributed_to_the_innermost_frame_of_the_package():
+    files = ["main.py", "lightning_adpsgd/strategy.py", "lightning_adpsgd/local_sgd.py", "torch/a.py", "torch/b.py"]
+    files.append("torch/c.py")
+    stack = [
+        traceback.FrameSummary(f"/packages/{file}", line, "f", lookup_line=False) for line, file in enumerate(files)
+    ]
+    assert gpu._called_from(stack) == (
+        "lightning_adpsgd/local_sgd.py:2 f > torch/a.py:3 f > torch/b.py:4 f > torch/c.py:5 f"
+    )
+    assert gpu._called_from(stack[:4]).startswith("lightning_adpsgd/strategy.py:1 f > lightning_adpsgd/local_sgd.py:2")
+
+
+def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = gpu.SyncWatch(gpu.Device())
+    with watch._telling():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"]
+    (place,) = watch.warnings
+    assert "test_gpu.py" in place
+
+
+# The measurement
+
+
+@pytest.mark.workers
+def test_rehearsal_goes_through_rounds_training_and_trace_on_the_cpu(tmp_path):
+    file = tmp_path / "measured.json"
+    options = "--rehearse --parts round,training,trace --turns 2 --parameters 0.1 --tensors 8"
+    options += " --training-parameters 20000 --batch-size 4 --period 3 --steps 6"
+    command = [sys.executable, "-m", "benchmarks.gpu", *options.split(), "--traces", str(tmp_path), "--json", str(file)]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert finished.returncode == 0, finished.stderr + finished.stdout
+    numbers = json.loads(file.read_text())
+    assert numbers["arguments"]["device"] == "cpu"
+    (averaged,) = [row for row in numbers["rows"] if row["part"] == "round"]
+    assert averaged["ratio"] > 0
+    trained = {row["contender"]: row for row in numbers["rows"] if row["part"] == "training"}
+    assert {"none", "ddp", "constant", "adpsgd"} <= set(trained)
+    assert (trained["none"]["rounds"], trained["constant"]["rounds"], trained["adpsgd"]["rounds"]) == (0, 2, 2)
+    traced = [(row["contender"], row["rank"]) for row in numbers["rows"] if row["part"] == "trace"]
+    assert traced == [(contender, rank) for contender in TRACED for rank in range(2)]
+    assert all((tmp_path / f"{contender}.json").stat().st_size > 0 for contender in TRACED)
