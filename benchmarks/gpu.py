@@ -223,7 +223,8 @@ class SyncWatch:
         """How often each call was made that waits or reads back; those that were not made are left out."""
         events = self._profile.events()
         # The profiler waits for the device as well, before and after.
-        span = next(event.time_range for event in events if event.name == WATCHED)
+        on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+        span = next(event.time_range for event in on_host if event.name == WATCHED)
         return dict(
             count_synchronizing(event.name for event in events if span.start <= event.time_range.start < span.end)
         )

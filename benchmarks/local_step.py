@@ -251,7 +251,10 @@ def new_trainer(strategy: Strategy | None, device: Device, *callbacks: Callback)
 
 def all_ranks(device: Device) -> dict[str, Any]:
     """What tells a strategy that all ranks are on one device: the Trainer itself would want one for each."""
-    return {"parallel_devices": [device.torch] * int(os.environ["WORLD_SIZE"])}
+    return {
+        "parallel_devices": [device.torch] * int(os.environ["WORLD_SIZE"]),
+        "process_group_backend": torch.distributed.get_backend(),
+    }
 
 
 def new_strategy(contender: str, device: Device) -> Strategy | None:
@@ -421,7 +424,8 @@ def measure(
     for model in models:
         # The first fit of a process imports and compiles what later ones have.
         trials = [take(model, fit, turns=1, steps=TRIAL_STEPS) for fit in range(len(CONTENDERS))]
-        steps = max(1, round(stretch_seconds / trials[-1][REFERENCE][0].seconds))
+        fastest = min(turns[0].seconds for trial in trials for turns in trial.values())
+        steps = max(1, round(stretch_seconds / fastest))
         taken: dict[str, list[PerStep]] = {contender: [] for contender in CONTENDERS}
         for fit in range(fits):
             print(f"{model}: fit {fit + 1} of {fits}, {turns} turns of {steps} steps", file=sys.stderr, flush=True)

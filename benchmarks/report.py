@@ -22,7 +22,7 @@ DISTRIBUTIONS = {
     "lightning_adpsgd": "lightning-adpsgd",
     "numpy": "numpy",
 }
-_NUMBER = re.compile(r"[+-]?[0-9]")
+_NUMBER = re.compile(r"[+-]?[0-9][0-9.,]*( ?(%|[kMGT]?B|[mu]?s))?( to .*)?")
 
 
 def turns(contenders: Iterable[Contender], count: int) -> Iterator[tuple[int, Contender]]:
@@ -147,7 +147,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, (column, *(line[place] for line in cells)))) for place, column in enumerate(columns)]
-    to_the_right = [any(_NUMBER.match(line[place]) for line in cells) for place in range(len(columns))]
+    to_the_right = [any(_NUMBER.fullmatch(line[place]) for line in cells) for place in range(len(columns))]
 
     def line(texts: Sequence[str]) -> str:
         aligned = zip(texts, widths, to_the_right, strict=True)

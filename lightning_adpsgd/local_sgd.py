@@ -295,8 +295,11 @@ class LocalSGD:
 
     @property
     def has_trained(self) -> bool:
-        """Whether the workers may differ: a step was taken since all of them adopted the same."""
-        return self.local_steps > 0 or not (self._cycles is None or self._cycles.fresh)
+        """Whether there is something to average: a step was taken since all workers adopted the same.
+
+        With ``reduce_dtype`` also, whether they owe each other what rounding has cut off.
+        """
+        return self.local_steps > 0 or not (self._cycles is None or self._cycles.fresh) or self._payloads.owes
 
     @property
     def is_complete(self) -> bool:

@@ -88,6 +88,11 @@ class Payloads:
             self._latest = Payload(key, parameters, tensors, layout, averager)
         return self._latest
 
+    @property
+    def owes(self) -> bool:
+        """Whether workers still owe each other what rounding has cut off."""
+        return self._latest is not None and getattr(self._latest.averager.differences, "owes", False)
+
     def start_from_the_same(self) -> None:
         """Take note that what is averaged is the same on all workers."""
         if self._reduce_dtype is not None:

@@ -90,8 +90,8 @@ class ParameterAverager:
             spare += buffers
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
-        if self.differences is not None:
-            self.differences.is_known = True
+        if self.differences is not None and (as_it_is or not self.differences.is_known):
+            self.differences.note_all()
         total = torch.zeros(self._groups, dtype=torch.float64)
         for part in deviations:
             total += part.cpu()

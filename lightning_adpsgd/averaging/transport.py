@@ -31,6 +31,8 @@ class Differences:
         self.dtype = dtype
         self.is_known = False
         """Whether the averages are: until then, everything travels as it is."""
+        self.owes = False
+        """Whether there may be errors that have not travelled yet."""
         self._layout = layout
         spaces = layout.cut_into_spaces()
         self._averages = [layout.new_buffer(space, device) for space in spaces]
@@ -42,10 +44,11 @@ class Differences:
         for space, average, error in zip(self._spaces, self._averages, self._errors, strict=True):
             self._layout.pack(space, average)
             error.zero_()
-        self.is_known = True
+        self.note_all()
 
     def send(self, range_: Range, values: Tensor, workers: Workers) -> Reduction:
         """Begin to find out the average's change from the workers' ``values`` of a range."""
+        self.owes = True
         average, error = self._of(range_)
         change = torch.sub(values, average).add_(error).div_(workers.count)
         rounded = self._rounded(change)
@@ -56,6 +59,10 @@ class Differences:
         """The new average of a range, as a buffer of its own."""
         average, _ = self._of(range_)
         return average.add_(change).clone()
+
+    def note_all(self) -> None:
+        """Take note that everything has travelled as it is."""
+        self.is_known, self.owes = True, False
 
     def _round_sum(self, error: Tensor, workers: int, start: int, total: Tensor) -> Tensor:
         rounded = self._rounded(total)

@@ -54,6 +54,12 @@ def test_numbers_are_aligned_to_the_right_and_words_to_the_left():
     ]
 
 
+def test_number_in_a_name_does_not_make_it_a_number():
+    assert (
+        report.table([{"link": "9 Mbit/s", "size": "9.0 MB"}], ["link", "size"]).splitlines()[0] == "link        size"
+    )
+
+
 def test_table_of_nothing_has_its_columns():
     assert report.table([], ["a", "bc"]).splitlines() == ["a  bc", "-  --"]
 
