@@ -13,7 +13,8 @@ What sets some of them apart from what else there is, and is not this package's 
 - Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, post-local SGD
   included. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nobody averages them.
 - ``accelerate`` and ``torchft`` are plain loops, without a Trainer and what it takes per step, while the time that
-  everybody is compared with, ``none``, has it: where a step is short they look better than they communicate.
+  everybody is compared with, ``none``, has it: where a step is short they look better than they communicate. Compare
+  them with ``none-loop``, and with ``adpsgd-loop``, which is this package's `LocalSGD` in the same loop.
 - ``accelerate`` makes one all-reduce per parameter, each waited for, after a barrier.
 - ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse looks for one
   every 100 ms by default; here it does so every 10 ms, because only one long wait per round would be measured.
@@ -48,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ranks import ADDRESS
 from benchmarks.training import Recipe, Record, Recorder, Sent, Task, loss_of, new_loader, new_network, new_optimizer
-from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, LocalSGD
 from lightning_adpsgd.averaging import ring_bytes
 
 POWERSGD_RANK = 2  # what its paper uses for images
@@ -188,9 +189,10 @@ class RoundCounter(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Be told of rounds."""
-        trainer.strategy.subscribe(self._add)
+        trainer.strategy.subscribe(self.add)
 
-    def _add(self, round_: AveragingRound) -> None:
+    def add(self, round_: AveragingRound) -> None:
+        """Add one."""
         self.sent = Sent(self.sent.rounds + 1, self.sent.bytes + round_.sent_bytes)
 
 
@@ -204,13 +206,16 @@ def _average(plan: Plan, record: Record, period: AveragingPeriod | int, **option
     _fit(plan, record, ADPSGDStrategy(period=period, **options), counter)
 
 
+def _adaptive(plan: Plan) -> AdaptivePeriod:
+    # While it samples, which may be throughout, the period stays what it was at first.
+    return AdaptivePeriod(initial=plan.period, sampling=0.25 if plan.adapt else 1.0)
+
+
 def _adpsgd(name: str, sends_in_slices: bool = False, **options: Any) -> Contender:
     """The package with some of its options, which this version of it may not have."""
 
     def train(plan: Plan, record: Record) -> None:
-        # While it samples, which may be throughout, the period stays what it was at first.
-        period = AdaptivePeriod(initial=plan.period, sampling=0.25 if plan.adapt else 1.0)
-        _average(plan, record, period, **options)
+        _average(plan, record, _adaptive(plan), **options)
 
     def why_not(plan: Plan) -> str | None:
         known = inspect.signature(ADPSGDStrategy).parameters
@@ -235,7 +240,7 @@ def _loop(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     backward: Callable[[Tensor], None] = Tensor.backward,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[], Any] = lambda: None,
 ) -> None:
     for batch in new_loader(plan.recipe, _rank(), plan.world_size):
         if record.steps == 0:
@@ -246,6 +251,23 @@ def _loop(
         optimizer.step()
         after_step()
         record.step(loss.detach())
+
+
+def _loop_alone(plan: Plan, record: Record) -> None:
+    network = new_network(plan.recipe)
+    _loop(plan, record, network, new_optimizer(plan.recipe, network))
+
+
+def _loop_adpsgd(plan: Plan, record: Record) -> None:
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    network = new_network(plan.recipe)
+    optimizer = new_optimizer(plan.recipe, network)
+    counter = RoundCounter()
+    record.sent = lambda: counter.sent
+    local_sgd = LocalSGD(optimizer, _adaptive(plan), module=network, total_steps=plan.recipe.steps)
+    local_sgd.subscribe(counter.add)
+    _loop(plan, record, network, optimizer, after_step=local_sgd.step)
+    _disconnect()
 
 
 def _accelerate(plan: Plan, record: Record) -> None:
@@ -311,6 +333,7 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender("none", _alone),
+        Contender("none-loop", _loop_alone),
         Contender("ddp", _ddp),
         Contender("ddp-bf16", _ddp_bf16),
         Contender("ddp-powersgd", _ddp_powersgd),
@@ -318,6 +341,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("accelerate", _accelerate, _needs("accelerate")),
         Contender("torchft", _torchft, _needs("torchft")),
         Contender("constant", _constant),
+        Contender("adpsgd-loop", _loop_adpsgd),
         _adpsgd("adpsgd"),
         _adpsgd("adpsgd-overlap", overlap=1),
         _adpsgd("adpsgd-stagger", stagger=True),

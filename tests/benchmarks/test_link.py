@@ -225,7 +225,7 @@ def test_node_as_worker_needs_several_ranks_on_it(monkeypatch):
         (["--parameters", "7"], "argument --parameters: expected int of at least 10000, got '7'"),
         (["--learning-rate", "nan"], "argument --learning-rate: expected float of at least 0, got 'nan'"),
         (["--until-loss", "low"], "argument --until-loss: expected float of at least 0, got 'low'"),
-        (["--contenders", "ddp,dpp"], "argument --contenders: expected some of none, ddp,"),
+        (["--contenders", "ddp,dpp"], "argument --contenders: expected some of none, none-loop, ddp,"),
         (["--contenders", "ddp,dpp"], "got 'dpp'"),
         (["--contenders", "none", "--until-loss", "ddp"], "expected ddp to be among the --contenders"),
         (["--model", "resnet8", "--pause-ms", "5"], "only --model mlp can sleep"),
