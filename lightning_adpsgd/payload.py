@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, has_mean
+from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, extremes, has_mean
 from lightning_adpsgd.meeting import Described
 
 # Tensors of fewer elements are looked at together, that many at a time: what they are, is less than the call costs.
@@ -138,22 +138,21 @@ class Payloads:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element of any tensor is NaN or infinite."""
-    # The smallest and the largest are finite exactly if all are: NaN is passed on by both.
     found: list[Tensor] = []
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         values = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
         if values.numel() >= _SMALL:
-            found.append(torch.stack(torch.aminmax(values)))
+            found.append(extremes(values))
         elif values.numel() > 0:
             small.setdefault((values.dtype, values.device), []).append(values.reshape(-1))
     for values_of_a_kind in small.values():
         for first in range(0, len(values_of_a_kind), _TOGETHER):
-            found.append(torch.stack(torch.aminmax(torch.cat(values_of_a_kind[first : first + _TOGETHER]))))
+            found.append(extremes(torch.cat(values_of_a_kind[first : first + _TOGETHER])))
     by_device: dict[torch.device, list[Tensor]] = {}
-    for extremes in found:
-        by_device.setdefault(extremes.device, []).append(extremes.double())
-    return all(bool(torch.isfinite(torch.stack(extremes)).all()) for extremes in by_device.values())
+    for pair in found:
+        by_device.setdefault(pair.device, []).append(pair.double())
+    return all(bool(torch.isfinite(torch.stack(pairs)).all()) for pairs in by_device.values())
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.layout import FlatLayout, Range
+from lightning_adpsgd.averaging.layout import FlatLayout, Range, extremes
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
@@ -167,18 +167,18 @@ class ParameterAverager:
         Returns:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
-        snapshots, largest = [], []
+        snapshots, found = [], []
         ranges = self._layout.cut(self._bucket_bytes, part, parts)
         for range_ in ranges:
             snapshot = self._layout.pack(range_, self._layout.new_buffer(range_, self._workers.device))
             snapshots.append(snapshot)
             for _, start, stop in self._layout.groups(range_):
-                largest.append(torch.linalg.vector_norm(snapshot[start:stop], float("inf")).to(self._workers.device))
+                found.append(extremes(snapshot[start:stop]).to(self._workers.device))
         in_flight = [
             InFlight(range_, *self._launch(range_, snapshot.clone(), carrier, None, as_it_is=False), snapshot)
             for range_, snapshot in zip(ranges, snapshots, strict=True)
         ]
-        return in_flight, torch.isfinite(torch.stack(largest)).all() if largest else torch.tensor(True)
+        return in_flight, torch.isfinite(torch.stack(found)).all() if found else torch.tensor(True)
 
     def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.

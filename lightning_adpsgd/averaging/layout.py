@@ -38,6 +38,11 @@ def has_mean(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def extremes(values: Tensor) -> Tensor:
+    """The smallest and the largest of real values: both are finite exactly if all are, for NaN is passed on by both."""
+    return torch.stack(torch.aminmax(values))
+
+
 class FlatLayout:
     """An index space over many tensors, so that averaging can be cut anywhere, whatever the tensors' sizes.
 
