@@ -36,8 +36,10 @@ from lightning_adpsgd.averaging import (
     AveragingRound,
     CollectiveError,
     FlatLayout,
+    Numbers,
     ParameterAverager,
     Share,
+    Stopwatch,
     Trigger,
     Workers,
     average_moments,
@@ -171,6 +173,9 @@ class LocalSGD:
         self._restored_rule: dict[str, Any] | None = None
         self._bytes_booked = 0
         self._seconds_booked = 0.0
+        # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
+        self._reads_later = self.workers.device.type == "cuda"
+        self._unread: _Unread | None = None
         self._cycles: Cycles | None = None
         if (self.stagger or self.overlap) and self.workers.count > 1:
             self._cycles = Cycles(
@@ -221,14 +226,18 @@ class LocalSGD:
         An attempt counts whether or not a gradient scaler let it through, so that workers never disagree.
 
         Returns:
-            The round's record, or None if there was no round.
+            A round's record, or None if there is none: that of the round that took place now; on CUDA, that of the
+            latest step's; with ``stagger`` or ``overlap``, that of a round that has ended.
         """
+        read = self._read_unread()
         self.steps += 1
         self.local_steps += 1
         self._payloads.note_step()
         if self._cycles is not None:
             return self._exchange(self._cycles)
-        return self.average("period") if self.local_steps >= self.period.value else None
+        if self.local_steps < self.period.value:
+            return read
+        return self._average("period", (), later=self._reads_later) or read
 
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
         """Average now, unless no step was taken since the latest round.
@@ -242,7 +251,7 @@ class LocalSGD:
             also: further floating-point tensors to average in this round, which then takes place in any case.
 
         Returns:
-            The round's record, or None if there was no round.
+            The round's record. If there was no round, that of one before whose measures were still under way, or None.
 
         Raises:
             WorkersDisagreeError: on every worker, if they have not taken the same steps or not built the same model.
@@ -255,7 +264,7 @@ class LocalSGD:
             raise ValueError(
                 f"LocalSGD.average(trigger={trigger!r}): expected one of {', '.join(map(repr, TRIGGERS))}."
             )
-        arrived = None if self._cycles is None else self._receive(self._cycles, everything=True)
+        arrived = self._read_unread() if self._cycles is None else self._receive(self._cycles, everything=True)
         unshared = trigger == "checkpoint" and self.steps > self._state_shared_at and self._anybody_has_state
         if not self.has_trained and not also and not unshared:
             return arrived
@@ -344,9 +353,12 @@ class LocalSGD:
         for measured in measures:
             if self.optimizer_state == "reset":
                 self._reset()
+            since = self.local_steps - (self.steps - measured.step)
+            self._start_from(measured.step)
             round_ = self._record(
                 step=measured.step,
                 trigger="period",
+                local_steps=since,
                 period=measured.period,
                 measured=_Measured(measured.variance, measured.ratio, measured.learning_rate),
             )
@@ -372,14 +384,13 @@ class LocalSGD:
             self._bytes_booked += self.workers.payload_bytes - sent_before
 
     def _record(
-        self, *, step: int, trigger: Trigger, period: int, measured: "_Measured", dropped: int = 0
+        self, *, step: int, trigger: Trigger, local_steps: int, period: int, measured: "_Measured", dropped: int = 0
     ) -> AveragingRound:
-        recorded_at = self.steps - self.local_steps
         round_ = AveragingRound(
             step=step,
             optimizer=self.index,
             trigger=trigger,
-            local_steps=step - recorded_at,
+            local_steps=local_steps,
             period=period,
             learning_rate=measured.learning_rate,
             variance=measured.variance,
@@ -411,38 +422,81 @@ class LocalSGD:
 
     @torch.inference_mode(False)  # tensors that are made in inference mode could not be written to later
     @torch.no_grad()
-    def _average(self, trigger: Trigger, also: Sequence[Tensor]) -> AveragingRound:
+    def _average(self, trigger: Trigger, also: Sequence[Tensor], later: bool = False) -> AveragingRound | None:
+        """Average; return the record, unless it is to be read later."""
         payload = self._payloads.current()
-        with self._booked():
-            measured, dropped = self._average_all(trigger, payload, also)
-        round_ = self._record(
-            step=self.steps, trigger=trigger, period=self.period.value, measured=measured, dropped=dropped
+        sent_before, stopwatch = self.workers.payload_bytes, Stopwatch(self.workers.device)
+        numbers, dropped = self._average_all(trigger, payload, also)
+        stopwatch.stop()
+        self._bytes_booked += self.workers.payload_bytes - sent_before
+        self._unread = _Unread(
+            step=self.steps,
+            trigger=trigger,
+            local_steps=self.local_steps,
+            period=self.period.value,
+            dropped=dropped,
+            numbers=numbers,
+            payload=payload,
+            stopwatch=stopwatch,
         )
         if self._cycles is not None:
             self._cycles.restart()
-        self._finish(round_, payload, shown=self._cycles is None)
+        self._start_from(self.steps)
+        return None if later else self._read_unread()
+
+    def _read_unread(self) -> AveragingRound | None:
+        """Read what the latest round has measured, if that was not done yet, and let the rule decide."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return None
+        waiting = Stopwatch(torch.device("cpu"))
+        try:
+            means = unread.numbers.wait().tolist()
+        except CollectiveError as error:
+            raise lost(self.workers, self._call("an averaging round", unread.trigger, unread.period), error) from error
+        waiting.stop()
+        self._seconds_booked += unread.stopwatch.seconds + waiting.seconds
+        variances, rates = means[: len(means) // 2], means[len(means) // 2 :]
+        ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
+        round_ = self._record(
+            step=unread.step,
+            trigger=unread.trigger,
+            local_steps=unread.local_steps,
+            period=unread.period,
+            measured=_Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0)),
+            dropped=unread.dropped,
+        )
+        self._finish(round_, unread.payload, shown=self._cycles is None)
         return round_
 
-    def _average_all(self, trigger: Trigger, payload: Payload, also: Sequence[Tensor]) -> "tuple[_Measured, int]":
+    def _start_from(self, step: int) -> None:
+        """Take note of a round at a step: what is trained since then is what is averaged next."""
+        self.local_steps = self.steps - step
+        if not self.has_trained:
+            self._payloads.note_averaged()
+
+    def _average_all(self, trigger: Trigger, payload: Payload, also: Sequence[Tensor]) -> tuple[Numbers, int]:
+        """Average all there is; return what was measured, which is under way, and how many workers were left out."""
         more = FlatLayout(also, [None] * len(also)) if also else None
-        watched = [*payload.parameters, *(tensor for tensor in also if isinstance(tensor, nn.Parameter))]
+        further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
+        watched = [*payload.parameters, *further]
         call = self._call(
             "an averaging round",
             trigger,
             self.period.value,
             fingerprint=payload.layout.fingerprint ^ (0 if more is None else more.fingerprint),
-            finite=self.workers.size == 1 or all_finite(watched),
+            finite=self.workers.size == 1 or payload.layout.are_finite(self.workers.device) & all_finite(further),
         )
         meeting = Meeting(self.workers, call).hold()
         try:
             self._conclude(meeting, payload, more, also, watched)
-            measured = self._average_and_measure(trigger, payload, meeting.share)
+            numbers = self._average_and_measure(trigger, payload, meeting.share)
             if more is not None:
                 ParameterAverager(more, 0, self.workers, self._bucket_bytes).average(meeting.share)
             self._treat_optimizer_state(trigger, meeting.share)
         except CollectiveError as error:
             raise lost(self.workers, call, error) from error
-        return measured, len(meeting.diverged_workers)
+        return numbers, len(meeting.diverged_workers)
 
     def _conclude(
         self,
@@ -468,17 +522,14 @@ class LocalSGD:
         self._notice.agreed = meeting.notice
         self._anybody_has_state = meeting.anybody_has_state
 
-    def _average_and_measure(self, trigger: Trigger, payload: Payload, share: Share) -> "_Measured":
-        """Replace all tensors by their means; S_k and r from values reduced over the workers."""
+    def _average_and_measure(self, trigger: Trigger, payload: Payload, share: Share) -> Numbers:
+        """Replace all tensors by their means; begin to find out S_g and γ_g of all groups, means over the workers."""
         rates = _learning_rates(self.optimizer)
-        deviations = torch.zeros(len(rates), dtype=torch.float64)
+        deviations: list[float | Tensor] = [0.0] * len(rates)
         if self.workers.count > 1 and self.has_trained:
             as_it_is = trigger != "period" or share != self.workers.everybody
-            deviations = payload.averager.average(share, as_it_is)
-        means = self.workers.mean(torch.cat([deviations, torch.tensor(rates, dtype=torch.float64)]), share).tolist()
-        variances, rates = means[: len(rates)], means[len(rates) :]
-        ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
-        return _Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0))
+            deviations = [*payload.averager.average(share, as_it_is)]
+        return self.workers.launch_mean([*deviations, *rates], share)
 
     def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
         if self.optimizer_state == "average":
@@ -499,9 +550,6 @@ class LocalSGD:
             moment.zero_()
 
     def _finish(self, round_: AveragingRound, payload: Payload, shown: bool) -> None:
-        self.local_steps = self.steps - round_.step
-        if not self.has_trained:
-            self._payloads.note_averaged()
         if not math.isfinite(round_.ratio):
             raise WorkersDivergedError(
                 f"The variance of the parameters among the workers is not finite (S_k = {round_.variance}, S_k/γ_k ="
@@ -574,6 +622,20 @@ class LocalSGD:
                 " use_distributed_sampler=False), or with a different seed per worker for random or iterable data.",
                 stacklevel=2,
             )
+
+
+class _Unread(NamedTuple):
+    """A round whose measures are under way."""
+
+    step: int
+    trigger: Trigger
+    local_steps: int
+    period: int
+    dropped: int
+    numbers: Numbers
+    """S_g of each parameter group, then γ_g of each."""
+    payload: Payload
+    stopwatch: Stopwatch
 
 
 class _Measured(NamedTuple):

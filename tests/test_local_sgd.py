@@ -319,6 +319,43 @@ def test_broadcast_starts_all_workers_from_the_first(pool):
 # Changes on the way
 
 
+def read_later_or_at_once(later: bool) -> dict:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    local_sgd = LocalSGD(optimizer, AdaptivePeriod(initial=2, sampling=0.25), module=model, total_steps=40)
+    local_sgd._reads_later = later  # what a GPU would make of it
+    told, returned = [], train(local_sgd, model, 21)
+    local_sgd.subscribe(told.append)
+    forced = local_sgd.average("validation")
+    returned += train(local_sgd, model, 15)
+    last = local_sgd.average("train_end")
+    return {
+        "records": [round_._replace(seconds=0.0) for round_ in told],
+        "returned": [None if round_ is None else round_.step for round_ in returned],
+        "forced": None if forced is None else (forced.step, forced.trigger),
+        "last": None if last is None else (last.step, last.trigger),
+        "weights": snapshot(model),
+        "period": local_sgd.period.state_dict(),
+    }
+
+
+def test_measures_that_are_read_a_step_later_lead_to_the_same_run(pool):
+    for at_once, later in zip(
+        pool.run(read_later_or_at_once, False), pool.run(read_later_or_at_once, True), strict=True
+    ):
+        assert later["period"] == at_once["period"]
+        assert later["records"] == at_once["records"]
+        assert later["forced"] == at_once["forced"] == (21, "validation")
+        # A round at the very last step has been there, but nobody had read it.
+        assert (at_once["returned"][-1], at_once["last"]) == (36, None)
+        assert (later["returned"][-1], later["last"]) == (None, (36, "period"))
+        steps = [step for step in at_once["returned"] if step]
+        assert [step for step in later["returned"] if step] == steps[:-1]
+        assert later["returned"].index(steps[0]) == at_once["returned"].index(steps[0]) + 1
+        for name, tensor in at_once["weights"].items():
+            assert torch.equal(later["weights"][name], tensor), name
+
+
 def add_a_group() -> dict:
     model = net()
     optimizer = torch.optim.SGD([*model.first.parameters()], lr=0.1)

@@ -4,7 +4,8 @@ from lightning_adpsgd.averaging.averager import InFlight, ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range, extremes, has_mean, hash48
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
-from lightning_adpsgd.averaging.workers import CollectiveError, NodeWorkers, Reduction, Share, Table, Workers
+from lightning_adpsgd.averaging.stopwatch import Stopwatch
+from lightning_adpsgd.averaging.workers import CollectiveError, NodeWorkers, Numbers, Reduction, Share, Workers
 
 __all__ = [
     "TRIGGERS",
@@ -13,11 +14,12 @@ __all__ = [
     "FlatLayout",
     "InFlight",
     "NodeWorkers",
+    "Numbers",
     "ParameterAverager",
     "Range",
     "Reduction",
     "Share",
-    "Table",
+    "Stopwatch",
     "Trigger",
     "Workers",
     "average_moments",

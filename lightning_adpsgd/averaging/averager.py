@@ -7,16 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.layout import FlatLayout, Range, extremes
+from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
 # On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
-
-# Elements that are measured and written back at once: few enough for a CPU's cache, enough for a GPU's kernel.
-_MEASURED_AT_ONCE = {"cpu": 1 << 18}
-_MEASURED_AT_ONCE_ELSEWHERE = 1 << 22
 
 
 class InFlight(NamedTuple):
@@ -73,7 +69,7 @@ class ParameterAverager:
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
-            on the CPU.
+            on the workers' device, which nobody waits for.
         """
         deviations: list[Tensor] = []
         in_flight: deque[InFlight] = deque()
@@ -92,9 +88,9 @@ class ParameterAverager:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
         if self.differences is not None and (as_it_is or not self.differences.is_known):
             self.differences.note_all()
-        total = torch.zeros(self._groups, dtype=torch.float64)
+        total = torch.zeros(self._groups, dtype=torch.float64, device=self._workers.device)
         for part in deviations:
-            total += part.cpu()
+            total += part.to(total.device)
         return total
 
     def launch(self, range_: Range, buffer: Tensor, share: Share | None = None, as_it_is: bool = True) -> InFlight:
@@ -114,21 +110,16 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
         mean = self._mean(in_flight)
-        range_ = in_flight.range
-        deviations = torch.zeros(self._groups, dtype=torch.float64, device=mean.device)
-        at_once = _measured_at_once(mean.device)
-        scratch = mean.new_empty(min(len(range_), at_once))
-        for chunk in range_.chunks(at_once):
-            arrived = mean[chunk.start - range_.start : chunk.stop - range_.start]
-            runs = self._layout.groups(chunk)
-            if runs:
+        chunks = self._layout.chunks(in_flight.range)
+        squares = _Squares(self._groups)
+        scratch = mean.new_empty(max(map(len, chunks)))
+        for chunk in chunks:
+            arrived = mean[chunk.start : chunk.stop]
+            if chunk.runs:
                 # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-                difference = self._layout.difference(chunk, arrived, scratch[: len(chunk)])
-                for group, start, stop in runs:
-                    part = difference[start:stop]
-                    deviations[group] += torch.dot(part, part)
-            self._layout.unpack(chunk, arrived)
-        return deviations
+                squares.add(chunk, chunk.difference(arrived, scratch[: len(chunk)]))
+            chunk.unpack(arrived)
+        return squares.sums(mean.device)
 
     def _buffer_for(self, range_: Range, spare: list[Tensor]) -> Tensor:
         """A spare buffer that fits, or a new one: two of the longest range are enough."""
@@ -167,18 +158,17 @@ class ParameterAverager:
         Returns:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
-        snapshots, found = [], []
-        ranges = self._layout.cut(self._bucket_bytes, part, parts)
-        for range_ in ranges:
-            snapshot = self._layout.pack(range_, self._layout.new_buffer(range_, self._workers.device))
-            snapshots.append(snapshot)
-            for _, start, stop in self._layout.groups(range_):
-                found.append(extremes(snapshot[start:stop]).to(self._workers.device))
-        in_flight = [
-            InFlight(range_, *self._launch(range_, snapshot.clone(), carrier, None, as_it_is=False), snapshot)
-            for range_, snapshot in zip(ranges, snapshots, strict=True)
-        ]
-        return in_flight, torch.isfinite(torch.stack(found)).all() if found else torch.tensor(True)
+        in_flight, found = [], []
+        for range_ in self._layout.cut(self._bucket_bytes, part, parts):
+            snapshot, values = (self._layout.new_buffer(range_, self._workers.device) for _ in range(2))
+            for chunk in self._layout.chunks(range_):
+                mine = chunk.pack(snapshot[chunk.start : chunk.stop])
+                values[chunk.start : chunk.stop].copy_(mine)
+                found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
+            in_flight.append(InFlight(range_, *self._launch(range_, values, carrier, None, as_it_is=False), snapshot))
+        device = self._workers.device
+        finite = [each.to(device, torch.float64) for each in found]
+        return in_flight, torch.isfinite(torch.stack(finite)).all() if finite else torch.tensor(True, device=device)
 
     def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
@@ -194,21 +184,41 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
-        deviations = torch.zeros(self._groups, dtype=torch.float64, device=self._workers.device)
+        device = self._workers.device
+        deviations = torch.zeros(self._groups, dtype=torch.float64, device=device)
         for part in in_flight:
-            range_, snapshot = part.range, part.snapshot
+            snapshot = part.snapshot
             assert snapshot is not None
             mean = self._mean(part)
-            difference = torch.sub(mean, snapshot, out=snapshot)
-            for group, start, stop in self._layout.groups(range_):
-                for piece in difference[start:stop].split(_measured_at_once(difference.device)):
-                    deviations[group] += torch.dot(piece, piece)
-            if moved:
-                self._layout.move(range_, mean, difference)
-            else:
-                self._layout.unpack(range_, mean)
+            squares = _Squares(self._groups)
+            for chunk in self._layout.chunks(part.range):
+                here = slice(chunk.start, chunk.stop)
+                difference = torch.sub(mean[here], snapshot[here], out=snapshot[here])
+                squares.add(chunk, difference)
+                if moved:
+                    chunk.move(mean[here], difference)
+                else:
+                    chunk.unpack(mean[here])
+            deviations += squares.sums(mean.device).to(device)
         return deviations
 
 
-def _measured_at_once(device: torch.device) -> int:
-    return _MEASURED_AT_ONCE.get(device.type, _MEASURED_AT_ONCE_ELSEWHERE)
+class _Squares:
+    """Sums of squares per parameter group: short ones in fp32, their sum in float64."""
+
+    def __init__(self, groups: int) -> None:
+        self._found: list[list[Tensor]] = [[] for _ in range(groups)]
+
+    def add(self, chunk: Chunk, values: Tensor) -> None:
+        """Add the squares of a chunk's values that belong to parameter groups."""
+        for group, start, stop in chunk.runs:
+            part = values[start:stop]
+            self._found[group].append(torch.dot(part, part))
+
+    def sums(self, device: torch.device) -> Tensor:
+        """Float64, shape (groups,), on ``device``, where the values were."""
+        sums = torch.zeros(len(self._found), dtype=torch.float64, device=device)
+        for group, found in enumerate(self._found):
+            if found:
+                sums[group] = torch.stack(found).double().sum()
+        return sums

@@ -3,13 +3,18 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_FEW = 32  # tensors for which it is quicker to go through them one by one, in one pass, than all together in two
+# Elements that are copied or measured at once: on a CPU few enough for its cache, elsewhere enough for a kernel.
+_AT_ONCE = {"cpu": 1 << 16}
+_AT_ONCE_ELSEWHERE = 1 << 22
+
+_REMEMBERED = 256  # ranges whose chunks are kept: up to 4 GiB of parameters on a CPU
 
 
 class Range(NamedTuple):
@@ -22,7 +27,7 @@ class Range(NamedTuple):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def chunks(self, length: int) -> "Iterator[Range]":
+    def split(self, length: int) -> "Iterator[Range]":
         """This range in pieces of at most ``length`` elements, in order."""
         for start in range(self.start, self.stop, length):
             yield Range(self.space, start, min(start + length, self.stop))
@@ -72,6 +77,8 @@ class FlatLayout:
             self._indices.append(index)
             self._signature.append((str(tensor.dtype), tuple(tensor.shape), group, entry.order))
         self._spaces = [_Space(entries) for entries in spaces.values()]
+        self._fingerprint = hash48(repr(self._signature).encode())
+        self._chunks: dict[Range, list[Chunk]] = {}
 
     @property
     def signature(self) -> list[tuple[object, ...]]:
@@ -86,7 +93,7 @@ class FlatLayout:
     @property
     def fingerprint(self) -> int:
         """A 48-bit hash of the signature; exact as a float64."""
-        return hash48(repr(self._signature).encode())
+        return self._fingerprint
 
     @property
     def numel(self) -> int:
@@ -108,7 +115,7 @@ class FlatLayout:
             if len(slice_) > 0:
                 longest = max(1, max_bytes // space.packed_dtype.itemsize)
                 pieces = -(-len(slice_) // longest)
-                ranges += slice_.chunks(-(-len(slice_) // pieces))
+                ranges += slice_.split(-(-len(slice_) // pieces))
         return ranges
 
     def cut_into_spaces(self) -> list[Range]:
@@ -133,58 +140,130 @@ class FlatLayout:
 
     def pack(self, range_: Range, out: Tensor, divisor: int = 1) -> Tensor:
         """Copy a range of the tensors, divided by ``divisor``, into ``out`` (shape: (len(range_),)), and return it."""
-        targets, sources = self._pieces(range_, out)
-        if divisor != 1 and len(sources) <= _FEW and sources[0].dtype == out.dtype:
-            for target, source in zip(targets, sources, strict=True):
-                torch.div(source, divisor, out=target)  # memory is passed over once
-            return out
-        torch._foreach_copy_(targets, sources)
-        return out if divisor == 1 else out.div_(divisor)
-
-    def difference(self, range_: Range, values: Tensor, out: Tensor) -> Tensor:
-        """Put a range of the tensors, less ``values``, into ``out`` (both of shape (len(range_),)), and return it."""
-        targets, sources = self._pieces(range_, out)
-        if len(sources) <= _FEW and sources[0].dtype == out.dtype:
-            offset = 0
-            for target, source in zip(targets, sources, strict=True):
-                torch.sub(source, values[offset : offset + len(target)], out=target)
-                offset += len(target)
-            return out
-        torch._foreach_copy_(targets, sources)
-        return out.sub_(values)
-
-    def _pieces(self, range_: Range, buffer: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The parts of a buffer for a range, and those of the tensors."""
-        pieces = self._spaces[range_.space].pieces(range_)
-        targets = [*buffer.split([stop - start for _, start, stop in pieces])]
-        return targets, [entry.read(start, stop) for entry, start, stop in pieces]
+        for chunk in self.chunks(range_):
+            chunk.pack(out[chunk.start : chunk.stop], divisor)
+        return out
 
     def unpack(self, range_: Range, buffer: Tensor) -> None:
         """Write ``buffer`` (shape: (len(range_),)) into a range of the tensors, in place."""
-        pieces = self._spaces[range_.space].pieces(range_)
-        sources = buffer.split([stop - start for _, start, stop in pieces])
-        whole = [entry.flat is not None for entry, _, _ in pieces]
-        targets = [entry.read(start, stop) for (entry, start, stop), dense in zip(pieces, whole, strict=True) if dense]
-        if targets:
-            torch._foreach_copy_(targets, [source for source, dense in zip(sources, whole, strict=True) if dense])
-        for (entry, start, stop), source, dense in zip(pieces, sources, whole, strict=True):
-            if not dense:
-                entry.write(start, stop, source)
+        for chunk in self.chunks(range_):
+            chunk.unpack(buffer[chunk.start : chunk.stop])
 
-    def move(self, range_: Range, mean: Tensor, difference: Tensor) -> None:
-        """Add ``difference`` to a range of what belongs to a parameter group; overwrite the rest of it with ``mean``.
+    def chunks(self, range_: Range) -> "list[Chunk]":
+        """A range in pieces that are short enough to stay in a cache between one operation and the next, in order.
+
+        They are kept for the next time: to find the pieces of many small tensors takes longer than to copy them.
+        """
+        if range_ not in self._chunks:
+            if len(self._chunks) >= _REMEMBERED:
+                self._chunks.clear()
+            space = self._spaces[range_.space]
+            start, chunks = 0, []
+            for pieces in _in_chunks(space.pieces(range_), _AT_ONCE.get(space.device.type, _AT_ONCE_ELSEWHERE)):
+                chunks.append(Chunk(start, pieces))
+                start = chunks[-1].stop
+            self._chunks[range_] = chunks
+        return self._chunks[range_]
+
+    def are_finite(self, device: torch.device | str = "cpu") -> Tensor:
+        """Whether no element that belongs to a parameter group is NaN or infinite; a bool tensor of one element.
 
         Args:
-            range_: the range.
-            mean: shape (len(range_),).
-            difference: shape (len(range_),).
+            device: where to return it. Nobody waits for a device to get there.
         """
-        pieces = self._spaces[range_.space].pieces(range_)
-        lengths = [stop - start for _, start, stop in pieces]
+        found = [
+            extremes(views[0] if len(views) == 1 else torch.cat(views)).to(device, torch.float64)
+            for views in self._looked_at_together
+        ]
+        return torch.isfinite(torch.stack(found)).all() if found else torch.tensor(True, device=device)
+
+    @cached_property
+    def _looked_at_together(self) -> list[list[Tensor]]:
+        """What belongs to a parameter group: a large tensor by itself, small ones of one type and device together."""
+        together: list[list[Tensor]] = []
+        for space in self._spaces:
+            at_once = _AT_ONCE.get(space.device.type, _AT_ONCE_ELSEWHERE)
+            length = at_once
+            for entry in space.entries:
+                if entry.group is None:
+                    continue
+                length += entry.tensor.numel()
+                if entry.flat is None or length > at_once:
+                    together.append([])
+                    length = at_once if entry.flat is None else entry.tensor.numel()
+                together[-1].append(entry.tensor if entry.flat is None else entry.flat)
+        return together
+
+    def groups(self, range_: Range) -> list[tuple[int, int, int]]:
+        """The runs of a range that belong to one parameter group: (group, start, stop), relative to the range."""
+        return _runs(self._spaces[range_.space].pieces(range_))
+
+
+class Chunk:
+    """A short part of a :class:`Range`: what is done to it in turn finds it in a cache.
+
+    Args:
+        start: its first element, relative to the range.
+        pieces: the parts of tensors that it covers, in order.
+    """
+
+    def __init__(self, start: int, pieces: "list[_Piece]") -> None:
+        self._pieces = pieces
+        self._lengths = [stop - start for _, start, stop in pieces]
+        self._dense = all(entry.flat is not None for entry, _, _ in pieces)
+        self._views = [entry.read(start, stop) for entry, start, stop in pieces] if self._dense else []
+        self.start = start
+        self.stop = start + sum(self._lengths)
+        self.runs = _runs(pieces)
+        """Its parts that belong to one parameter group: (group, start, stop), relative to the chunk."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def pack(self, out: Tensor, divisor: int = 1) -> Tensor:
+        """Copy it, divided by ``divisor``, into ``out`` (shape: (len(self),)), and return that."""
+        sources = self._values()
+        as_it_is = _alike(sources[0], out)
+        if len(sources) == 1 and as_it_is and divisor != 1:
+            return torch.div(sources[0], divisor, out=out)
+        if len(sources) == 1:
+            out.copy_(sources[0])
+        elif as_it_is:
+            torch.cat(sources, out=out)
+        else:
+            torch._foreach_copy_([*out.split(self._lengths)], sources)
+        return out if divisor == 1 else out.div_(divisor)
+
+    def difference(self, values: Tensor, out: Tensor) -> Tensor:
+        """Put what it holds, less ``values``, into ``out`` (both of shape (len(self),)), and return that."""
+        sources = self._values()
+        if len(sources) == 1 and _alike(sources[0], out):
+            return torch.sub(sources[0], values, out=out)
+        return self.pack(out).sub_(values)
+
+    def unpack(self, values: Tensor) -> None:
+        """Overwrite it with ``values`` (shape: (len(self),)), in place."""
+        if not self._dense:
+            for (entry, start, stop), source in zip(self._pieces, values.split(self._lengths), strict=True):
+                entry.write(start, stop, source)
+        elif len(self._views) == 1:
+            self._views[0].copy_(values)
+        else:
+            torch._foreach_copy_(self._views, [*values.split(self._lengths)])
+
+    def move(self, mean: Tensor, difference: Tensor) -> None:
+        """Add ``difference`` to what belongs to a parameter group; overwrite the rest with ``mean``.
+
+        Args:
+            mean: shape (len(self),).
+            difference: shape (len(self),).
+        """
+        if not self.runs:
+            self.unpack(mean)
+            return
         targets, added = [], []
-        for (entry, start, stop), new, change in zip(
-            pieces, mean.split(lengths), difference.split(lengths), strict=True
-        ):
+        means, changes = mean.split(self._lengths), difference.split(self._lengths)
+        for (entry, start, stop), new, change in zip(self._pieces, means, changes, strict=True):
             if entry.flat is None:
                 entry.write(start, stop, new if entry.group is None else entry.read(start, stop) + change)
             elif entry.group is None:
@@ -195,19 +274,49 @@ class FlatLayout:
         if targets:
             torch._foreach_add_(targets, added)
 
-    def groups(self, range_: Range) -> list[tuple[int, int, int]]:
-        """The runs of a range that belong to one parameter group: (group, start, stop), relative to the range."""
-        runs: list[tuple[int, int, int]] = []
-        position = 0
-        for entry, start, stop in self._spaces[range_.space].pieces(range_):
-            end = position + stop - start
-            if entry.group is not None:
-                if runs and runs[-1][0] == entry.group and runs[-1][2] == position:
-                    runs[-1] = (entry.group, runs[-1][1], end)
-                else:
-                    runs.append((entry.group, position, end))
-            position = end
-        return runs
+    def _values(self) -> list[Tensor]:
+        return self._views if self._dense else [entry.read(start, stop) for entry, start, stop in self._pieces]
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and tensor.device == other.device
+
+
+def _in_chunks(pieces: "list[_Piece]", at_once: int) -> "Iterator[list[_Piece]]":
+    """Parts of tensors, in lots of at most so many elements; a part that has no flat view is a lot of its own."""
+    lot: list[_Piece] = []
+    room = at_once
+    for entry, start, stop in pieces:
+        if entry.flat is None:  # all of it is copied to get at any of it
+            if lot:
+                yield lot
+            yield [(entry, start, stop)]
+            lot, room = [], at_once
+            continue
+        while start < stop:
+            end = min(stop, start + room)
+            lot.append((entry, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield lot
+                lot, room = [], at_once
+    if lot:
+        yield lot
+
+
+def _runs(pieces: "list[_Piece]") -> list[tuple[int, int, int]]:
+    runs: list[tuple[int, int, int]] = []
+    position = 0
+    for entry, start, stop in pieces:
+        end = position + stop - start
+        if entry.group is not None:
+            if runs and runs[-1][0] == entry.group and runs[-1][2] == position:
+                runs[-1] = (entry.group, runs[-1][1], end)
+            else:
+                runs.append((entry.group, position, end))
+        position = end
+    return runs
 
 
 class _Entry(NamedTuple):
@@ -252,6 +361,10 @@ class _Entry(NamedTuple):
         self.tensor.copy_(elements.view(self.tensor.shape))
 
 
+_Piece = tuple[_Entry, int, int]
+"""A part of a tensor: its first element, and the one after its last."""
+
+
 class _Space:
     """The tensors of one dtype and device, one after the other."""
 
@@ -266,7 +379,7 @@ class _Space:
         """Where to pack: CPU tensors on the workers' device, for NCCL cannot reduce on the CPU; others on their own."""
         return torch.device(device) if self.device.type == "cpu" else self.device
 
-    def pieces(self, range_: Range) -> list[tuple[_Entry, int, int]]:
+    def pieces(self, range_: Range) -> list[_Piece]:
         """The parts of tensors that a range covers: (entry, start, stop) within the tensor, in order."""
         pieces = []
         position = range_.start

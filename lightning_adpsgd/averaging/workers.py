@@ -116,28 +116,28 @@ class RoundedReduction(Reduction):
         return tensor.view(torch.uint8)
 
 
-class Table:
-    """A table that is under way; ``wait`` returns it, on the CPU.
+class Numbers:
+    """A few numbers under way to all workers; ``wait`` returns them, on the CPU.
 
-    On CUDA it is copied to the host beside what the device has to compute: nobody waits for that.
+    On CUDA they are copied to the host beside what the device has to compute: nobody waits for that.
     """
 
-    def __init__(self, table: Tensor, work: "dist.Work | None") -> None:
-        self._reduction = Reduction(table, work)
+    def __init__(self, numbers: Tensor, work: "dist.Work | None") -> None:
+        self._reduction = Reduction(numbers, work)
         self._host: Tensor | None = None
-        if table.device.type == "cuda":
-            with torch.cuda.stream(_side_stream(table.device)):
-                self._host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+        if numbers.device.type == "cuda":
+            with torch.cuda.stream(_side_stream(numbers.device)):
+                self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
                 self._host.copy_(self._reduction.wait(), non_blocking=True)
-                table.record_stream(torch.cuda.current_stream())
+                numbers.record_stream(torch.cuda.current_stream())
                 self._copied = torch.cuda.Event()
                 self._copied.record()
 
     def wait(self) -> Tensor:
-        """Every worker's row: float64, shape (workers, length of a row).
+        """All of them, as float64.
 
         Raises:
-            CollectiveError: if some row does not arrive.
+            CollectiveError: if they do not arrive.
         """
         if self._host is None:
             return self._reduction.wait().cpu()
@@ -221,10 +221,21 @@ class Workers:
         with _as_collective_error():
             return RoundedReduction(rounded, round_sum, dtype, self._group)
 
-    def mean(self, values: Tensor, share: Share | None = None) -> Tensor:
-        """The mean of a small vector over the workers that contribute, as float64 on the CPU."""
-        buffer = values.to(self.device, torch.float64, copy=True)
-        return self.mean_(buffer, share).wait().cpu()
+    def mean(self, values: "Sequence[float | Tensor] | Tensor", share: Share | None = None) -> Tensor:
+        """The mean of a few numbers over the workers that contribute, as float64 on the CPU."""
+        return self.launch_mean(values, share).wait()
+
+    def launch_mean(self, values: "Sequence[float | Tensor] | Tensor", share: Share | None = None) -> Numbers:
+        """Begin to find out a :meth:`mean`; values may be tensors of one element, which the host need not know."""
+        share = share or self.everybody
+        # Over all ranks, so that ranks of one worker, too, have the same numbers, bit for bit.
+        ranks_per_worker = self.size // self.count
+        row = self._row(values)
+        if share.contributes:
+            row.div_(share.contributors * ranks_per_worker)
+        else:
+            row.zero_()  # what it holds may not be finite
+        return Numbers(row, self._all_reduce(row) if self.size > 1 else None)
 
     def table(self, row: Sequence[float]) -> Tensor:
         """Every worker's ``row``, as a float64 tensor of shape (workers, len(row)) on the CPU.
@@ -233,17 +244,12 @@ class Workers:
         """
         return self.launch_table(row).wait()
 
-    def launch_table(self, row: "Sequence[float | Tensor]") -> Table:
+    def launch_table(self, row: "Sequence[float | Tensor]") -> Numbers:
         """Begin to fill a :meth:`table`; entries may be tensors of one element, which the host need not know."""
         table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self.device)
-        table[self.rank] = torch.tensor(
-            [0.0 if isinstance(entry, Tensor) else entry for entry in row], dtype=torch.float64
-        )
-        for place, entry in enumerate(row):
-            if isinstance(entry, Tensor):
-                table[self.rank, place] = entry
+        table[self.rank] = self._row(row)
         # An all-reduce in which everybody else adds zeros: every backend has it, and it costs what the ring costs.
-        return Table(table, self._all_reduce(table) if self.size > 1 else None)
+        return Numbers(table, self._all_reduce(table) if self.size > 1 else None)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every worker's ``value``, in order of rank. For error messages; not counted as payload."""
@@ -339,6 +345,16 @@ class Workers:
     def _global_rank(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
+    def _row(self, entries: "Sequence[float | Tensor] | Tensor") -> Tensor:
+        """Numbers as a float64 tensor on the device, which nobody waits for."""
+        known = [0.0 if isinstance(entry, Tensor) else float(entry) for entry in entries]
+        row = torch.tensor(known, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        row = row.to(self.device, non_blocking=True)
+        for place, entry in enumerate(entries):
+            if isinstance(entry, Tensor):
+                row[place] = entry
+        return row
+
     def _all_reduce(self, tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> "dist.Work | None":
         self._count(tensor)
         with _as_collective_error():
@@ -420,14 +436,6 @@ class NodeWorkers(Workers):
                 mine, lambda start, total: round_sum(offset + start, total), dtype, self._counterparts
             )
         return _GatheredReduction(rounded, None, partial(self._gather, slices), under_way, mine)
-
-    @override
-    def mean(self, values: Tensor, share: Share | None = None) -> Tensor:
-        # Over all ranks, so that the ranks of a node, too, have the same number, bit for bit.
-        buffer = values.to(self.device, torch.float64, copy=True)
-        share = share or self.everybody
-        buffer.mul_(float(share.contributes) / (share.contributors * self.ranks_per_node))
-        return (Reduction(buffer, self._all_reduce(buffer)) if self.size > 1 else Reduction(buffer, None)).wait().cpu()
 
     def _gather(self, slices: Sequence[Tensor]) -> None:
         first = self.rank - self.rank % self.ranks_per_node

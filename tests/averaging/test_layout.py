@@ -355,7 +355,7 @@ def test_ranges_are_of_nearly_equal_length():
 @given(st.integers(0, 50), st.integers(1, 200), st.integers(1, 70))
 def test_chunks_of_a_range_are_the_range_in_pieces(start, length, longest):
     range_ = Range(3, start, start + length)
-    chunks = list(range_.chunks(longest))
+    chunks = list(range_.split(longest))
     assert [position for chunk in chunks for position in range(chunk.start, chunk.stop)] == list(
         range(start, start + length)
     )
