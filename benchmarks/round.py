@@ -20,6 +20,9 @@ without using the network; a turn takes from the last one's start to the last on
 medians. The range beside it is that of the quotients of turns: between its ends lies their median with 95 %
 confidence, so a goal that lies within is neither reached nor missed.
 
+- CPU: the time that all threads of a rank spent on a processor, the backend's own among them; the mean over the ranks.
+  With no more processors than ranks, nothing can be shorter than that: it is the floor for a round on loopback, where
+  the network costs a processor's time and cannot hide anything.
 - extra memory: what the process takes at most during a model's first round, beyond what it took before (model and
   optimizer), after it was made to hand all freed memory back to the system; the largest of the ranks. Linux only.
   Beside it what of that is kept after the round, and what the bare all-reduce takes, which has buffers in gloo.
@@ -65,7 +68,9 @@ COLUMNS = (
     "parameters",
     "tensors",
     "all-reduce [ms]",
+    "its CPU [ms]",
     "round [ms]",
+    "round CPU [ms]",
     "ratio",
     "95 %",
     "goal",
@@ -333,10 +338,25 @@ def combine(answers: Sequence[Mapping[str, Any]]) -> Durations:
     return Durations(*map(durations, CONTENDERS))
 
 
+def on_processors(answers: Sequence[Mapping[str, Any]]) -> Durations:
+    """Of each turn, the seconds on a processor, the mean over the ranks.
+
+    Args:
+        answers: of :func:`take_turns`, from all ranks.
+    """
+
+    def seconds(contender: str) -> list[float]:
+        turns = zip(*(answer[contender] for answer in answers), strict=True)
+        return [sum(Timing(*timing).cpu_seconds for timing in turn) / len(turn) for turn in turns]
+
+    return Durations(*map(seconds, CONTENDERS))
+
+
 def as_row(
     link: str,
     case: Case,
     durations: Durations,
+    cpu: Durations,
     payload_bytes: int,
     extra: Sequence[Mapping[str, Sequence[int | None]]],
 ) -> dict[str, Any]:
@@ -346,6 +366,7 @@ def as_row(
         link: its name.
         case: what was averaged.
         durations: of all turns.
+        cpu: seconds on a processor, of all turns.
         payload_bytes: of one round.
         extra: of :func:`take_memory`, from all ranks.
     """
@@ -359,6 +380,8 @@ def as_row(
         "payload_bytes": payload_bytes,
         "all_reduce_seconds": all_reduce,
         "round_seconds": round_,
+        "all_reduce_cpu_seconds": report.median(cpu.all_reduce),
+        "round_cpu_seconds": report.median(cpu.round),
         "ratio": round_ / all_reduce,
         "ratio_interval": report.median_interval(quotients),
         "goal": GOALS.get(link) if case.parameters == GOAL_PARAMETERS else None,
@@ -408,7 +431,9 @@ def readable(row: Mapping[str, Any]) -> dict[str, str]:
         "parameters": f"{row['parameters']:,}",
         "tensors": f"{row['tensors']:,}",
         "all-reduce [ms]": f"{1e3 * row['all_reduce_seconds']:.2f}",
+        "its CPU [ms]": f"{1e3 * row['all_reduce_cpu_seconds']:.2f}",
         "round [ms]": f"{1e3 * row['round_seconds']:.2f}",
+        "round CPU [ms]": f"{1e3 * row['round_cpu_seconds']:.2f}",
         "ratio": f"{row['ratio']:.3f}",
         "95 %": f"{low:.3f} to {high:.3f}",
         "goal": "" if row["goal"] is None else f"{row['goal']:.2f}",
@@ -469,7 +494,7 @@ def measure(
     by_part = [take("parts", case) for case in cases] if parts else []
     extra = [take("memory", case) for case in cases]  # at last: afterwards a process is slower
     rows = [
-        as_row(link, case, combine(answers), answers[0]["payload_bytes"], memory)
+        as_row(link, case, combine(answers), on_processors(answers), answers[0]["payload_bytes"], memory)
         for case, answers, memory in zip(cases, timings, extra, strict=True)
     ]
     for row, answers in zip(rows, by_part, strict=False):

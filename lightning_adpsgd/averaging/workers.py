@@ -126,7 +126,9 @@ class Numbers:
         self._reduction = Reduction(numbers, work)
         self._host: Tensor | None = None
         if numbers.device.type == "cuda":
-            with torch.cuda.stream(_side_stream(numbers.device)):
+            side = _side_stream(numbers.device)
+            side.wait_stream(torch.cuda.current_stream(numbers.device))
+            with torch.cuda.stream(side):
                 self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
                 self._host.copy_(self._reduction.wait(), non_blocking=True)
                 numbers.record_stream(torch.cuda.current_stream())

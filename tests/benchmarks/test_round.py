@@ -21,6 +21,7 @@ from benchmarks.round import (
     breakdown,
     combine,
     main,
+    on_processors,
     page,
     readable,
 )
@@ -46,6 +47,12 @@ def test_turn_is_from_the_last_start_to_the_last_end():
     assert durations == Durations(all_reduce=[1.75, 2.75], round=[3.75, 2.75])
 
 
+def test_time_on_processors_is_the_mean_over_the_ranks():
+    busier = {name: [[*turn[:2], 0.3, None] for turn in turns] for name, turns in an_answer().items()}
+    seconds = on_processors([an_answer(), busier])
+    assert seconds.all_reduce == seconds.round == pytest.approx([0.2, 0.2])
+
+
 def a_row(**changes):
     durations = Durations(all_reduce=[1.0, 2.0, 4.0], round=[3.0, 3.0, 3.0])
     memory = [
@@ -53,7 +60,15 @@ def a_row(**changes):
         {"all-reduce": [0, None, 0], "round": [0, None, 5]},
     ]
     return as_row(
-        **{"link": "loopback", "case": CASE, "durations": durations, "payload_bytes": 4, "extra": memory} | changes
+        **{
+            "link": "loopback",
+            "case": CASE,
+            "durations": durations,
+            "cpu": Durations(all_reduce=[0.5, 0.7, 0.6], round=[1.0, 2.0, 3.0]),
+            "payload_bytes": 4,
+            "extra": memory,
+        }
+        | changes
     )
 
 
@@ -61,6 +76,7 @@ def test_ratio_is_that_of_the_medians():
     row = a_row()
     assert (row["all_reduce_seconds"], row["round_seconds"], row["ratio"]) == (2.0, 3.0, 1.5)
     assert row["ratio_interval"] == (0.75, 3.0)
+    assert (row["all_reduce_cpu_seconds"], row["round_cpu_seconds"]) == (0.6, 2.0)
 
 
 def test_extra_memory_is_that_of_the_rank_with_most():
