@@ -582,8 +582,10 @@ class ADPSGDStrategy(DDPStrategy):
     def _count_step(self, optimizer: Optimizer) -> None:
         self._second_weights_moved = True
         local_sgd = self._local_sgd_of(optimizer)
-        if local_sgd is not None and local_sgd.step() is not None and not local_sgd.has_trained:
-            self._buffers_moved = False
+        if local_sgd is not None:
+            local_sgd.step()
+            if not local_sgd.has_trained:
+                self._buffers_moved = False
 
     def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:
         for local_sgd in self._local_sgd:

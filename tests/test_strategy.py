@@ -313,6 +313,42 @@ def test_no_extra_round_is_made_where_no_step_was_taken(pool):
     assert pool.run_trainer(no_step_no_round) == [[(4, "period"), (8, "period")]] * 2
 
 
+def rounds_read_later(later: bool) -> dict:
+    class ReadLater(L.Callback):
+        """Makes of the CPU what a GPU is: numbers of a round are read in the next step."""
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for local_sgd in trainer.strategy.local_sgd:
+                local_sgd._reads_later = later
+
+    model = seeded(momentum=0.9)
+    fitted, rounds = fit(
+        ADPSGDStrategy(AdaptivePeriod(2)),
+        model,
+        callbacks=[ReadLater()],
+        max_steps=24,
+        max_epochs=None,
+        val_check_interval=4,
+        loaders={"train_dataloaders": loader(), "val_dataloaders": loader(32)},
+    )
+    return {
+        "rounds": [round_._replace(seconds=0.0) for round_ in rounds],
+        "weights": weights(model),
+        "loss": fitted.callback_metrics["val_loss"].item(),
+    }
+
+
+@pytest.mark.workers
+def test_numbers_that_are_read_a_step_later_change_neither_rounds_nor_weights(pool):
+    for at_once, later in zip(
+        pool.run_trainer(rounds_read_later, False), pool.run_trainer(rounds_read_later, True), strict=True
+    ):
+        assert {round_.trigger for round_ in at_once["rounds"]} == {"period", "validation"}
+        assert later["rounds"] == at_once["rounds"]
+        assert later["loss"] == at_once["loss"]
+        assert identical([at_once["weights"], later["weights"]])
+
+
 # Invariant 7
 
 

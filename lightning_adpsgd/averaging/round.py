@@ -35,7 +35,7 @@ class AveragingRound(NamedTuple):
     sent_bytes: int
     """Bytes this rank sends for them in a ring all-reduce: 2(n−1)/n · payload."""
     seconds: float
-    """Wall time for which the round held up training on this rank."""
+    """Time for which the round held up training on this rank; of the GPU, if there is one and nothing is spread."""
     dropped: int = 0
     """Workers that were left out of the mean because their parameters were not finite."""
 
