@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-oldest lint docs clean
+.PHONY: demo test test-oldest bench lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from nothing)
 demo: $(VENV)/.installed-examples
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev
 ## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev
 	$(OLDEST)/bin/python -m pytest
+
+## Run short benchmarks that need no GPU and print one page (about five minutes; as root also those on links)
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks
 
 ## Check format, lint and types
 lint: $(VENV)/.installed-dev
