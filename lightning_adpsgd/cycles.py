@@ -63,6 +63,21 @@ class _Part(NamedTuple):
     meeting: Meeting
     in_flight: list[InFlight]
     step: int
+    looked_ahead: bool
+    """Whether what was sent is what the part was expected to become."""
+
+
+class _Before(NamedTuple):
+    """What a part held before the step after which it is sent."""
+
+    payload: Payload
+    part: int
+    parts: int
+    values: list[Tensor]
+
+    def is_of(self, payload: Payload, cycle: _Cycle) -> bool:
+        """Whether it is of the next part of a cycle."""
+        return self.payload is payload and (self.part, self.parts) == (cycle.sent, cycle.parts)
 
 
 class Cycles:
@@ -71,6 +86,11 @@ class Cycles:
     A *cycle* is one averaging round. Staggered, it has p parts, one of which is sent after each local step; otherwise
     it has one part, which is sent every p steps. Each part's mean is adopted ``overlap`` steps after it was sent (at
     most p − 1). Both are counted in steps, not in time, so that all workers do the same at the same step.
+
+    With momentum, a worker knows a part of the steps that it will take while a part travels: the momentum's. It sends
+    what the part will have become by then, w + (μ + … + μ^d) · (w − w before the latest step), and adds w̄ − (what it
+    sent). So velocities that differ do not drive the workers apart while a mean is under way, and the workers' mean
+    moves as it would by itself, whatever they expect, because w̄ − (what was sent) adds up to 0 over the workers.
 
     What the workers state (see :class:`Call`) travels beside each part, and is looked at before anything is adopted.
     Parts have connections of their own: a worker that is somewhere else instead is met there, and noticed.
@@ -83,6 +103,7 @@ class Cycles:
         carrier: the same workers, on connections of their own.
         call: makes what this worker states, of a kind, trigger and period.
         learning_rates: of each parameter group, now.
+        momenta: μ of each parameter group, now: which part of a step the next one repeats; 0 where that is not known.
     """
 
     def __init__(
@@ -95,6 +116,7 @@ class Cycles:
         carrier: Workers,
         call: Callable[..., Call],
         learning_rates: Callable[[], list[float]],
+        momenta: Callable[[], list[float]],
     ) -> None:
         # Configuration
         self.stagger = stagger
@@ -104,6 +126,7 @@ class Cycles:
         self._carrier = carrier
         self._call = call
         self._learning_rates = learning_rates
+        self._momenta = momenta
 
         # State
         self._steps = 0
@@ -113,6 +136,7 @@ class Cycles:
         self._parts: deque[_Part] = deque()  # under way, oldest first
         self._unsettled: deque[_Cycle] = deque()
         self._known: Payload | None = None  # what all workers are known to average
+        self._before: _Before | None = None  # of what is sent after the next step
 
     @property
     def fresh(self) -> bool:
@@ -155,6 +179,22 @@ class Cycles:
         self._launch(cycle, payload, step)
         return held
 
+    def look_ahead(self, period: int) -> None:
+        """Keep what the part holds that is sent after the next step, if its momentum is to be looked at then.
+
+        Args:
+            period: p, as far as is known, when that part is sent.
+        """
+        self._before = None
+        payload, cycle = self._known, self._cycle
+        is_due = self.stagger or self._steps + 1 - self._sent_at >= period
+        if payload is None or self.overlap == 0 or not is_due or not any(self._momenta()):
+            return
+        part, parts = 0, period if self.stagger else 1
+        if cycle is not None and cycle.sent < cycle.parts:
+            part, parts = cycle.sent, cycle.parts
+        self._before = _Before(payload, part, parts, payload.averager.keep(part, parts))
+
     def receive(self, step: int, everything: bool = False) -> tuple[list[Meeting], list[Measured]]:
         """Adopt the means that are due now, and return what was measured in cycles that have ended.
 
@@ -183,6 +223,7 @@ class Cycles:
     def _begin_anew(self) -> None:
         self._steps = self._sent_at = 0
         self._cycle = None
+        self._before = None
 
     def _new_cycle(self, parts: int, period: int, began_fresh: bool) -> _Cycle:
         return _Cycle(
@@ -207,12 +248,15 @@ class Cycles:
 
     def _launch(self, cycle: _Cycle, payload: Payload, step: int) -> None:
         call = self._call("a part of an averaging round", "period", cycle.period)
+        ahead = [sum(momentum**step for step in range(1, cycle.delay + 1)) for momentum in self._momenta()]
+        before = self._before
+        values = before.values if before is not None and before.is_of(payload, cycle) and any(ahead) else None
         try:
-            in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier)
+            in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
         except CollectiveError as error:
             raise self._lost(call, error) from error
         meeting = Meeting(self._workers, call._replace(finite=finite))
-        self._parts.append(_Part(cycle, payload, call, meeting, in_flight, self._steps))
+        self._parts.append(_Part(cycle, payload, call, meeting, in_flight, self._steps, values is not None))
         cycle.sent += 1
         cycle.step = step
         self._sent_at = self._steps
@@ -243,7 +287,8 @@ class Cycles:
 
     def _adopt_part(self, part: _Part, step: int) -> None:
         cycle = part.cycle
-        deviations = part.payload.averager.adopt(part.in_flight, moved=self._steps > part.step)
+        as_sent = self._steps == part.step and not part.looked_ahead
+        deviations = part.payload.averager.adopt(part.in_flight, moved=not as_sent)
         rates = self._learning_rates()  # perhaps of groups, too, that were added since it was sent
         cycle.variance += deviations.sum()
         for deviation, rate in zip(deviations, rates, strict=False):
@@ -251,7 +296,7 @@ class Cycles:
                 cycle.ratio += deviation / rate
         cycle.adopted += 1
         if cycle.adopted == cycle.parts:
-            if cycle.parts == 1 and self._steps == part.step:
+            if cycle.parts == 1 and as_sent:
                 self._begin_anew()
             call = self._call("the end of a round under way", "period", cycle.period)
             rate = next((rate for rate in rates if rate > 0.0), 0.0)

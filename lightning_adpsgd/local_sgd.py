@@ -186,6 +186,7 @@ class LocalSGD:
                 carrier=carrier or self.workers.on_connections_of_their_own(),
                 call=self._call,
                 learning_rates=partial(_learning_rates, optimizer),
+                momenta=partial(_momenta, optimizer),
             )
 
         _learning_rates(optimizer)
@@ -337,7 +338,10 @@ class LocalSGD:
                 self._take_note(cycles.send(self.steps, self.period.value))
         except Diverged:
             return self._average("period", ())
-        return self._receive(cycles) or round_
+        round_ = self._receive(cycles) or round_
+        with self._booked():
+            cycles.look_ahead(self.period.value)
+        return round_
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -655,3 +659,8 @@ def _learning_rates(optimizer: Optimizer) -> list[float]:
             )
         rates.append(float(rate))
     return rates
+
+
+def _momenta(optimizer: Optimizer) -> list[float]:
+    """Of each parameter group, which part of a step the next one repeats, as its momentum or Adam's β₁ says."""
+    return [float(group.get("momentum") or (group.get("betas") or (0.0,))[0]) for group in optimizer.param_groups]

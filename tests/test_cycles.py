@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import AveragingRound, LocalSGD
+from lightning_adpsgd.local_sgd import _momenta
 from tests.test_local_sgd import RecordingPeriod
 
 pytestmark = pytest.mark.workers
@@ -40,11 +41,13 @@ def gradient(step: int, rank: int, place: int, shape: torch.Size) -> torch.Tenso
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def trained(rank: int | None, steps: int, rule: RecordingPeriod | int, **options: object) -> dict:
+def trained(
+    rank: int | None, steps: int, rule: RecordingPeriod | int, momentum: float = 0.0, **options: object
+) -> dict:
     """Train with gradients that are known beforehand; ``rank`` None is the caller's own."""
     rank = dist.get_rank() if rank is None else rank
     parameters = [nn.Parameter(tensor) for tensor in start()]
-    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=momentum)
     local_sgd = LocalSGD(optimizer, rule, bucket_size_mb=40 / 2**20, **options)
     rounds: list[AveragingRound] = []
     local_sgd.subscribe(rounds.append)
@@ -58,7 +61,9 @@ def trained(rank: int | None, steps: int, rule: RecordingPeriod | int, **options
     return {"history": history, "rounds": rounds, "local_sgd": local_sgd, "parameters": parameters}
 
 
-def follow(periods: list[int], stagger: bool, overlap: int, steps: int) -> tuple[list[list[torch.Tensor]], list[float]]:
+def follow(
+    periods: list[int], stagger: bool, overlap: int, steps: int, momentum: float = 0.0
+) -> tuple[list[list[torch.Tensor]], list[float]]:
     """What the history has to be, and S_k of every cycle; each element for itself, as the definition says."""
     workers = [torch.cat([tensor.reshape(-1) for tensor in start()]).clone() for _ in range(WORKERS)]
     shapes = [tensor.shape for tensor in start()]
@@ -68,10 +73,13 @@ def follow(periods: list[int], stagger: bool, overlap: int, steps: int) -> tuple
     period, sent, began = next(cycles), 0, 0
     flying: list[tuple[int, slice, list[torch.Tensor], int]] = []  # due, elements, snapshots, number of parts
     variances, variance = [], 0.0
+    velocities = [torch.zeros(length, dtype=torch.float64) for _ in range(WORKERS)]
     for step in range(1, steps + 1):
+        before = [worker.clone() for worker in workers]
         for rank in range(WORKERS):
             gradients = [gradient(step, rank, place, shape).reshape(-1) for place, shape in enumerate(shapes)]
-            workers[rank] = workers[rank] - 0.5 * torch.cat(gradients)
+            velocities[rank] = momentum * velocities[rank] + torch.cat(gradients)
+            workers[rank] = workers[rank] - 0.5 * velocities[rank]
 
         def arrive(step: int = step) -> None:
             while flying and flying[0][0] <= step:
@@ -87,6 +95,10 @@ def follow(periods: list[int], stagger: bool, overlap: int, steps: int) -> tuple
         if stagger or step - began == period:
             where = slice(length * sent // parts, length * (sent + 1) // parts)
             snapshots = [worker[where].clone() for worker in workers]
+            if variances or sent > 0:  # but for the very first part, whose step nobody has looked at
+                ahead = sum(momentum**again for again in range(1, min(overlap, period - 1) + 1))
+                for rank in range(WORKERS):
+                    snapshots[rank] += ahead * (workers[rank] - before[rank])[where]
             mean = sum(snapshots) / WORKERS
             variance += sum(float((mean - snapshot).square().sum()) for snapshot in snapshots) / WORKERS
             flying.append((step + min(overlap, period - 1), where, snapshots, parts))
@@ -124,6 +136,51 @@ def test_every_element_is_averaged_once_per_cycle_and_keeps_the_steps_taken_mean
         }
 
 
+def train_with_momentum(stagger: bool, overlap: int, period: int) -> dict:
+    outcome = trained(None, STEPS, RecordingPeriod(period), momentum=0.9, stagger=stagger, overlap=overlap)
+    return {"history": outcome["history"], "variances": [round_.variance for round_ in outcome["rounds"]]}
+
+
+@pytest.mark.parametrize("period", [3, 4])
+@pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)])
+def test_with_momentum_what_is_sent_is_what_will_have_become_of_it(pool, stagger, overlap, period):
+    history, variances = follow([period], stagger, overlap, STEPS, momentum=0.9)
+    for rank, outcome in enumerate(pool.run(train_with_momentum, stagger, overlap, period, workers=WORKERS)):
+        torch.testing.assert_close(torch.stack(outcome["history"]), torch.stack(history[rank]), rtol=0, atol=1e-12)
+        assert len(outcome["variances"]) >= 2
+        assert outcome["variances"] == pytest.approx(variances[: len(outcome["variances"])])
+
+
+def drift_with_momentum(overlap: int) -> dict:
+    outcome = trained(None, 41, RecordingPeriod(4), momentum=0.9, stagger=True, overlap=overlap)
+    return {"history": outcome["history"]}
+
+
+def test_looking_ahead_leaves_the_mean_of_the_workers_where_it_would_be(pool):
+    alone, _ = follow([100], False, 0, 41, momentum=0.9)
+    mean_alone = sum(states[-1] for states in alone) / WORKERS
+    outcomes = pool.run(drift_with_momentum, 1, workers=WORKERS)
+    mean = sum(outcome["history"][-1] for outcome in outcomes) / WORKERS
+    torch.testing.assert_close(mean, mean_alone, rtol=0, atol=1e-12)
+    apart = (outcomes[0]["history"][-1] - outcomes[1]["history"][-1]).norm()
+    assert apart < 0.5 * (alone[0][-1] - alone[1][-1]).norm()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momenta"),
+    [
+        (lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.5}, {"params": p[1:]}], lr=0.1), [0.5, 0.0]),
+        (lambda p: torch.optim.AdamW(p, betas=(0.8, 0.99)), [0.8]),
+        (lambda p: torch.optim.RMSprop(p), [0.0]),
+        (lambda p: torch.optim.Adagrad(p), [0.0]),
+    ],
+    ids=["SGD", "AdamW", "RMSprop", "Adagrad"],
+)
+def test_momentum_is_found_where_optimizers_keep_it(optimizer, momenta):
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    assert _momenta(optimizer(parameters)) == momenta
+
+
 def train_by(rule: Changing, overlap: int) -> dict:
     outcome = trained(None, 16, rule, stagger=True, overlap=overlap)
     return {"history": outcome["history"], "rounds": outcome["rounds"], "seen": rule.seen}
@@ -141,8 +198,8 @@ def test_a_new_period_cuts_anew_from_the_next_cycle_on(pool, overlap, periods):
         assert [round_.variance for round_ in rounds] == pytest.approx(variances[: len(rounds)])
 
 
-def force(stagger: bool, overlap: int, step: int) -> dict:
-    outcome = trained(None, step, RecordingPeriod(4), stagger=stagger, overlap=overlap)
+def force(stagger: bool, overlap: int, step: int, momentum: float) -> dict:
+    outcome = trained(None, step, RecordingPeriod(4), momentum, stagger=stagger, overlap=overlap)
     local_sgd, parameters, rounds = outcome["local_sgd"], outcome["parameters"], outcome["rounds"]
     sent = local_sgd.workers.payload_bytes
     forced = local_sgd.average("validation")
@@ -157,11 +214,12 @@ def force(stagger: bool, overlap: int, step: int) -> dict:
     }
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("step", range(3, 9))
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 3), (False, 1), (False, 3)])
-def test_whoever_looks_sees_the_same_on_all_workers_whatever_is_under_way(pool, stagger, overlap, step):
-    outcomes = pool.run(force, stagger, overlap, step, workers=WORKERS)
-    history, _ = follow([4], stagger, overlap, step)
+def test_whoever_looks_sees_the_same_on_all_workers_whatever_is_under_way(pool, stagger, overlap, step, momentum):
+    outcomes = pool.run(force, stagger, overlap, step, momentum, workers=WORKERS)
+    history, _ = follow([4], stagger, overlap, step, momentum)
     mean = sum(states[-1] for states in history) / WORKERS
     for outcome in outcomes:
         assert torch.equal(outcome["flat"], outcomes[0]["flat"])  # bit for bit

@@ -147,22 +147,41 @@ class ParameterAverager:
         self.differences.note(in_flight.range, arrived)
         return arrived
 
-    def send(self, part: int, parts: int, carrier: Workers) -> tuple[list[InFlight], Tensor]:
-        """Begin to average one of ``parts`` equal parts of the layout as it is now.
+    def keep(self, part: int, parts: int) -> list[Tensor]:
+        """A copy of one of ``parts`` equal parts of the layout, range by range."""
+        ranges = self._layout.cut(self._bucket_bytes, part, parts)
+        return [self._layout.pack(range_, self._layout.new_buffer(range_, self._workers.device)) for range_ in ranges]
+
+    def send(
+        self,
+        part: int,
+        parts: int,
+        carrier: Workers,
+        before: Sequence[Tensor] | None = None,
+        ahead: Sequence[float] = (),
+    ) -> tuple[list[InFlight], Tensor]:
+        """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
 
         Args:
             part: which one, from 0.
             parts: how many there are.
             carrier: the workers, on the connections that are to be used.
+            before: what :meth:`keep` has returned before the latest step, if that is known.
+            ahead: for each parameter group, how many times the change since then is expected to come once more.
 
         Returns:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
-        for range_ in self._layout.cut(self._bucket_bytes, part, parts):
+        for place, range_ in enumerate(self._layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self._layout.new_buffer(range_, self._workers.device) for _ in range(2))
             for chunk in self._layout.chunks(range_):
                 mine = chunk.pack(snapshot[chunk.start : chunk.stop])
+                if before is not None:
+                    earlier = before[place][chunk.start : chunk.stop]
+                    for group, start, stop in chunk.runs:
+                        here = slice(start, stop)
+                        torch.lerp(earlier[here], mine[here], 1.0 + ahead[group], out=mine[here])
                 values[chunk.start : chunk.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
             in_flight.append(InFlight(range_, *self._launch(range_, values, carrier, None, as_it_is=False), snapshot))
