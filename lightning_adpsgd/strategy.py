@@ -418,7 +418,12 @@ class ADPSGDStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._local_sgd:
             complete = all(local_sgd.is_complete for local_sgd in self._local_sgd)
-            state: dict[str, Any] = {"workers": self.world_size, "averaged": complete, "rank": self.global_rank}
+            state: dict[str, Any] = {
+                "workers": self._local_sgd[0].workers.count,
+                "ranks": self.world_size,
+                "averaged": complete,
+                "rank": self.global_rank,
+            }
             if "optimizer_states" in checkpoint:
                 state["optimizers"] = [local_sgd.state_dict() for local_sgd in self._local_sgd]
             checkpoint[CHECKPOINT_KEY] = state
@@ -432,7 +437,7 @@ class ADPSGDStrategy(DDPStrategy):
         state = checkpoint.get(CHECKPOINT_KEY, {})
         if not state.get("averaged", True):
             rank_zero_warn(
-                f"This checkpoint was saved when rank {state['rank']} of {state['workers']} failed: it holds"
+                f"This checkpoint was saved when rank {state['rank']} of {state['ranks']} failed: it holds"
                 " the weights and the optimizer state of that worker alone, not the average. All workers go on from"
                 " these. If you have an earlier checkpoint, it may be the better start."
             )
@@ -451,9 +456,10 @@ class ADPSGDStrategy(DDPStrategy):
         for local_sgd, saved in zip(self._local_sgd, state["optimizers"], strict=False):
             local_sgd.load_state_dict(saved)
             local_sgd.start_from_the_same()
-        if state["workers"] != self.world_size:
+        count = self._local_sgd[0].workers.count if self._local_sgd else state["workers"]
+        if state["workers"] != count:
             rank_zero_warn(
-                f"This checkpoint was written by {state['workers']} worker(s), and now there are {self.world_size}. All"
+                f"This checkpoint was written by {state['workers']} worker(s), and now there are {count}. All"
                 " go on from its average, and the averaging rule goes on with its period and its target, which was"
                 f" measured among {state['workers']}. The phases of the rule keep their lengths in steps, while an"
                 " epoch now has another number of steps."

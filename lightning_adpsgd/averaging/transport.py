@@ -53,7 +53,7 @@ class Differences:
         change = torch.sub(values, average).add_(error).div_(workers.count)
         rounded = self._rounded(change)
         torch.sub(change, rounded, out=error).mul_(workers.count)
-        return workers.sum_rounded(rounded, partial(self._round_sum, error, workers.count), average.dtype)
+        return workers.sum_rounded(rounded, partial(self._round_sum, error, workers.count), average.dtype, error)
 
     def receive(self, range_: Range, change: Tensor) -> Tensor:
         """The new average of a range, as a buffer of its own."""

@@ -217,8 +217,18 @@ class Workers:
         """Begin to replace ``buffer`` (contiguous) by its sum over the workers."""
         return Reduction(buffer, self._all_reduce(buffer) if self.count > 1 else None)
 
-    def sum_rounded(self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> Reduction:
-        """Begin to add up what is in a 16-bit type, in a wider one (see :class:`RoundedReduction`)."""
+    def sum_rounded(
+        self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype, debts: Tensor
+    ) -> Reduction:
+        """Begin to add up what is in a 16-bit type, in a wider one (see :class:`RoundedReduction`).
+
+        Args:
+            rounded: this worker's values, in a 16-bit type; shape (length,).
+            round_sum: rounds this rank's share of the sum, given the place of its first element.
+            dtype: in which to add.
+            debts: where ``round_sum`` keeps what it cuts off; shape (length,). When the sum has arrived, all ranks of
+                a worker hold the same there.
+        """
         self._count(rounded)
         with _as_collective_error():
             return RoundedReduction(rounded, round_sum, dtype, self._group)
@@ -425,19 +435,27 @@ class NodeWorkers(Workers):
         return _GatheredReduction(buffer, work, partial(self._gather, slices))
 
     @override
-    def sum_rounded(self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype) -> Reduction:
+    def sum_rounded(
+        self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype, debts: Tensor
+    ) -> Reduction:
         slices = rounded.tensor_split(self.ranks_per_node)
         place = self.rank % self.ranks_per_node
         mine = slices[place]
-        if len(mine) == 0:
-            return _GatheredReduction(rounded, None, partial(self._gather, slices))
-        self._count(mine)
-        offset = sum(len(part) for part in slices[:place])
-        with _as_collective_error():
-            under_way = RoundedReduction(
-                mine, lambda start, total: round_sum(offset + start, total), dtype, self._counterparts
-            )
-        return _GatheredReduction(rounded, None, partial(self._gather, slices), under_way, mine)
+        under_way = None
+        if len(mine) > 0:
+            self._count(mine)
+            offset = sum(len(part) for part in slices[:place])
+            with _as_collective_error():
+                under_way = RoundedReduction(
+                    mine, lambda start, total: round_sum(offset + start, total), dtype, self._counterparts
+                )
+
+        def gather() -> None:
+            self._gather(slices)
+            # The next cut may give an element to another rank of the node, which then has to know what is owed.
+            self._gather(debts.tensor_split(self.ranks_per_node))
+
+        return _GatheredReduction(rounded, None, gather, under_way, mine)
 
     def _gather(self, slices: Sequence[Tensor]) -> None:
         first = self.rank - self.rank % self.ranks_per_node

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import LocalSGD
+from lightning_adpsgd.averaging import FlatLayout, NodeWorkers, ParameterAverager, Workers
 
 pytestmark = pytest.mark.workers
 
@@ -116,3 +117,32 @@ def start_apart() -> list[int]:
         rounds.append(local_sgd.step())
     assert parameter[0].item() == -1.5
     return [round_.payload_bytes for round_ in rounds]
+
+
+def settle(kind: str, cycles: list[int]) -> float:
+    """How far a round that travels as it is ends from the mean of all changes, after cycles of so many parts."""
+    workers = NodeWorkers(2) if kind == "nodes" else Workers()
+    mine = workers.worker_of(dist.get_rank())
+    tensor = torch.zeros(24)
+    averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, torch.bfloat16)
+    averager.differences.start()
+    total = torch.zeros(24, dtype=torch.float64)
+    step = 0
+    for parts in cycles:
+        for part in range(parts):
+            step += 1
+            for worker in range(workers.count):
+                change = torch.rand(24, generator=torch.Generator().manual_seed(1000 * worker + step))
+                total += change.double() / workers.count
+                if worker == mine:
+                    tensor += change
+            in_flight, _ = averager.send(part, parts, workers)
+            averager.adopt(in_flight, moved=False)
+    averager.average()
+    return (tensor.double() - total).abs().max().item()
+
+
+@pytest.mark.parametrize("cycles", [[1, 1, 1], [3, 3, 3], [3, 4, 5]], ids=str)
+@pytest.mark.parametrize("kind", ["devices", "nodes"])
+def test_what_is_owed_is_settled_however_the_parts_were_cut(pool, kind, cycles):
+    assert max(pool.run(settle, kind, cycles, workers=2 if kind == "devices" else 4)) < 1e-5
