@@ -9,7 +9,7 @@ TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 class AveragingRound(NamedTuple):
     """What happened in one averaging round.
 
-    Everything but ``seconds`` is the same on every rank; where nodes are workers, bytes are those of this rank's slices.
+    Everything but ``seconds`` is the same on every rank. Where nodes are workers, bytes are those of a rank's slices.
     """
 
     step: int
