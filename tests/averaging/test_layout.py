@@ -4,6 +4,7 @@ import subprocess
 import sys
 from itertools import groupby
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -390,6 +391,81 @@ def test_runs_of_one_group_are_joined_if_nothing_lies_between_them():
     assert flat_layout.groups(Range(0, 0, 14)) == [(0, 0, 4), (0, 6, 8), (1, 8, 12)]
     assert flat_layout.groups(Range(0, 3, 11)) == [(0, 0, 1), (0, 3, 5), (1, 5, 8)]
     assert flat_layout.groups(Range(0, 4, 6)) == []
+
+
+# Chunks
+
+
+def at_most(elements):
+    return mock.patch.dict(layout._AT_ONCE, cpu=elements)
+
+
+@quick
+@given(windows(), st.integers(1, 7), st.data())
+def test_chunks_of_any_length_cover_a_range_once_and_know_its_groups(made, at_once, data):
+    with at_most(at_once):
+        flat_layout = layout_of(made)
+        for index, space in enumerate(spaces_of(made)):
+            start, stop = any_range(data, len(flattened(space)))
+            range_ = Range(index, start, stop)
+            chunks = flat_layout.chunks(range_)
+            assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+            assert chunks[-1].stop == len(range_)
+            # What has no flat view is copied whole to get at any of it: not in pieces, then.
+            assert all(len(chunk) <= at_once or (len(chunk._pieces) == 1 and not chunk._dense) for chunk in chunks)
+            in_chunks = [
+                (group, place) for c in chunks for group, a, b in c.runs for place in range(c.start + a, c.start + b)
+            ]
+            assert in_chunks == [(group, place) for group, a, b in flat_layout.groups(range_) for place in range(a, b)]
+
+
+@quick
+@given(windows(), st.integers(1, 7), st.data())
+def test_a_chunk_is_compared_with_values_and_moved_by_them(made, at_once, data):
+    with at_most(at_once):
+        flat_layout = layout_of(made)
+        for index, space in enumerate(spaces_of(made)):
+            flat = flattened(space)
+            groups = [each.group for each in space for _ in range(len(each.places()))]
+            start, stop = any_range(data, len(flat))
+            expected = flat.clone()
+            for chunk in flat_layout.chunks(Range(index, start, stop)):
+                here = slice(start + chunk.start, start + chunk.stop)
+                values = torch.full((len(chunk),), 3.0, dtype=flat.dtype)
+                assert torch.equal(chunk.difference(values, torch.empty_like(values)), flat[here] - 3.0)
+                chunk.move(mean=values, difference=values + 4.0)
+                moved = torch.tensor([group is not None for group in groups[here]])
+                expected[here] = torch.where(moved, flat[here] + 7.0, values)
+            assert torch.equal(flattened(space), expected)
+
+
+def test_chunks_are_found_once_and_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr(layout, "_REMEMBERED", 3)
+    flat_layout = FlatLayout([torch.zeros(10)], [0])
+    first = Range(0, 0, 2)
+    assert flat_layout.chunks(first) is flat_layout.chunks(first)
+    for start in range(1, 8):
+        flat_layout.chunks(Range(0, start, start + 2))
+        assert len(flat_layout._chunks) <= 3
+
+
+@quick
+@given(windows(), st.integers(1, 7), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+def test_only_what_belongs_to_a_group_has_to_be_finite(made, at_once, bad, data):
+    with at_most(at_once):
+        flat_layout = layout_of(made)
+        assert flat_layout.are_finite()
+        spoilt = data.draw(st.sampled_from(made))
+        if spoilt.tensor.numel() == 0:
+            return
+        places = spoilt.places()
+        spoilt.storage[places[data.draw(st.integers(0, len(places) - 1))]] = bad
+        assert bool(flat_layout.are_finite()) == (spoilt.group is None)
+
+
+def test_large_numbers_are_finite():
+    assert FlatLayout([torch.full((1000,), 3e38), torch.full((9,), -1e308, dtype=torch.float64)], [0, 1]).are_finite()
+    assert FlatLayout([torch.full((1000,), 65504.0, dtype=torch.float16)], [0]).are_finite()
 
 
 # What workers have to agree on
