@@ -638,6 +638,13 @@ class _FirstCallback(Callback):
     The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
     """
 
+    # Lightning opens a profiler's context around every hook of every callback, those that do nothing among them, unless
+    # they cannot be called; at every step that would cost more than all else that this strategy does there.
+    on_before_zero_grad = None  # type: ignore[assignment]
+    on_before_backward = None  # type: ignore[assignment]
+    on_after_backward = None  # type: ignore[assignment]
+    on_before_optimizer_step = None  # type: ignore[assignment]
+
     def __init__(self, strategy: ADPSGDStrategy) -> None:
         self._strategy = strategy
 

@@ -207,6 +207,22 @@ def test_the_same_count_sees_what_ddp_sends_at_every_step(pool):
         assert all(later > earlier for earlier, later in itertools.pairwise(sequence))
 
 
+# Invariant 8: a local step costs what a single-device step costs
+
+
+def profiled_hooks() -> list[str]:
+    fitted, _ = fit(ADPSGDStrategy(3), seeded(), profiler="simple")
+    return [name.split(".")[-1] for name in fitted.profiler.recorded_durations if "_FirstCallback" in name]
+
+
+@pytest.mark.workers
+def test_lightning_is_given_no_hooks_to_call_at_every_step_that_do_nothing(pool):
+    (hooks,) = pool.run_trainer(profiled_hooks, workers=1)
+    at_every_step = {"on_train_batch_start", "on_train_batch_end"}
+    assert at_every_step < set(hooks)
+    assert {name for name in hooks if "backward" in name or "optimizer" in name or "zero_grad" in name} == set()
+
+
 # Invariant 2: everyone takes the same decision
 
 
