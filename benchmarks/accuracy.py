@@ -44,6 +44,7 @@ from benchmarks.machine import connect, free_port, this_machine
 from benchmarks.ranks import Parent, RankFailedError, Ranks, ranks, serve
 from benchmarks.report import number, one_of, several
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy
+from lightning_adpsgd.averaging import ring_bytes
 
 REFERENCE = "plain"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -152,8 +153,6 @@ def train(contender: str, seed: int, settings: Mapping[str, Any], data_folder: s
 
 def ddp_bytes(model: nn.Module, workers: int) -> int:
     """What a ring all-reduce of all gradients sends."""
-    from lightning_adpsgd.averaging import ring_bytes
-
     return ring_bytes(sum(parameter.numel() * 4 for parameter in model.parameters()), workers)
 
 

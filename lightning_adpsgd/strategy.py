@@ -436,10 +436,11 @@ class ADPSGDStrategy(DDPStrategy):
         super().load_model_state_dict(checkpoint, strict=strict)
         state = checkpoint.get(CHECKPOINT_KEY, {})
         if not state.get("averaged", True):
+            ranks = state.get("ranks", state["workers"])  # files of an earlier version count ranks as workers
             rank_zero_warn(
-                f"This checkpoint was saved when rank {state['rank']} of {state['ranks']} failed: it holds"
-                " the weights and the optimizer state of that worker alone, not the average. All workers go on from"
-                " these. If you have an earlier checkpoint, it may be the better start."
+                f"This checkpoint was saved when rank {state['rank']} of {ranks} failed: it holds the weights and the"
+                " optimizer state of that worker alone, not the average. All workers go on from these. If you have an"
+                " earlier checkpoint, it may be the better start."
             )
 
     @override

@@ -186,7 +186,7 @@ def test_a_file_of_weights_only_holds_the_average_and_nothing_else(pool, tmp_pat
     file = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert identical([first, second, file["state_dict"]])
     assert "optimizer_states" not in file
-    assert file["adpsgd"] == {"workers": 2, "averaged": True, "rank": 0}
+    assert file["adpsgd"] == {"workers": 2, "ranks": 2, "averaged": True, "rank": 0}
 
 
 class SlowIO(TorchCheckpointIO):

@@ -17,8 +17,18 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-# What only those need who work on the package
-OWN_TOOLS = ("pytest", "hypothesis", "ruff", "mypy", "mkdocs", "mkdocs-material", "mkdocstrings")
+# What only those need who work on the package, or who compare it with others
+OWN_TOOLS = (
+    "pytest",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "mkdocs",
+    "mkdocs-material",
+    "mkdocstrings",
+    "accelerate",
+    "torchft",
+)
 # What comes with something else, in the same version
 NOT_ASKED_FOR = {"pytorch-lightning": "lightning"}
 # What the package has no bound for

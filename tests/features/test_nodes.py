@@ -336,7 +336,9 @@ def test_validations_and_checkpoints_hold_the_average_of_nodes_and_going_on_equa
         expected = loss_of(Drilled("sgd"), looks[0]["validated"][step])
         assert [look["losses"][step] for look in looks] == pytest.approx([expected] * RANKS, rel=1e-5)
     for step in SAVED_AT:
-        state = torch.load(tmp_path / f"step={step}.ckpt", weights_only=False)["state_dict"]
+        file = torch.load(tmp_path / f"step={step}.ckpt", weights_only=False)
+        assert (file["adpsgd"]["workers"], file["adpsgd"]["ranks"]) == (NODES, RANKS)
+        state = file["state_dict"]
         for name, tensor in mean_of_nodes(outcomes, step).items():
             torch.testing.assert_close(state[name], tensor, **tolerance)
     for step in (*SAVED_AT, *VALIDATED_AT):
