@@ -7,12 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, extremes, has_mean
+from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, has_mean
 from lightning_adpsgd.meeting import Described
-
-# Tensors of fewer elements are looked at together, that many at a time: what they are, is less than the call costs.
-_SMALL = 1 << 14
-_TOGETHER = 64
 
 
 class Payload(NamedTuple):
@@ -138,21 +134,7 @@ class Payloads:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element of any tensor is NaN or infinite."""
-    found: list[Tensor] = []
-    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        values = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
-        if values.numel() >= _SMALL:
-            found.append(extremes(values))
-        elif values.numel() > 0:
-            small.setdefault((values.dtype, values.device), []).append(values.reshape(-1))
-    for values_of_a_kind in small.values():
-        for first in range(0, len(values_of_a_kind), _TOGETHER):
-            found.append(extremes(torch.cat(values_of_a_kind[first : first + _TOGETHER])))
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for pair in found:
-        by_device.setdefault(pair.device, []).append(pair.double())
-    return all(bool(torch.isfinite(torch.stack(pairs)).all()) for pairs in by_device.values())
+    return bool(FlatLayout(tensors, [0] * len(tensors)).are_finite())
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes
+from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes, finite
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
 
@@ -185,9 +185,7 @@ class ParameterAverager:
                 values[chunk.start : chunk.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
             in_flight.append(InFlight(range_, *self._launch(range_, values, carrier, None, as_it_is=False), snapshot))
-        device = self._workers.device
-        finite = [each.to(device, torch.float64) for each in found]
-        return in_flight, torch.isfinite(torch.stack(finite)).all() if finite else torch.tensor(True, device=device)
+        return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.

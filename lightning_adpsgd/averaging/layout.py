@@ -48,6 +48,13 @@ def extremes(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values))
 
 
+def finite(found: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    """Whether all :func:`extremes` that were found are finite, as a bool tensor of one element on a device."""
+    if not found:
+        return torch.tensor(True, device=device)
+    return torch.isfinite(torch.stack([each.to(device, torch.float64) for each in found])).all()
+
+
 class FlatLayout:
     """An index space over many tensors, so that averaging can be cut anywhere, whatever the tensors' sizes.
 
@@ -171,11 +178,8 @@ class FlatLayout:
         Args:
             device: where to return it. Nobody waits for a device to get there.
         """
-        found = [
-            extremes(views[0] if len(views) == 1 else torch.cat(views)).to(device, torch.float64)
-            for views in self._looked_at_together
-        ]
-        return torch.isfinite(torch.stack(found)).all() if found else torch.tensor(True, device=device)
+        together = self._looked_at_together
+        return finite([extremes(views[0] if len(views) == 1 else torch.cat(views)) for views in together], device)
 
     @cached_property
     def _looked_at_together(self) -> list[list[Tensor]]:
