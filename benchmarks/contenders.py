@@ -8,7 +8,7 @@ What sets some of them apart from what else there is, and is not this package's 
 
 - Lightning broadcasts a tensor at every batch in every strategy of several processes (whether SIGTERM has come), so
   ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. It is what they cost their users, and is kept.
-- Lightning registers no communication hook on a CPU. It is done here for the three contenders that have one; left to
+- Lightning registers no communication hook on a CPU. It is done here for the contenders that have one; left to
   Lightning, ``post-local-sgd`` would send gradients and parameters both.
 - Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, post-local SGD
   included. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nobody averages them.
@@ -19,10 +19,15 @@ What sets some of them apart from what else there is, and is not this package's 
 - ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse looks for one
   every 100 ms by default; here it does so every 10 ms, because only one long wait per round would be measured.
 - ``adpsgd-bf16`` does not send in a ring but from each rank to each other one: with several ranks per host, more than
-  what is reported for a rank leaves the host.
+  what is reported for a rank leaves the host. The same goes for ``qsgd``.
 - PowerSGD gets all gradients in one bucket, when the backward pass is over. Its hook waits for collectives inside of
   callbacks, which gloo runs on two threads: with more buckets it hangs. And it compresses matrices, so how much it
   saves depends on the shapes of the model, and what it loses is not in a time per step: look at the loss.
+- ``qsgd`` quantizes on the cores that train, in PyTorch's operations and not in a kernel made for it, and only the
+  first of its two phases can hide behind the backward pass, while all of ``ddp`` can. Where the link is fast, or cores
+  are few, that takes more time than it saves. What its noise costs is in the loss, as with PowerSGD.
+- ``even`` has as many rounds as `Plan.mean_period` says, spread over the whole run: give it the mean period that an
+  adaptive run has had, and both have sent the same. How many of them are in the timed steps, may differ by one.
 """
 
 import gc
@@ -45,8 +50,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.baselines import EvenRounds, HookedDDP, QSGDStrategy
 from benchmarks.ranks import ADDRESS
 from benchmarks.training import Recipe, Record, Recorder, Sent, Task, loss_of, new_loader, new_network, new_optimizer
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, LocalSGD
@@ -67,6 +72,8 @@ class Plan:
     period: int
     adapt: bool
     """Whether ``AdaptivePeriod`` is to leave the period; it samples for the first quarter of the run then."""
+    mean_period: float | None = None
+    """Steps per averaging round of ``even``, which need not be whole."""
 
     @property
     def world_size(self) -> int:
@@ -115,27 +122,6 @@ def _alone(plan: Plan, record: Record) -> None:
     _fit(plan, record, strategy, devices=1, num_nodes=1, plugins=[LightningEnvironment()])
 
 
-class HookedDDP(DDPStrategy):
-    """DDP with a communication hook, on any device.
-
-    Args:
-        hook: PyTorch's function that reduces a bucket of gradients.
-        new_state: makes its state, once processes are connected.
-        options: of ``DDPStrategy``.
-    """
-
-    def __init__(self, hook: Callable[..., Any], new_state: Callable[[], Any], **options: Any) -> None:
-        super().__init__(**options)
-        self._hook = hook
-        self._new_state = new_state
-
-    def configure_ddp(self) -> None:
-        """Register the hook."""
-        super().configure_ddp()
-        assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(self._new_state(), self._hook)
-
-
 def _ddp(plan: Plan, record: Record) -> None:
     record.sent = _every_step(plan, record, bytes_per_parameter=4)
     _fit(plan, record, DDPStrategy())
@@ -161,6 +147,12 @@ def _ddp_powersgd(plan: Plan, record: Record) -> None:
     record.sent = sent
     one_bucket = 1 + 4 * _parameters(plan) // 2**20  # in MB
     _fit(plan, record, HookedDDP(powerSGD_hook, new_state, bucket_cap_mb=one_bucket))
+
+
+def _qsgd(plan: Plan, record: Record) -> None:
+    strategy = QSGDStrategy(seed=plan.recipe.seed)
+    record.sent = lambda: Sent(strategy.steps, strategy.sent_bytes)
+    _fit(plan, record, strategy)
 
 
 def _post_local_sgd(plan: Plan, record: Record) -> None:
@@ -198,6 +190,15 @@ class RoundCounter(Callback):
 
 def _constant(plan: Plan, record: Record) -> None:
     _average(plan, record, period=plan.period)
+
+
+def _even(plan: Plan, record: Record) -> None:
+    assert plan.mean_period is not None
+    _average(plan, record, EvenRounds(max(1, round(plan.recipe.steps / plan.mean_period))))
+
+
+def _needs_mean_period(plan: Plan) -> str | None:
+    return "it needs the mean period of another run; see --mean-period" if plan.mean_period is None else None
 
 
 def _average(plan: Plan, record: Record, period: AveragingPeriod | int, **options: Any) -> None:
@@ -337,10 +338,12 @@ CONTENDERS: dict[str, Contender] = {
         Contender("ddp", _ddp),
         Contender("ddp-bf16", _ddp_bf16),
         Contender("ddp-powersgd", _ddp_powersgd),
+        Contender("qsgd", _qsgd),
         Contender("post-local-sgd", _post_local_sgd),
         Contender("accelerate", _accelerate, _needs("accelerate")),
         Contender("torchft", _torchft, _needs("torchft")),
         Contender("constant", _constant),
+        Contender("even", _even, _needs_mean_period),
         Contender("adpsgd-loop", _loop_adpsgd),
         _adpsgd("adpsgd"),
         _adpsgd("adpsgd-overlap", overlap=1),

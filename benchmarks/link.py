@@ -334,7 +334,8 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int]:
         verify=not options.repacked,
         images=options.images,
     )
-    return Plan(recipe, options.hosts, options.ranks_per_host, options.period, options.adapt), warmup
+    plan = Plan(recipe, options.hosts, options.ranks_per_host, options.period, options.adapt, options.mean_period)
+    return plan, warmup
 
 
 def _whole(steps: int, period: int) -> int:
@@ -382,6 +383,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"of {', '.join(CONTENDERS)} (all that can run)",
     )
     add("--period", type=number(1), default=8, metavar="P", help="steps between two averaging rounds (8)")
+    add(
+        "--mean-period",
+        type=number(1, kind=float),
+        metavar="X",
+        help="steps per averaging round of the contender even, for example those that an adaptive run has had",
+    )
     add("--adapt", action="store_true", help="let adpsgd adapt the period after a quarter of the run")
     add("--model", choices=MODELS, default="mlp", help="what is trained (mlp)")
     add("--parameters", type=number(FEWEST_PARAMETERS), default=10**6, metavar="N", help="of the mlp (1000000)")
