@@ -160,10 +160,11 @@ def ddp_bytes(model: nn.Module, workers: int) -> int:
 def evaluate(network: nn.Module, images: Any, share: slice) -> tuple[float, int]:
     """The sum of the losses, and the number of right answers, on every so many-th image."""
     network.eval()
+    device = next(network.parameters()).device
     loss, right = 0.0, 0
     for indices in torch.arange(len(images))[share].split(EVALUATED_AT_ONCE):
         inputs, labels = images.__getitems__(indices.tolist())
-        logits = network(inputs)
+        logits, labels = network(inputs.to(device)), labels.to(device)
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(dim=1) == labels).sum())
     return loss, right

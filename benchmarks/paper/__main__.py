@@ -1,0 +1,178 @@
+"""The paper's comparison (arXiv:2007.06134) on CIFAR-10, from nothing to a page with a table and figures.
+
+    .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
+
+`plan.py` lists what is trained at each scale. Every run is a `Trainer.fit` on as many processes as there are workers,
+all on this machine. A run that is done is kept in a file below `--runs`, and is not done again: after an interruption
+the same command goes on. When all of them are done the page is written; `--page-only` writes it of what there is.
+
+Runs of one seed start from the same weights and see the same batches. The averaged model is looked at every other
+epoch on a copy, so that no round is added; what this communicates is not counted.
+
+CIFAR-10 is downloaded to `--data` unless it is there. Files that hold its images but are not those that were published
+(packed anew, say) are read as they are, with a note, and each run's file says so.
+
+At the scale ``gpu`` all ranks share one GPU. gloo takes that as it is; with ``--backend nccl`` each rank is told that
+it has a host of its own, as NCCL refuses two ranks of one host on one GPU.
+
+The exit code is 0, 2 if something failed, and 130 after Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import this_machine
+from benchmarks.paper.links import read_links
+from benchmarks.paper.page import Page
+from benchmarks.paper.plan import SCALES, Run, Study, runs_of
+from benchmarks.paper.results import Outcomes
+from benchmarks.paper.runs import Store, do
+from benchmarks.paper.training import carry_out
+from benchmarks.ranks import RankFailedError, ranks, serve
+from benchmarks.report import number, one_of, output_file, several
+from examples.image_classification.data import DATASETS
+
+FAILED, INTERRUPTED = 2, 130
+RANK_PROCESS = "--rank-process"
+LINK_RESULTS = Path("benchmarks/results")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, write, and return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == [RANK_PROCESS]:  # how ranks are started
+        serve(carry_out)
+        return 0
+    options = _parse(arguments)
+    studies = [study for study in SCALES[options.scale] if study.name in (options.studies or [study.name])]
+    runs = runs_of(studies, options.seeds)
+    store = Store(options.runs / options.scale)
+    try:
+        if not options.page_only:
+            train(runs, store, options)
+    except (RankFailedError, DataMissingError) as error:
+        print(f"A run could not be finished; those before it are kept. {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("Interrupted; runs that are done are kept, and the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    outcomes = Outcomes(store, runs)
+    if len(outcomes.missing) == len(runs):
+        print(f"There is nothing to write about: no run of this kind is done in {store.folder}.", file=sys.stderr)
+        return FAILED
+    write(studies, outcomes, store, options)
+    return 0
+
+
+# The runs
+
+
+class DataMissingError(RuntimeError):
+    """There are no images to train on."""
+
+
+def train(runs: Sequence[Run], store: Store, options: argparse.Namespace) -> None:
+    """Do what is not done yet."""
+    missing = [run for run in runs if store.result(run) is None]
+    _say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
+    if not missing:
+        return
+    order = {"data": str(options.data), "device": options.device, "backend": options.backend}
+    order["verify"] = find_images(options.data)
+    workers = missing[0].task.workers
+    with (
+        this_machine() as (machine,),
+        ranks([machine] * workers, 1, ["-m", "benchmarks.paper", RANK_PROCESS]) as started,
+    ):
+        for _ in do(missing, started, store, order, lambda run: _command(run, options), _say):
+            pass
+
+
+def find_images(folder: Path) -> bool:
+    """Download CIFAR-10 unless it is there.
+
+    Returns:
+        Whether the files are those that were published.
+
+    Raises:
+        DataMissingError: if it cannot be had.
+    """
+    facts = DATASETS["cifar10"]
+    for published, kind in ((True, facts.original), (False, facts.repacked)):
+        try:
+            kind(str(folder), train=True, download=False)
+        except RuntimeError:
+            continue
+        if not published:
+            _say(f"The files in {folder} are not those that were published; they are read as they are.")
+        return published
+    _say(f"CIFAR-10 is not in {folder}: downloading it.")
+    try:
+        facts.original(str(folder), train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataMissingError(
+            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}). Put the folder cifar-10-batches-py"
+            " there, or name the folder that holds it with --data (make paper DATA=...)."
+        ) from error
+    return True
+
+
+def _command(run: Run, options: argparse.Namespace) -> str:
+    study = next(study for study in SCALES[options.scale] if run in list(study.runs(run.seed)))
+    return f"{_base_command(options)} --studies {study.name} --seeds {run.seed + 1}"
+
+
+def _base_command(options: argparse.Namespace) -> str:
+    return f"python -m benchmarks.paper --scale {options.scale} --data {options.data} --runs {options.runs}"
+
+
+# The page
+
+
+def write(studies: Sequence[Study], outcomes: Outcomes, store: Store, options: argparse.Namespace) -> None:
+    """Write the page, and draw its figures."""
+    file: Path = options.page or store.folder / "results.md"
+    images = file.parent / "images"
+    links = {} if options.scale == "short" else read_links(LINK_RESULTS)
+    page = Page(studies, outcomes, links, str(store.folder), f"{_base_command(options)} --page {file}", images)
+    file.write_text(page.text())
+    print(f"{page.overview()}\n\nWritten: {file}, with figures in {images}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# The command
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description="Reproduce the paper's comparison on CIFAR-10."
+    )
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="cpu", help="how large: short, cpu (the default) or gpu")
+    names = {study.name: None for studies in SCALES.values() for study in studies}
+    add("--studies", type=several(one_of(names)), metavar="A,B", help=f"of {', '.join(names)} (all)")
+    add("--seeds", type=number(1), metavar="N", help="at most so many runs of each kind (what each study asks for)")
+    add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 (data)")
+    add("--runs", type=Path, default=Path("logs/paper"), metavar="DIR", help="where runs are kept (logs/paper)")
+    add("--page", type=output_file, metavar="FILE", help="what to write (results.md beside the runs)")
+    add("--page-only", action="store_true", help="train nothing, write the page of what there is")
+    add("--device", choices=("cpu", "cuda"), help="cuda: all ranks share one GPU (cuda for --scale gpu, or else cpu)")
+    add("--backend", choices=("gloo", "nccl"), default="gloo", help="what ranks talk with (gloo)")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if options.scale == "gpu" else "cpu")
+    if options.device == "cuda" and not options.page_only and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; expected one, or --scale cpu.")
+    if options.backend == "nccl" and options.device == "cpu":
+        parser.error("--backend nccl: expected --device cuda with it; on a CPU ranks talk with gloo.")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

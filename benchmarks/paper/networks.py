@@ -1,0 +1,103 @@
+"""Networks of the paper's families, as narrow as eight workers on two cores need them, and those of full size."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.googlenet import BasicConv2d, Inception
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
+
+from examples.image_classification.model import ARCHITECTURES
+
+CLASSES = 10
+
+
+def new_network(name: str) -> nn.Module:
+    """The network of that name for colour images of 32 pixels and ten classes, freshly initialised.
+
+    Args:
+        name: one of `SMALL`, or of the image example's architectures.
+    """
+    network = SMALL[name]() if name in SMALL else ARCHITECTURES[name](CLASSES, 3)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # He et al. 2015, arXiv:1502.01852
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network.to(memory_format=torch.channels_last)
+
+
+def parameter_count(name: str) -> int:
+    """How many parameters a network has."""
+    return sum(parameter.numel() for parameter in new_network(name).parameters())
+
+
+def _vgg_tiny() -> nn.Module:
+    """Five 3x3 convolutions with batch norm between three poolings, and two linear layers; 66 k parameters."""
+    features = make_layers([16, "M", 32, "M", 64, 64, "M"], batch_norm=True)
+    head = [nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, CLASSES)]
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+
+def _googlenet_tiny() -> nn.Module:
+    """Two Inception blocks behind a stem that divides the resolution by four, as GoogLeNet's does; 26 k parameters."""
+    return nn.Sequential(
+        BasicConv2d(3, 24, kernel_size=3, padding=1, stride=2),
+        nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        Inception(24, 24, 16, 32, 4, 12, 12),  # 24 + 32 + 12 + 12 = 80 channels
+        nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        Inception(80, 32, 24, 48, 6, 16, 16),  # 112
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(112, CLASSES),
+    )
+
+
+def _resnet_tiny() -> nn.Module:
+    """ResNet-8 (He et al., arXiv:1512.03385, section 4.2) behind a stem that halves the resolution; 78 k parameters."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for width, stride in ((16, 1), (32, 2), (64, 2)):
+        shortcut = None
+        if stride != 1:
+            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        layers.append(BasicBlock(channels, width, stride, shortcut))
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer (Dosovitskiy et al., arXiv:2010.11929) for images of 32 pixels, pooled by the mean.
+
+    Args:
+        width: of a token.
+        depth: encoder layers.
+        heads: per layer.
+        patch: height and width of what becomes a token, in pixels.
+    """
+
+    def __init__(self, width: int = 48, depth: int = 3, heads: int = 3, patch: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, (32 // patch) ** 2, width), std=0.02))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 32, 32) to logits (N, classes)."""
+        tokens = self.embed(images).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.encoder(tokens).mean(dim=1))
+
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "vgg_tiny": _vgg_tiny,
+    "googlenet_tiny": _googlenet_tiny,
+    "resnet_tiny": _resnet_tiny,
+    "vit_tiny": VisionTransformer,
+    "vit_small": lambda: VisionTransformer(width=192, depth=9, heads=3),
+}
+"""By name; those that a CPU trains, but for ``vit_small``."""

@@ -1,0 +1,197 @@
+"""What is trained, by which contenders and with how many seeds: the studies, at each of three scales."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+Method = Literal["full", "qsgd", "constant", "matched", "adaptive"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to bring the workers' models together."""
+
+    name: str
+    title: str
+    method: Method
+    """``matched`` is CPSGD that spreads as many rounds as ``adpsgd`` had with the same task and seed over the run."""
+    period: int | None = None
+    """Of ``constant``; the first one of ``adaptive``."""
+    sampling: float | None = None
+    """Of ``adaptive``: K_s, as a share of the run."""
+    optimizer_state: str = "local"
+    """What a round does to momentum and moments."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, whoever does it."""
+
+    name: str
+    title: str
+    network: str
+    workers: int
+    batch_size: int
+    """Images per worker and step."""
+    images: int | None
+    """The first so many of the training images; None is all."""
+    epochs: int
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["steps", "cosine"] = "steps"
+    """Both after a linear warm-up: two decays to a tenth each, or a cosine to 0."""
+    learning_rate: float = 0.1
+    """The peak."""
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 1.0
+    decay_at: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the run."""
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    task: Task
+    contender: Contender
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Where it is kept, below a folder of runs."""
+        return f"{self.task.name}/{self.contender.name}-seed{self.seed}.json"
+
+    def settings(self, rounds: int | None) -> dict[str, Any]:
+        """All that it depends on.
+
+        Args:
+            rounds: those of ``adpsgd``, for a contender that is ``matched``.
+        """
+        task = {**asdict(self.task), "decay_at": list(self.task.decay_at)}
+        known = {"task": task, "contender": asdict(self.contender), "seed": self.seed}
+        return known if rounds is None else {**known, "rounds": rounds}
+
+
+class Study(NamedTuple):
+    """A question, and the runs that answer it."""
+
+    name: str
+    asks: str
+    tasks: Sequence[Task]
+    contenders: Sequence[Contender]
+    seeds: int
+
+    def runs(self, seed: int) -> Iterator[Run]:
+        """Those of one seed; ``adpsgd`` comes before what is matched to it."""
+        for task in self.tasks:
+            for contender in self.contenders:
+                yield Run(task, contender, seed)
+
+
+# The contenders
+
+ADPSGD = Contender("adpsgd", "ADPSGD", "adaptive", period=4, sampling=0.25)
+
+
+def _adaptive(initial: int, sampling: float) -> Contender:
+    if (initial, sampling) == (ADPSGD.period, ADPSGD.sampling):
+        return ADPSGD
+    name, title = f"adpsgd-p{initial}-s{sampling:g}", f"ADPSGD, p_init = {initial}, K_s = {sampling:g} K"
+    return Contender(name, title, "adaptive", period=initial, sampling=sampling)
+
+
+RARE = _adaptive(8, 0.25)
+"""With a first period as long as CPSGD's, it has fewer rounds."""
+FULL = Contender("full", "full communication", "full")
+CPSGD_8 = Contender("cpsgd-8", "CPSGD, p = 8", "constant", period=8)
+MATCHED = Contender("cpsgd-matched", "CPSGD, ADPSGD's rounds", "matched")
+QSGD = Contender("qsgd", "QSGD, 8 bits", "qsgd")
+PAPER = (ADPSGD, FULL, CPSGD_8, MATCHED, QSGD, RARE)
+TODAY = (ADPSGD, FULL, CPSGD_8, MATCHED)
+
+
+def _constant(period: int, optimizer_state: str) -> Contender:
+    name, title = f"cpsgd-{period}-{optimizer_state}", f"CPSGD, p = {period}, momentum: {optimizer_state}"
+    return Contender(name, title, "constant", period=period, optimizer_state=optimizer_state)
+
+
+GRID = tuple(_adaptive(initial, sampling) for initial in (2, 4, 8) for sampling in (0.1, 0.25, 0.5))
+MOMENTUM = (CPSGD_8, _constant(16, "average"), _constant(8, "average"), _constant(8, "reset"))
+MOMENTS = (CPSGD_8, _constant(24, "average"), _constant(8, "average"))
+"""Adam has two of them, so that a round which averages them sends three times as much."""
+
+
+# The scales
+
+
+def _tasks(networks: Sequence[tuple[str, str, str]], **common: Any) -> tuple[Task, ...]:
+    return tuple(Task(name, title, network, **common) for name, title, network in networks)
+
+
+def _studies(tasks: Sequence[Task], transformer: Task, seeds: int) -> tuple[Study, ...]:
+    """All studies; the paper's on all tasks, those about the rule on the last of them."""
+    last = tasks[-1]
+    cosine = replace(last, name=f"{last.name}-cosine", title=f"{last.title}, cosine decay", schedule="cosine")
+    return (
+        Study("paper", "The paper's comparison", tasks, PAPER, seeds),
+        Study("cosine", "The rule under a cosine decay", [cosine], TODAY, seeds),
+        Study("adamw", "The rule under AdamW", [transformer], TODAY, seeds),
+        Study("momentum", "Averaging the momentum", [last], MOMENTUM, seeds),
+        Study("moments", "Averaging Adam's moments", [transformer], MOMENTS, seeds),
+        Study("rule", "p_init and sampling", [last], GRID, seeds),
+    )
+
+
+def _transformer(network: str, **common: Any) -> Task:
+    adamw = {"optimizer": "adamw", "schedule": "cosine", "learning_rate": 2e-3, "weight_decay": 0.05}
+    return Task("vit-adamw", "vision transformer, AdamW, cosine decay", network, **common, **adamw)
+
+
+_SHORT = {"workers": 8, "batch_size": 16, "images": 6400, "epochs": 10}
+_CPU = {"workers": 8, "batch_size": 16, "images": 12800, "epochs": 12}
+_GPU = {"workers": 16, "batch_size": 32, "images": None, "epochs": 60}
+
+SCALES: dict[str, tuple[Study, ...]] = {
+    "short": (
+        Study("paper", "The paper's comparison", _tasks([("resnet", "ResNet", "resnet_tiny")], **_SHORT), PAPER, 1),
+    ),
+    "cpu": _studies(
+        _tasks(
+            [
+                ("vgg", "VGG", "vgg_tiny"),
+                ("googlenet", "GoogLeNet", "googlenet_tiny"),
+                ("resnet", "ResNet", "resnet_tiny"),
+            ],
+            **_CPU,
+        ),
+        _transformer("vit_tiny", **_CPU),
+        seeds=3,
+    ),
+    "gpu": _studies(
+        _tasks(
+            [
+                ("vgg16", "VGG-16", "vgg16"),
+                ("googlenet", "GoogLeNet", "googlenet"),
+                ("resnet18", "ResNet-18", "resnet18"),
+            ],
+            **_GPU,
+        ),
+        _transformer("vit_small", **_GPU),
+        seeds=3,
+    ),
+}
+"""The studies by scale: ``short`` for a look, ``cpu`` for two cores, ``gpu`` at full size with all ranks on one GPU."""
+
+
+def runs_of(studies: Sequence[Study], seeds: int | None = None) -> list[Run]:
+    """Every run once, study by study and seed by seed.
+
+    Args:
+        studies: what to answer.
+        seeds: how many at most; None is what each study asks for.
+    """
+    found = {
+        run.file: run
+        for study in studies
+        for seed in range(study.seeds if seeds is None else min(seeds, study.seeds))
+        for run in study.runs(seed)
+    }
+    return list(found.values())

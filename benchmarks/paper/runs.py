@@ -1,0 +1,173 @@
+"""The runs: done one after the other by ranks that stay, kept as JSON, and not done again."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.machine import free_port
+from benchmarks.paper.plan import ADPSGD, Run
+from benchmarks.ranks import Ranks
+
+Result = dict[str, Any]
+"""What came of a run, see :func:`combine`."""
+
+
+class Store:
+    """A folder with a file per run that is done.
+
+    Args:
+        folder: is made when the first run is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def result(self, run: Run) -> Result | None:
+        """What came of a run; None if it was not done, or with other settings than it has now."""
+        settings = self.settings(run)
+        file = self.folder / run.file
+        if settings is None or not file.is_file():
+            return None
+        content = json.loads(file.read_text())
+        return content["result"] if content["settings"] == settings else None
+
+    def settings(self, run: Run) -> dict[str, Any] | None:
+        """All that a run depends on; None if another one that it depends on is not done."""
+        if run.contender.method != "matched":
+            return run.settings(None)
+        model = self.result(run._replace(contender=ADPSGD))
+        return None if model is None else run.settings(model["rounds"])
+
+    def keep(self, run: Run, result: Result, command: str, data: Mapping[str, Any]) -> None:
+        """Write a run down, whole or not at all.
+
+        Args:
+            run: the run.
+            result: what came of it.
+            command: what does this run and no other.
+            data: what is to be said of the images.
+        """
+        file = self.folder / run.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "command": command,
+            "settings": self.settings(run),
+            "data": dict(data),
+            "machine": report.machine(),
+            "result": result,
+        }
+        partial = file.with_suffix(".partial")
+        partial.write_text(_compact(content))
+        partial.replace(file)
+
+
+def _compact(content: Mapping[str, Any]) -> str:
+    """JSON with a line per entry of the two upper levels: short, and a change of it can be read."""
+    lines = []
+    for name, value in content.items():
+        if name == "result":
+            inner = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in value.items())
+            lines.append(f'"result": {{\n  {inner}\n }}')
+        else:
+            lines.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
+    """What all ranks say about one run, put together.
+
+    Returns:
+        ``steps``, ``parameters``, ``rounds`` (averages over all workers, of parameters or of gradients), ``sent_bytes``
+        (per rank), ``final_loss`` and ``accuracy`` (of the averaged model, on all training and on all test images),
+        ``curve`` (a list with the entries of each epoch: the training loss, a mean over workers and steps, each on its
+        own replica and augmented batches; bytes sent until then; and the averaged model's accuracy, or None), and
+        ``averaging`` (a list for each property of the rounds).
+    """
+    first = answers[0]
+    accuracy = sum(answer["right"] for answer in answers) / first["test_images"]
+    curve = [_point(points, first["test_images"]) for points in zip(*(a["curve"] for a in answers), strict=True)]
+    curve[-1] |= {"accuracy": accuracy, "sent_bytes": first["sent_bytes"]}  # once all have met at the end
+    return {
+        "steps": first["steps"],
+        "parameters": first["parameters"],
+        "rounds": first["rounds"],
+        "sent_bytes": first["sent_bytes"],
+        "final_loss": _rounded(sum(answer["train_loss_sum"] for answer in answers) / first["train_images"]),
+        "accuracy": accuracy,
+        "curve": curve,
+        "averaging": first["averaging"],
+    }
+
+
+def _point(points: Sequence[Mapping[str, Any]], test_images: int) -> dict[str, Any]:
+    first = points[0]
+    looked = first["right"] is not None
+    return {
+        "epoch": first["epoch"],
+        "step": first["step"],
+        "loss": _rounded(statistics.fmean(point["loss"] for point in points)),
+        "sent_bytes": first["sent_bytes"],
+        "accuracy": sum(point["right"] for point in points) / test_images if looked else None,
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def do(
+    missing: Sequence[Run],
+    started: Ranks,
+    store: Store,
+    order: Mapping[str, Any],
+    command_of: Callable[[Run], str],
+    say: Callable[[str], None],
+) -> Iterator[Run]:
+    """Do the runs that are not done, keep each, and say how long the rest will take.
+
+    Args:
+        missing: which ones; what another one depends on comes first.
+        started: the ranks.
+        store: where to keep them.
+        order: what all orders to the ranks have in common: data, verify, device, backend.
+        command_of: the command that does a run and no other.
+        say: is told what came of each, and what is left.
+
+    Yields:
+        Each run when it is done.
+    """
+    seconds: dict[str, list[float]] = {}
+    common = {**order, "master_port": free_port()}
+    for place, run in enumerate(missing):
+        began = time.monotonic()
+        result = combine(started.run({**common, "settings": store.settings(run)}))
+        store.keep(run, result, command_of(run), {"verified": order["verify"]})
+        seconds.setdefault(run.task.name, []).append(time.monotonic() - began)
+        left = time_left(missing[place + 1 :], seconds)
+        say(
+            f"{place + 1:>{len(str(len(missing)))}} of {len(missing)}  {run.task.title}, {run.contender.title}, seed"
+            f" {run.seed}: {result['rounds']:,} rounds, {report.bytes_readable(result['sent_bytes'])},"
+            f" loss {result['final_loss']:.4f}, accuracy {100 * result['accuracy']:.2f} %"
+            f"  ({seconds[run.task.name][-1]:.0f} s; {_minutes(left)})"
+        )
+        yield run
+
+
+def time_left(missing: Sequence[Run], seconds: Mapping[str, Sequence[float]]) -> float:
+    """Seconds that the missing runs take if each takes as long as those of its task, or of all tasks, have taken.
+
+    Args:
+        missing: the runs.
+        seconds: of runs that were done, by task; of one at least.
+    """
+    overall = report.median([each for known in seconds.values() for each in known])
+    return sum(report.median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {math.ceil(seconds / 60)} min left" if seconds else "none left"
