@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-oldest bench lint docs clean
+.PHONY: demo test test-oldest bench paper lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from nothing)
 demo: $(VENV)/.installed-examples
@@ -20,6 +20,11 @@ test-oldest: $(OLDEST)/.installed-dev
 ## Run short benchmarks that need no GPU and print one page (about five minutes; as root also those on links)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
+
+## Repeat the paper's comparison in short: one network, one seed, a part of CIFAR-10 (which is downloaded, unless DATA has it)
+DATA ?= data
+paper: $(VENV)/.installed-examples
+	$(BIN)/python -m benchmarks.paper --scale short --data $(DATA)
 
 ## Check format, lint and types
 lint: $(VENV)/.installed-dev

@@ -47,24 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == [RANK_PROCESS]:  # how ranks are started
         serve(carry_out)
         return 0
-    options = _parse(arguments)
-    studies = [study for study in SCALES[options.scale] if study.name in (options.studies or [study.name])]
-    runs = runs_of(studies, options.seeds)
-    store = Store(options.runs / options.scale)
+    options = parse(arguments)
     try:
         if not options.page_only:
-            train(runs, store, options)
+            train(options)
     except (RankFailedError, DataMissingError) as error:
         print(f"A run could not be finished; those before it are kept. {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("Interrupted; runs that are done are kept, and the same command goes on.", file=sys.stderr)
         return INTERRUPTED
-    outcomes = Outcomes(store, runs)
-    if len(outcomes.missing) == len(runs):
-        print(f"There is nothing to write about: no run of this kind is done in {store.folder}.", file=sys.stderr)
+    page = new_page(options)
+    if page is None:
+        print(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.", file=sys.stderr)
         return FAILED
-    write(studies, outcomes, store, options)
+    options.page.write_text(page.text())
+    page.draw()
+    print(f"{page.overview()}\n\nWritten: {options.page}, with figures in {_images(options)}")
     return 0
 
 
@@ -75,8 +74,14 @@ class DataMissingError(RuntimeError):
     """There are no images to train on."""
 
 
-def train(runs: Sequence[Run], store: Store, options: argparse.Namespace) -> None:
-    """Do what is not done yet."""
+def train(options: argparse.Namespace) -> None:
+    """Do what is not done yet.
+
+    Raises:
+        DataMissingError: if there are no images.
+        RankFailedError: if a run fails.
+    """
+    runs, store = runs_of(_studies(options), options.seeds), Store(_folder(options))
     missing = [run for run in runs if store.result(run) is None]
     _say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
     if not missing:
@@ -122,7 +127,7 @@ def find_images(folder: Path) -> bool:
 
 
 def _command(run: Run, options: argparse.Namespace) -> str:
-    study = next(study for study in SCALES[options.scale] if run in list(study.runs(run.seed)))
+    study = next(study for study in _studies(options) if run in study.runs(run.seed))
     return f"{_base_command(options)} --studies {study.name} --seeds {run.seed + 1}"
 
 
@@ -133,14 +138,30 @@ def _base_command(options: argparse.Namespace) -> str:
 # The page
 
 
-def write(studies: Sequence[Study], outcomes: Outcomes, store: Store, options: argparse.Namespace) -> None:
-    """Write the page, and draw its figures."""
-    file: Path = options.page or store.folder / "results.md"
-    images = file.parent / "images"
+def new_page(options: argparse.Namespace) -> Page | None:
+    """The page of what is done; None if nothing is."""
+    studies = _studies(options)
+    runs = runs_of(studies, options.seeds)
+    outcomes = Outcomes(Store(_folder(options)), runs)
+    if len(outcomes.missing) == len(runs):
+        return None
     links = {} if options.scale == "short" else read_links(LINK_RESULTS)
-    page = Page(studies, outcomes, links, str(store.folder), f"{_base_command(options)} --page {file}", images)
-    file.write_text(page.text())
-    print(f"{page.overview()}\n\nWritten: {file}, with figures in {images}")
+    command = f"{_base_command(options)} --page {options.page}"
+    return Page(studies, outcomes, links, str(_folder(options)), command, _images(options))
+
+
+def _studies(options: argparse.Namespace) -> list[Study]:
+    return [study for study in SCALES[options.scale] if study.name in (options.studies or [study.name])]
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    folder: Path = options.runs / options.scale
+    return folder
+
+
+def _images(options: argparse.Namespace) -> Path:
+    images: Path = options.page.parent / "images"
+    return images
 
 
 def _say(text: str) -> None:
@@ -150,7 +171,8 @@ def _say(text: str) -> None:
 # The command
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What is asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description="Reproduce the paper's comparison on CIFAR-10."
     )
@@ -166,6 +188,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="cuda: all ranks share one GPU (cuda for --scale gpu, or else cpu)")
     add("--backend", choices=("gloo", "nccl"), default="gloo", help="what ranks talk with (gloo)")
     options = parser.parse_args(arguments)
+    options.page = options.page or _folder(options) / "results.md"
     options.device = options.device or ("cuda" if options.scale == "gpu" else "cpu")
     if options.device == "cuda" and not options.page_only and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; expected one, or --scale cpu.")

@@ -23,6 +23,10 @@ from benchmarks.paper.results import (
 ALL_IMAGES = 50_000
 MEGABYTE = 1e6
 
+LOSS, ACCURACY, VARIANCE, HABITS = (f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits"))
+OBSERVED = (CPSGD_8, ADPSGD)
+"""Of which figures show what the rule sees."""
+
 Cells = Sequence[str]
 
 
@@ -61,9 +65,19 @@ class Page:
         self.claims = claims(outcomes, paper.tasks if paper else [], links)
 
     def text(self) -> str:
-        """All of it, in Markdown; draws the figures."""
+        """All of it, in Markdown."""
         parts = [self._head(), self._claims(), self._comparison(), self._time(), self._habits(), self._state()]
         return "\n\n".join(part for part in [*parts, self._rule(), self._sources()] if part) + "\n"
+
+    def draw(self) -> None:
+        """The figures that the text shows."""
+        paper, habits = self._studies.get("paper"), self._habitual_tasks()
+        if paper is not None:
+            figures.loss(self._outcomes, paper.tasks, paper.contenders, self._images / LOSS)
+            figures.accuracy(self._outcomes, paper.tasks, paper.contenders, self._images / ACCURACY)
+            figures.variance(self._outcomes, paper.tasks, OBSERVED, self._images / VARIANCE)
+        if habits:
+            figures.variance(self._outcomes, habits, OBSERVED, self._images / HABITS)
 
     def overview(self) -> str:
         """The tables of the comparison and the verdicts, for a terminal."""
@@ -118,18 +132,15 @@ class Page:
         if study is None:
             return ""
         tables = [f"### {task.title}\n\n{self._contenders(task, study.contenders)}" for task in study.tasks]
-        figures.loss(self._outcomes, study.tasks, study.contenders, self._images / "results-loss.png")
-        figures.accuracy(self._outcomes, study.tasks, study.contenders, self._images / "results-accuracy.png")
-        figures.variance(self._outcomes, study.tasks, [CPSGD_8, ADPSGD], self._images / "results-variance.png")
         return "\n\n".join(
             [
                 "## The comparison",
                 *tables,
-                self._image("results-loss.png", "Training loss against epochs and against bytes sent"),
+                self._image(LOSS, "Training loss against epochs and against bytes sent"),
                 "Training loss is that of the workers' own replicas on augmented batches, the mean of an epoch. Bands"
                 " go from the least to the greatest seed.",
-                self._image("results-accuracy.png", "Test accuracy against bytes sent"),
-                self._image("results-variance.png", "Variance, its ratio to the learning rate, and the period"),
+                self._image(ACCURACY, "Test accuracy against bytes sent"),
+                self._image(VARIANCE, "Variance, its ratio to the learning rate, and the period"),
                 "S_k, S_k / γ_k and the period of one seed: with a constant period the ratio falls with the learning"
                 " rate, and the adaptive one answers with longer periods.",
             ]
@@ -181,17 +192,16 @@ class Page:
         )
 
     def _habits(self) -> str:
-        tasks = [task for name in ("cosine", "adamw") if name in self._studies for task in self._studies[name].tasks]
+        tasks = self._habitual_tasks()
         if not tasks:
             return ""
         contenders = (FULL, CPSGD_8, MATCHED, ADPSGD)
-        figures.variance(self._outcomes, tasks, [CPSGD_8, ADPSGD], self._images / "results-habits.png")
         with_steps = [*self._studies["paper"].tasks, *tasks] if "paper" in self._studies else tasks
         return "\n\n".join(
             [
                 "## The rule under today's habits",
                 *(f"### {task.title}\n\n{self._contenders(task, contenders)}" for task in tasks),
-                self._image("results-habits.png", "Variance, ratio and period under cosine decay and AdamW"),
+                self._image(HABITS, "Variance, ratio and period under cosine decay and AdamW"),
                 "### Does S_k / γ_k still carry the information?",
                 "Its median in each quarter of the run, relative to the one in the second quarter, where the rate is at"
                 " or near its peak (means over the seeds). Where it falls with a constant period, that period is too"
@@ -210,7 +220,7 @@ class Page:
     def _quarters(self, tasks: Iterable[Task]) -> str:
         rows = []
         for task in tasks:
-            for contender in self._outcomes.known(task, (CPSGD_8, ADPSGD)):
+            for contender in self._outcomes.known(task, OBSERVED):
                 results = self._outcomes.results(task, contender)
                 ratios, periods = (quarters_over_seeds(results, name) for name in ("ratio", "period"))
                 relative = [None if None in (value, ratios[1]) else value / ratios[1] for value in ratios]
@@ -264,6 +274,9 @@ class Page:
         )
 
     # Details
+
+    def _habitual_tasks(self) -> list[Task]:
+        return [task for name in ("cosine", "adamw") if name in self._studies for task in self._studies[name].tasks]
 
     def _contenders(self, task: Task, contenders: Iterable[Contender]) -> str:
         return _table(*self._cells(task, contenders))
