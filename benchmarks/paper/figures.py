@@ -11,13 +11,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.paper.plan import Contender, Task
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Result
 
-COLOURS = ("#4477aa", "#222222", "#ee6677", "#ccbb44", "#228833", "#66ccee", "#aa3377")
-"""Told apart by most people who see colours differently (P. Tol's "bright", and black)."""
+COLOURS = {
+    "full": "#222222",
+    "qsgd": "#228833",
+    "cpsgd-8": "#ee6677",
+    "cpsgd-matched": "#ccbb44",
+    "adpsgd": "#4477aa",
+    "adpsgd-p8-s0.25": "#66ccee",
+}
+"""Of each contender, everywhere; told apart by most people who see colours differently (P. Tol's "bright")."""
+OTHERS = "#aa3377"
+LEGEND_COLUMNS = 3
 MEGABYTE = 1e6
 
 Columns = tuple[Sequence[float], Sequence[float]]
@@ -27,11 +37,13 @@ def loss(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Contend
     """Training loss against epochs, and against bytes sent per worker: a row per task."""
 
     def draw(axes: Axes, task: Task, horizontal: str) -> None:
-        for contender, colour in zip(contenders, COLOURS, strict=False):
-            _curve(axes, outcomes, task, contender, colour, lambda result: _points(result, horizontal, "loss"))
+        for contender in contenders:
+            _curve(axes, outcomes, task, contender, lambda result: _points(result, horizontal, "loss"))
         axes.set_title(task.title)
         axes.set_ylabel("training loss")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
 
     figure, grid = _grid(len(tasks), 2)
     for row, task in enumerate(tasks):
@@ -46,10 +58,8 @@ def accuracy(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Con
     """Accuracy of the averaged model against bytes sent per worker: a column per task."""
     figure, grid = _grid(1, len(tasks))
     for axes, task in zip(grid[0], tasks, strict=True):
-        for contender, colour in zip(contenders, COLOURS, strict=False):
-            _curve(
-                axes, outcomes, task, contender, colour, lambda result: _points(result, "sent_bytes", "accuracy", 100)
-            )
+        for contender in contenders:
+            _curve(axes, outcomes, task, contender, lambda result: _points(result, "sent_bytes", "accuracy", 100))
         axes.set_title(task.title)
         axes.set_ylabel("test accuracy [%]")
         _against_bytes(axes)
@@ -60,11 +70,12 @@ def variance(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Con
     """S_k, S_k/γ_k with its target, and the period, over the steps: a row per task, one seed."""
     figure, grid = _grid(len(tasks), 3)
     for row, task in zip(grid, tasks, strict=True):
-        for contender, colour in zip(contenders, COLOURS, strict=False):
+        for contender in contenders:
             result = _first(outcomes, task, contender)
             if result is None:
                 continue
             steps, columns = _by_period(result)
+            colour = _colour(contender)
             row[0].plot(steps, columns["variance"], color=colour, label=contender.title, linewidth=1)
             row[1].plot(steps, columns["ratio"], color=colour, label=contender.title, linewidth=1)
             row[2].step(steps, columns["period"], color=colour, label=contender.title, where="post", linewidth=1.2)
@@ -106,6 +117,10 @@ def _by_period(result: Result) -> tuple[list[int], Mapping[str, list[Any]]]:
     return columns["step"], columns
 
 
+def _colour(contender: Contender) -> str:
+    return COLOURS.get(contender.name, OTHERS)
+
+
 def _points(result: Result, horizontal: str, vertical: str, factor: float = 1.0) -> Columns:
     known = [point for point in result["curve"] if point[vertical] is not None]
     scale = 1 / MEGABYTE if horizontal == "sent_bytes" else 1.0
@@ -117,14 +132,13 @@ def _curve(
     outcomes: Outcomes,
     task: Task,
     contender: Contender,
-    colour: str,
     points: Callable[[Result], Columns],
 ) -> None:
     results = outcomes.results(task, contender)
     if not results:
         return
     across, up = (np.array(each) for each in zip(*map(points, results.values()), strict=True))
-    horizontal = across.mean(axis=0)
+    horizontal, colour = across.mean(axis=0), _colour(contender)
     axes.plot(horizontal, up.mean(axis=0), color=colour, marker="o", markersize=3, label=contender.title)
     axes.fill_between(horizontal, up.min(axis=0), up.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
@@ -143,9 +157,10 @@ def _finish(figure: Figure, grid: Sequence[Sequence[Axes]], file: Path) -> None:
     for row in grid:
         for axes in row:
             axes.grid(True, which="major", alpha=0.25)
-    handles, labels = grid[0][-2 if len(grid[0]) > 2 else -1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=min(5, len(labels)), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    shown = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    rows = -(-len(shown) // LEGEND_COLUMNS)
+    figure.legend(shown.values(), shown, loc="upper center", ncol=LEGEND_COLUMNS, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 * rows / figure.get_figheight()))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -113,7 +113,7 @@ class Page:
         numbered = list(enumerate(self.claims, start=1))
         rows = [(f"{number}. {claim.text}", f"**{claim.verdict}**") for number, claim in numbered]
         details = [
-            "\n".join([f"### Claim {number}: {claim.verdict}\n", *(f"- {sentence}" for sentence in claim.sentences)])
+            "\n".join([f"### Claim {number}\n", *(f"- {sentence}" for sentence in claim.sentences)])
             for number, claim in numbered
             if claim.sentences
         ]

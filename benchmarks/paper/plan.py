@@ -65,9 +65,14 @@ class Run(NamedTuple):
         Args:
             rounds: those of ``adpsgd``, for a contender that is ``matched``.
         """
-        task = {**asdict(self.task), "decay_at": list(self.task.decay_at)}
-        known = {"task": task, "contender": asdict(self.contender), "seed": self.seed}
+        task = {**_untitled(self.task), "decay_at": list(self.task.decay_at)}
+        known = {"task": task, "contender": _untitled(self.contender), "seed": self.seed}
         return known if rounds is None else {**known, "rounds": rounds}
+
+
+def _untitled(described: Contender | Task) -> dict[str, Any]:
+    """All that something is, but for what it is called on the page."""
+    return {name: value for name, value in asdict(described).items() if name != "title"}
 
 
 class Study(NamedTuple):
@@ -88,13 +93,14 @@ class Study(NamedTuple):
 
 # The contenders
 
-ADPSGD = Contender("adpsgd", "ADPSGD", "adaptive", period=4, sampling=0.25)
+ADPSGD = Contender("adpsgd", "ADPSGD, p_init = 4", "adaptive", period=4, sampling=0.25)
 
 
 def _adaptive(initial: int, sampling: float) -> Contender:
     if (initial, sampling) == (ADPSGD.period, ADPSGD.sampling):
         return ADPSGD
-    name, title = f"adpsgd-p{initial}-s{sampling:g}", f"ADPSGD, p_init = {initial}, K_s = {sampling:g} K"
+    share = "" if sampling == ADPSGD.sampling else f", K_s = {sampling:g} K"
+    name, title = f"adpsgd-p{initial}-s{sampling:g}", f"ADPSGD, p_init = {initial}{share}"
     return Contender(name, title, "adaptive", period=initial, sampling=sampling)
 
 
@@ -102,7 +108,7 @@ RARE = _adaptive(8, 0.25)
 """With a first period as long as CPSGD's, it has fewer rounds."""
 FULL = Contender("full", "full communication", "full")
 CPSGD_8 = Contender("cpsgd-8", "CPSGD, p = 8", "constant", period=8)
-MATCHED = Contender("cpsgd-matched", "CPSGD, ADPSGD's rounds", "matched")
+MATCHED = Contender("cpsgd-matched", "CPSGD, as many rounds", "matched")
 QSGD = Contender("qsgd", "QSGD, 8 bits", "qsgd")
 PAPER = (ADPSGD, FULL, CPSGD_8, MATCHED, QSGD, RARE)
 TODAY = (ADPSGD, FULL, CPSGD_8, MATCHED)
