@@ -89,6 +89,7 @@ def train(options: argparse.Namespace) -> None:
     order = {"data": str(options.data), "device": options.device, "backend": options.backend}
     order["verify"] = find_images(options.data)
     workers = missing[0].task.workers
+    _say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
     with (
         this_machine() as (machine,),
         ranks([machine] * workers, 1, ["-m", "benchmarks.paper", RANK_PROCESS]) as started,

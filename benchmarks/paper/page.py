@@ -142,7 +142,8 @@ class Page:
                 self._image(ACCURACY, "Test accuracy against bytes sent"),
                 self._image(VARIANCE, "Variance, its ratio to the learning rate, and the period"),
                 "S_k, S_k / γ_k and the period of one seed: with a constant period the ratio falls with the learning"
-                " rate, and the adaptive one answers with longer periods.",
+                " rate, and the adaptive one answers with longer periods. Spikes are rounds that straddle a decay: the"
+                " drift is that of the old rate, and γ_k the new one.",
             ]
         )
 
@@ -269,7 +270,9 @@ class Page:
                 " results, the losses of all epochs and all averaging rounds. Each names the command that does it.",
                 f"- All runs, and this page: `{self._command}`",
                 *links,
-                "\nThe command goes on where it was interrupted, does what is missing, and writes the page anew.",
+                "\nThe command goes on where it was interrupted, does what is missing, and writes the page anew."
+                " `make paper` is a short version: one network, one seed, fewer images. At full size, with 16 workers"
+                " that share one GPU: `python -m benchmarks.paper --scale gpu`; it writes a page of its own.",
             ]
         )
 
