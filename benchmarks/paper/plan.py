@@ -115,7 +115,7 @@ TODAY = (ADPSGD, FULL, CPSGD_8, MATCHED)
 
 
 def _constant(period: int, optimizer_state: str) -> Contender:
-    name, title = f"cpsgd-{period}-{optimizer_state}", f"CPSGD, p = {period}, momentum: {optimizer_state}"
+    name, title = f"cpsgd-{period}-{optimizer_state}", f"CPSGD, p = {period}, state: {optimizer_state}"
     return Contender(name, title, "constant", period=period, optimizer_state=optimizer_state)
 
 

@@ -557,7 +557,7 @@ def test_page_answers_every_study_that_has_runs(tmp_path):
     assert "| Net, cosine | CPSGD, p = 8 | 1.60 | 1.00 |" not in text  # the second quarter is what it is relative to
     assert "| Net, cosine | CPSGD, p = 8 | 4.00 | 1.00 | 1.00 | 1.00 | 4.0 | 4.0 | 4.0 | 4.0 |" in text
     assert "| Net, cosine | ADPSGD, p_init = 4 | 1.00 | 1.00 | 1.00 | 1.00 |" in text
-    assert "- CPSGD, p = 16, momentum: average, against CPSGD, p = 8: final loss -0.4000" in text
+    assert "- CPSGD, p = 16, state: average, against CPSGD, p = 8: final loss -0.4000" in text
     page.draw()
     drawn = sorted(file.name for file in (tmp_path / "images").iterdir())
     assert drawn == sorted(["results-accuracy.png", HABITS, "results-loss.png", "results-variance.png"])
