@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.paper.plan import Contender, Task
 from benchmarks.paper.results import Outcomes
@@ -42,8 +43,7 @@ def loss(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Contend
         axes.set_title(task.title)
         axes.set_ylabel("training loss")
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        _plain_numbers(axes.yaxis, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
 
     figure, grid = _grid(len(tasks), 2)
     for row, task in enumerate(tasks):
@@ -145,7 +145,15 @@ def _curve(
 
 def _against_bytes(axes: Axes) -> None:
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis, (1, 2, 5))
     axes.set_xlabel("sent per worker [MB]")
+
+
+def _plain_numbers(axis: Axis, multiples: Sequence[float]) -> None:
+    """Have a logarithmic axis labelled with numbers as they are, at these multiples of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, Sequence[Sequence[Axes]]]:
