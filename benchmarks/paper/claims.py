@@ -29,16 +29,19 @@ def verdict(better: Sequence[Sequence[float]]) -> str:
 
     Returns:
         ``reproduced`` if it was better with every seed of every comparison, ``not reproduced`` if in no comparison the
-        mean was better, ``reproduced in part`` between the two, and ``not measured`` without any runs.
+        mean was better, ``reproduced in part`` between the two, with how often it was better, and ``not measured``
+        without any runs.
     """
     known = [differences for differences in better if differences]
     if not known:
         return "not measured"
-    if all(difference > 0 for differences in known for difference in differences):
+    each = [difference for differences in known for difference in differences]
+    above = sum(difference > 0 for difference in each)
+    if above == len(each):
         return "reproduced"
     if all(statistics.fmean(differences) <= 0 for differences in known):
         return "not reproduced"
-    return "reproduced in part"
+    return f"reproduced in part: {above} of {len(each)} comparisons within a seed are as claimed"
 
 
 def claims(outcomes: Outcomes, tasks: Sequence[Task], links: Mapping[str, Link]) -> list[Claim]:

@@ -121,8 +121,8 @@ class Page:
             [
                 "## The paper's claims",
                 _table(("claim", "here"), rows),
-                "*Reproduced* means: with every seed of every comparison. *In part*: in some comparisons the mean over"
-                " the seeds has the claimed sign. *Not reproduced*: in none.",
+                "*Reproduced* means: in every comparison, with every seed. *Not reproduced*: in no comparison is the"
+                " mean over the seeds as claimed. *In part*: between the two.",
                 *details,
             ]
         )
