@@ -138,6 +138,12 @@ class Page:
         return "\n\n".join(
             [
                 "## The comparison",
+                "Full communication is Lightning's DDP; CPSGD averages parameters at a constant period, or at as many"
+                " evenly spread rounds as ADPSGD had with the same seed; QSGD"
+                " ([arXiv:1610.02132](https://arxiv.org/abs/1610.02132)) averages gradients at every step, in 8 bits"
+                " with a norm per 512 elements. All are strategies with a YAML file in `benchmarks/baselines`. Bytes"
+                " are those that each counts itself; `python -m benchmarks.interface_bytes` compares the counts with"
+                " those of network interfaces.",
                 *tables,
                 self._image(LOSS, "Training loss against epochs and against bytes sent"),
                 "Training loss is that of the workers' own replicas on augmented batches, the mean of an epoch. Bands"
