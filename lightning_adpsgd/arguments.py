@@ -1,7 +1,7 @@
 """What the public arguments may be: each check returns its argument, or says what to change."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from numbers import Integral
 from typing import Any, Literal, TypeVar, get_args
@@ -32,6 +32,7 @@ __all__ = [
     "check_optimizer_state",
     "check_optional",
     "check_overlap",
+    "check_patterns",
     "check_prefix",
     "check_reduce_dtype",
     "check_start_method",
@@ -184,6 +185,20 @@ def check_overlap(value: object) -> int:
         ValueError: if it is negative, or too large.
     """
     return check_int(None, "overlap", value, at_least=0, at_most=LARGEST_INT)
+
+
+def check_patterns(name: str, value: object) -> list[str]:
+    """Return patterns of names as a list.
+
+    Raises:
+        TypeError: if it is not a sequence of strings; a single string is not one.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        found = type_of(value)
+        raise TypeError(
+            f'{given(name, value)}: expected a list of patterns of names, for example ["*.queue"], got {found}.'
+        )
+    return [*value]
 
 
 def check_reduce_dtype(value: object) -> ReduceDtype | None:

@@ -3,15 +3,22 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging import CollectiveError, InFlight, Workers
+from lightning_adpsgd.averaging import CollectiveError, InFlight, Numbers, Workers
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.meeting import Call, Meeting, lost
 from lightning_adpsgd.payload import Payload, Payloads
+
+Drift = Literal["a period", "at least a period", "less"]
+"""For how long everything that a cycle has sent had drifted.
+
+After all workers were the same, the first part of a staggered cycle is sent when it has drifted for a period, and the
+others one step after the other: at least a period. From the next cycle on, each part has drifted for just a period.
+"""
 
 
 class Measured(NamedTuple):
@@ -21,14 +28,9 @@ class Measured(NamedTuple):
     """The step after which its last part was sent."""
     period: int
     """The period in force when the cycle began."""
-    variance: float
-    """S_k, the variance of what was sent; summed over the parts."""
-    ratio: float
-    """r = Σ_g S_g / γ_g, each part with the learning rates at which it was adopted."""
-    learning_rate: float
-    """γ_k when the cycle ended, of the first group whose rate was not 0."""
-    comparable: bool
-    """Whether everything that was sent had drifted for a whole period."""
+    means: list[float]
+    """S_g of what was sent, of each parameter group, then γ_g of each when its last part was adopted."""
+    drift: Drift
 
 
 class Diverged(Exception):
@@ -42,14 +44,14 @@ class _Cycle:
     parts: int
     delay: int
     period: int
-    comparable: bool
-    variance: Tensor
-    ratio: Tensor
+    drift: Drift
+    deviations: Tensor
+    """Σ ‖w̄ − w_i‖² of what this worker has sent, per parameter group."""
     sent: int = 0
     adopted: int = 0
     step: int = 0
-    measures: Meeting | None = None
-    """Where the workers tell each other what they have measured, once everything is adopted."""
+    measures: Numbers | None = None
+    """What the workers have measured, on its way once everything is adopted."""
     settled_at: int = 0
     """The step from which on they are to be read."""
 
@@ -83,8 +85,9 @@ class _Before(NamedTuple):
 class Cycles:
     """Sends parts of what is averaged after local steps, and adopts their means a number of steps later.
 
-    A *cycle* is one averaging round. Staggered, it has p parts, one of which is sent after each local step; otherwise
-    it has one part, which is sent every p steps. Each part's mean is adopted ``overlap`` steps after it was sent (at
+    A *cycle* is one averaging round. Staggered, it has p parts, one of which is sent after each local step (the first
+    cycle waits for p steps after all workers were the same: what has hardly drifted is not worth sending); otherwise it
+    has one part, which is sent every p steps. Each part's mean is adopted ``overlap`` steps after it was sent (at
     most p − 1). Both are counted in steps, not in time, so that all workers do the same at the same step.
 
     With momentum, a worker knows a part of the steps that it will take while a part travels: the momentum's. It sends
@@ -163,7 +166,7 @@ class Cycles:
             The meetings that were held of parts that had to be adopted for that.
         """
         held: list[Meeting] = []
-        if not self.stagger and self._steps - self._sent_at < period:
+        if not self._is_due(self._steps, period):
             return held
         parts = period if self.stagger else 1
         payload = self._payloads.current()
@@ -175,8 +178,36 @@ class Cycles:
                 held += self._adopt(step, everything=True)
             if changed:
                 self._make_known(payload, period)
-            cycle = self._cycle = self._new_cycle(parts, period, began_fresh=changed or self._sent_at == 0)
+            drift: Drift = "a period"
+            if parts > 1 and (changed or self._sent_at == 0):
+                drift = "at least a period" if self._sent_at == 0 else "less"
+            cycle = self._cycle = self._new_cycle(payload, parts, period, drift)
         self._launch(cycle, payload, step)
+        return held
+
+    def finish(self, step: int) -> list[Meeting]:
+        """Send and adopt what is left of a cycle, if all of it has drifted for a period already.
+
+        A cycle that began when all workers were the same would otherwise come to nothing where somebody asks for a
+        round before its last part: and if that goes on, to nothing ever.
+
+        Args:
+            step: of the optimizer, as the workers count.
+
+        Returns:
+            The meetings that were held of parts that were adopted.
+
+        Raises:
+            Diverged: if some worker has sent what is not finite. Nothing is under way any more then.
+        """
+        cycle, payload = self._cycle, self._payloads.current()
+        held: list[Meeting] = []
+        if cycle is None or cycle.drift != "at least a period" or payload is not self._known:
+            return held
+        self._before = None
+        while cycle.sent < cycle.parts:
+            self._launch(cycle, payload, step)
+            held += self._adopt(step, everything=True)
         return held
 
     def look_ahead(self, period: int) -> None:
@@ -187,8 +218,9 @@ class Cycles:
         """
         self._before = None
         payload, cycle = self._known, self._cycle
-        is_due = self.stagger or self._steps + 1 - self._sent_at >= period
-        if payload is None or self.overlap == 0 or not is_due or not any(self._momenta()):
+        if payload is None or self.overlap == 0 or not self._is_due(self._steps + 1, period):
+            return
+        if not any(self._momenta()) or payload is not self._payloads.current():
             return
         part, parts = 0, period if self.stagger else 1
         if cycle is not None and cycle.sent < cycle.parts:
@@ -225,25 +257,31 @@ class Cycles:
         self._cycle = None
         self._before = None
 
-    def _new_cycle(self, parts: int, period: int, began_fresh: bool) -> _Cycle:
+    def _is_due(self, steps: int, period: int) -> bool:
+        """Whether a part is to be sent when so many steps were taken since all workers were the same."""
+        if self.stagger and self._sent_at > 0:
+            return True
+        return steps - self._sent_at >= period
+
+    def _new_cycle(self, payload: Payload, parts: int, period: int, drift: Drift) -> _Cycle:
         return _Cycle(
             parts=parts,
             delay=min(self.overlap, period - 1),
             period=period,
-            # What is sent j steps after all were the same has drifted for j steps only.
-            comparable=parts == 1 or not began_fresh,
-            variance=torch.zeros(1, dtype=torch.float64, device=self._carrier.device),
-            ratio=torch.zeros(1, dtype=torch.float64, device=self._carrier.device),
+            drift=drift,
+            deviations=torch.zeros(payload.averager.groups, dtype=torch.float64, device=self._carrier.device),
         )
 
     def _make_known(self, payload: Payload, period: int) -> None:
         """Compare what is averaged, which is new, before parts of different sizes can meet."""
-        call = self._call("a change of what is averaged", "period", period, fingerprint=payload.layout.fingerprint)
+        payload.take_over()
+        call = self._call("a change of what is averaged", "period", period, **payload.stated)
         meeting = Meeting(self._workers, call).hold()
         meeting.check_tensors(
             "The workers do not average the same tensors.",
             lambda: self._payloads.describe(payload.layout, payload.tensors),
         )
+        payload.agree(meeting.know_the_same)
         self._known = payload
 
     def _launch(self, cycle: _Cycle, payload: Payload, step: int) -> None:
@@ -288,35 +326,27 @@ class Cycles:
     def _adopt_part(self, part: _Part, step: int) -> None:
         cycle = part.cycle
         as_sent = self._steps == part.step and not part.looked_ahead
-        deviations = part.payload.averager.adopt(part.in_flight, moved=not as_sent)
-        rates = self._learning_rates()  # perhaps of groups, too, that were added since it was sent
-        cycle.variance += deviations.sum()
-        for deviation, rate in zip(deviations, rates, strict=False):
-            if rate > 0.0:
-                cycle.ratio += deviation / rate
+        self._payloads.rebind(part.payload)
+        cycle.deviations += part.payload.averager.adopt(part.in_flight, moved=not as_sent)
         cycle.adopted += 1
         if cycle.adopted == cycle.parts:
             if cycle.parts == 1 and as_sent:
                 self._begin_anew()
-            call = self._call("the end of a round under way", "period", cycle.period)
-            rate = next((rate for rate in rates if rate > 0.0), 0.0)
-            call = call._replace(variance=cycle.variance, ratio=cycle.ratio, learning_rate=rate)
-            cycle.measures = Meeting(self._workers, call)
+            # Of the groups that were sent: others may have come or gone since, perhaps on one worker alone.
+            groups = len(cycle.deviations)
+            rates = [*self._learning_rates()[:groups], *[0.0] * groups][:groups]
+            cycle.measures = self._workers.launch_mean([*cycle.deviations, *rates])
             # Nobody waits for numbers that are not needed before the next step.
             cycle.settled_at = step + (cycle.delay > 0)
             self._unsettled.append(cycle)
 
     def _settle(self, cycle: _Cycle) -> Measured:
         assert cycle.measures is not None
-        calls = cycle.measures.hold().calls
-        return Measured(
-            step=cycle.step,
-            period=cycle.period,
-            variance=sum(float(call.variance) for call in calls) / len(calls),
-            ratio=sum(float(call.ratio) for call in calls) / len(calls),
-            learning_rate=sum(call.learning_rate for call in calls) / len(calls),
-            comparable=cycle.comparable,
-        )
+        try:
+            means = cycle.measures.wait().tolist()
+        except CollectiveError as error:
+            raise self._lost(self._call("a part of an averaging round", "period", cycle.period), error) from error
+        return Measured(cycle.step, cycle.period, means, cycle.drift)
 
     def _abandon(self, part: _Part) -> None:
         """Wait for what is under way, and throw it away."""
@@ -331,7 +361,7 @@ class Cycles:
                     in_flight.reduction.wait()
             for cycle in self._unsettled:
                 if cycle.measures is not None:
-                    cycle.measures.hold()
+                    cycle.measures.wait()
             self._unsettled.clear()
         except CollectiveError as error:
             raise self._lost(part.call, error) from error

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from lightning_adpsgd.arguments import (
     check_optimizer_state,
     check_optional,
     check_overlap,
+    check_patterns,
     check_reduce_dtype,
     check_total_steps,
 )
@@ -91,7 +92,10 @@ class LocalSGD:
         module: its floating-point buffers (BatchNorm statistics) join each round, and errors use its parameters' names.
         total_steps: K, the optimizer steps of the whole run; None if it is not known; "later" if :meth:`setup` will be
             called before the first step.
-        average_buffers: whether the module's buffers join the rounds.
+        average_buffers: whether the module's buffers join the rounds: floating-point ones that it saves. Caches
+            (``register_buffer(..., persistent=False)``) and integers stay each worker's own.
+        exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`, in which ``*`` is
+            any text: ``["*.queue", "memory.*"]``.
         optimizer_state: what a round does to floating-point state tensors of a parameter's shape (momentum, Adam's
             moments): leave them "local", "average" them over the workers, or "reset" them to zero. Step counters are
             never touched. A round for a checkpoint averages all of the state.
@@ -106,6 +110,7 @@ class LocalSGD:
         workers: whom to average with; None is the default process group.
         carrier: the same workers on connections of their own, for what travels while training goes on; made if needed.
         notice: bits for all workers to learn at the next round.
+        owners: one dict for all optimizers of a run, in which they note who averages a parameter that several have.
         index: the optimizer's index, for the records.
 
     Raises:
@@ -122,6 +127,7 @@ class LocalSGD:
         module: nn.Module | None = None,
         total_steps: int | Literal["later"] | None = None,
         average_buffers: bool = True,
+        exclude_buffers: Sequence[str] = (),
         optimizer_state: OptimizerState = "local",
         on_divergence: OnDivergence = "raise",
         bucket_size_mb: float = 64.0,
@@ -131,6 +137,7 @@ class LocalSGD:
         workers: Workers | None = None,
         carrier: Workers | None = None,
         notice: Notice | None = None,
+        owners: MutableMapping[int, Payloads] | None = None,
         index: int = 0,
     ) -> None:
         # Configuration
@@ -149,10 +156,13 @@ class LocalSGD:
         self._payloads = Payloads(
             optimizer,
             buffers_of=module if check_flag("average_buffers", average_buffers) else None,
+            exclude_buffers=check_patterns("exclude_buffers", exclude_buffers),
             names_of=module,
             workers=self.workers,
             bucket_bytes=self._bucket_bytes,
             reduce_dtype=None if self.reduce_dtype is None else REDUCE_DTYPES[self.reduce_dtype],
+            # Two corrections of one parameter that are under way at the same time would add up.
+            owners=owners if self.overlap > 0 else None,
         )
         carrier = check_optional("carrier", carrier, Workers)
         self._notice = check_optional("notice", notice, Notice) or Notice()
@@ -170,7 +180,10 @@ class LocalSGD:
         self._warned_of_no_drift = False
         self._warned_of_different_rates = False
 
+        self.handshakes = 0
+        """How many times the workers have met for a round of everything. A record may be read later than that."""
         self._restored_rule: dict[str, Any] | None = None
+        self._in_reserve: AveragingRound | None = None  # for the rule, if it sees no better one before a forced round
         self._bytes_booked = 0
         self._seconds_booked = 0.0
         # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
@@ -266,6 +279,8 @@ class LocalSGD:
                 f"LocalSGD.average(trigger={trigger!r}): expected one of {', '.join(map(repr, TRIGGERS))}."
             )
         arrived = self._read_unread() if self._cycles is None else self._receive(self._cycles, everything=True)
+        if self._in_reserve is not None:
+            self._show(self._in_reserve)
         unshared = trigger == "checkpoint" and self.steps > self._state_shared_at and self._anybody_has_state
         if not self.has_trained and not also and not unshared:
             return arrived
@@ -320,6 +335,7 @@ class LocalSGD:
         """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
         self.local_steps = 0
         self._state_shared_at = self.steps
+        self._in_reserve = None
         if self._cycles is not None:
             self._cycles.restart()
         if self.workers.count > 1:
@@ -349,10 +365,11 @@ class LocalSGD:
         """Adopt what has arrived; if some worker has sent what is not finite, deal with that in a round of its own."""
         try:
             with self._booked():
+                finished = cycles.finish(self.steps) if everything else []
                 meetings, measures = cycles.receive(self.steps, everything)
         except Diverged:
             return self._average("period", ())
-        self._take_note(meetings)
+        self._take_note([*finished, *meetings])
         round_ = None
         for measured in measures:
             if self.optimizer_state == "reset":
@@ -364,9 +381,12 @@ class LocalSGD:
                 trigger="period",
                 local_steps=since,
                 period=measured.period,
-                measured=_Measured(measured.variance, measured.ratio, measured.learning_rate),
+                measured=_measured(measured.means),
             )
-            self._finish(round_, self._payloads.current(), shown=measured.comparable)
+            self._finish(round_, self._payloads.current(), shown=measured.drift == "a period")
+            if measured.drift == "at least a period":
+                # Compared with others it is too large. Where there are no others, it compares with its like.
+                self._in_reserve = round_
         return round_
 
     def _take_note(self, meetings: Sequence[Meeting]) -> None:
@@ -429,6 +449,7 @@ class LocalSGD:
     def _average(self, trigger: Trigger, also: Sequence[Tensor], later: bool = False) -> AveragingRound | None:
         """Average; return the record, unless it is to be read later."""
         payload = self._payloads.current()
+        payload.take_over()
         sent_before, stopwatch = self.workers.payload_bytes, Stopwatch(self.workers.device)
         numbers, dropped = self._average_all(trigger, payload, also)
         stopwatch.stop()
@@ -460,14 +481,12 @@ class LocalSGD:
             raise lost(self.workers, self._call("an averaging round", unread.trigger, unread.period), error) from error
         waiting.stop()
         self._seconds_booked += unread.stopwatch.seconds + waiting.seconds
-        variances, rates = means[: len(means) // 2], means[len(means) // 2 :]
-        ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
         round_ = self._record(
             step=unread.step,
             trigger=unread.trigger,
             local_steps=unread.local_steps,
             period=unread.period,
-            measured=_Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0)),
+            measured=_measured(means),
             dropped=unread.dropped,
         )
         self._finish(round_, unread.payload, shown=self._cycles is None)
@@ -484,14 +503,17 @@ class LocalSGD:
         more = FlatLayout(also, [None] * len(also)) if also else None
         further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
         watched = [*payload.parameters, *further]
+        stated = payload.stated
         call = self._call(
             "an averaging round",
             trigger,
             self.period.value,
-            fingerprint=payload.layout.fingerprint ^ (0 if more is None else more.fingerprint),
+            fingerprint=stated["fingerprint"] ^ (0 if more is None else more.fingerprint),
+            known=stated["known"],
             finite=self.workers.size == 1 or payload.layout.are_finite(self.workers.device) & all_finite(further),
         )
         meeting = Meeting(self.workers, call).hold()
+        self.handshakes += 1
         try:
             self._conclude(meeting, payload, more, also, watched)
             numbers = self._average_and_measure(trigger, payload, meeting.share)
@@ -520,6 +542,7 @@ class LocalSGD:
                 *([] if more is None else described(more, also)),
             ],
         )
+        payload.agree(meeting.know_the_same)
         if meeting.diverged:
             self._deal_with_divergence(meeting, watched)
         self._warn_of_different_rates(meeting.learning_rates)
@@ -563,10 +586,15 @@ class LocalSGD:
             )
         if shown and round_.trigger == "period" and round_.dropped == 0:
             # The variance among fewer workers is another one: a round that has left some out is not shown to the rule.
-            self.period.update(round_.step, ratio=round_.ratio, learning_rate=round_.learning_rate)
+            self._show(round_)
         self._warn_of_no_drift(round_, payload)
         for listener in self._listeners:
             listener(round_)
+
+    def _show(self, round_: AveragingRound) -> None:
+        """Let the rule decide."""
+        self._in_reserve = None
+        self.period.update(round_.step, ratio=round_.ratio, learning_rate=round_.learning_rate)
 
     # What can go wrong
 
@@ -646,6 +674,17 @@ class _Measured(NamedTuple):
     variance: float
     ratio: float
     learning_rate: float
+
+
+def _measured(means: Sequence[float]) -> _Measured:
+    """S_k = Σ_g S_g and r = Σ_g S_g / γ_g, over the parameter groups with γ_g > 0.
+
+    Args:
+        means: over the workers: S_g of each group, then γ_g of each.
+    """
+    variances, rates = means[: len(means) // 2], means[len(means) // 2 :]
+    ratio = sum(variance / rate for variance, rate in zip(variances, rates, strict=True) if rate > 0.0)
+    return _Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0))
 
 
 def _learning_rates(optimizer: Optimizer) -> list[float]:

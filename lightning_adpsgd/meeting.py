@@ -26,7 +26,6 @@ Kind = Literal[
     "an averaging round",
     "a part of an averaging round",
     "a change of what is averaged",
-    "the end of a round under way",
     "the setup",
     "Lightning's barrier",
     "Lightning's broadcast",
@@ -62,12 +61,8 @@ class Call(NamedTuple):
     """Summed over the parameter groups."""
     has_state: bool = False
     """Whether its optimizer has any."""
-    variance: "float | Tensor" = 0.0
-    """Its part of S_k, where a round that was under way has ended."""
-    ratio: "float | Tensor" = 0.0
-    """Its part of S_k/γ_k there."""
-    learning_rate: float = 0.0
-    """γ_k there."""
+    known: int = 0
+    """A hash of the elements of which it knows the last average, where differences from it are to travel."""
 
     def __str__(self) -> str:
         kind = KINDS[int(self.kind)]
@@ -85,7 +80,7 @@ class Call(NamedTuple):
     @property
     def is_under_way(self) -> bool:
         """Whether the worker goes on with something else before it reads the others' calls."""
-        return KINDS[int(self.kind)] in ("a part of an averaging round", "the end of a round under way")
+        return KINDS[int(self.kind)] == "a part of an averaging round"
 
 
 class Meeting:
@@ -181,6 +176,11 @@ class Meeting:
     def anybody_has_state(self) -> bool:
         """Whether any worker's optimizer has state."""
         return any(call.has_state for call in self.calls)
+
+    @property
+    def know_the_same(self) -> bool:
+        """Whether all workers know the last average of the same elements."""
+        return len({call.known for call in self.calls}) == 1
 
     @property
     def learning_rates(self) -> list[float]:

@@ -1,24 +1,141 @@
 """What an optimizer's rounds average: which tensors, laid out how, and under which names people know them."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Workers, has_mean
+from lightning_adpsgd.averaging import FlatLayout, Order, ParameterAverager, Range, Workers, has_mean
 from lightning_adpsgd.meeting import Described
 
 
-class Payload(NamedTuple):
-    """The tensors of a round, and the machinery built for them."""
+class _Member(NamedTuple):
+    """A tensor that is averaged."""
 
-    key: list[tuple[int, int, int | None]]
-    parameters: list[Tensor]
-    tensors: list[Tensor]
-    layout: FlatLayout
-    averager: ParameterAverager
+    key: int | str
+    """What it is known by: its name in the module; a parameter that has none by its identity, whatever its data."""
+    tensor: Tensor
+    group: int | None
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Differs from what it was if its elements have moved in memory."""
+        # The object is alive as long as the payload keeps it: another one cannot have its identity.
+        return id(self.tensor), self.tensor.data_ptr(), self.tensor.shape, self.tensor.stride(), self.group
+
+
+class Payload:
+    """The tensors of a round, and the machinery built for them.
+
+    Args:
+        members: what is averaged.
+        averager: averages it.
+        before: what was averaged before it.
+    """
+
+    def __init__(self, members: list[_Member], averager: ParameterAverager, before: "Payload | None") -> None:
+        self.layout = averager.layout
+        self.averager = averager
+        self._members = members
+        self._places = [member.place for member in members]
+        self._before = before
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, as they are now."""
+        return [member.tensor for member in self._members]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are parameters."""
+        return [member.tensor for member in self._members if isinstance(member.tensor, nn.Parameter)]
+
+    def is_at(self, members: list[_Member]) -> bool:
+        """Whether these are the same tensors, of which no element has moved in memory."""
+        return [member.place for member in members] == self._places
+
+    def is_of(self, members: list[_Member]) -> bool:
+        """Whether these are the same tensors; if so, their elements are found from now on where they are now.
+
+        User code may re-assign buffers and re-point ``p.data``. What makes a tensor the same is its name, its place in
+        the order, and what workers have to agree on: shape, dtype, and parameter group.
+        """
+        names = [(member.key, member.group) for member in members]
+        if names != [(member.key, member.group) for member in self._members]:
+            return False
+        if not self.layout.rebind([member.tensor for member in members]):
+            return False
+        self._members, self._places = members, [member.place for member in members]
+        return True
+
+    def rebind(self, buffers: Mapping[str, Tensor]) -> None:
+        """Find the elements where they are now, where something else is averaged by now.
+
+        Args:
+            buffers: the module's, by name.
+        """
+        self._members = [
+            member
+            if isinstance(member.tensor, nn.Parameter)
+            else member._replace(tensor=buffers.get(str(member.key), member.tensor))
+            for member in self._members
+        ]
+        self._places = [member.place for member in self._members]
+        self.layout.rebind(self.tensors)
+
+    def take_over(self) -> None:
+        """Go on from the averages, and from what rounding has cut off, of what was averaged before; once.
+
+        Nothing of that may be under way any more.
+        """
+        before, self._before = self._before, None
+        if before is None or before.averager.differences is None or self.averager.differences is None:
+            return
+        before.take_over()
+        were = before.entries
+        both = [(were[key], now) for key, now in self.entries.items() if key in were]
+        self.averager.differences.take_over(
+            before.averager.differences, [(was.range, now.range) for was, now in both if was.kind == now.kind]
+        )
+
+    def start(self) -> None:
+        """Take note that all workers hold the same."""
+        self._before = None
+        if self.averager.differences is not None:
+            self.averager.differences.start()
+
+    @property
+    def stated(self) -> dict[str, int]:
+        """What workers state of it when they meet (see :class:`Call`)."""
+        differences = self.averager.differences
+        known = 0 if differences is None else differences.fingerprint
+        return {"fingerprint": self.layout.fingerprint, "known": known}
+
+    def agree(self, know_the_same: bool) -> None:
+        """Take note of what the others know: only where all know the same average can differences from it travel."""
+        if self.averager.differences is not None and not know_the_same:
+            self.averager.differences.forget()
+
+    @property
+    def entries(self) -> "dict[int | str, _Entry]":
+        """What was laid out, by what it is known by."""
+        laid_out = zip(self.layout.indices, self.layout.signature, self.layout.places, strict=True)
+        return {
+            self._members[index].key: _Entry(range_, (dtype, shape), cast(Order, order))
+            for index, (dtype, shape, _, order), range_ in laid_out
+        }
+
+
+class _Entry(NamedTuple):
+    """Where a tensor was laid out."""
+
+    range: Range
+    kind: tuple[object, object]
+    """Its dtype and shape."""
+    order: Order
 
 
 class Payloads:
@@ -26,11 +143,13 @@ class Payloads:
 
     Args:
         optimizer: its parameters are averaged.
-        buffers_of: the module whose floating-point buffers are averaged along, if any.
+        buffers_of: the module whose persistent floating-point buffers are averaged along, if any.
+        exclude_buffers: patterns (as of ``fnmatch``) of names of buffers that are not.
         names_of: the module in which tensors have names, if any.
         workers: whom to average with.
         bucket_bytes: the longest range averaged at once.
         reduce_dtype: the type in which values travel, if not their own.
+        owners: for each parameter's id, the one who averages it, where only one may.
     """
 
     def __init__(
@@ -41,20 +160,25 @@ class Payloads:
         names_of: nn.Module | None,
         workers: Workers,
         bucket_bytes: int,
+        exclude_buffers: Sequence[str] = (),
         reduce_dtype: torch.dtype | None = None,
+        owners: "MutableMapping[int, Payloads] | None" = None,
     ) -> None:
         # Configuration
         self._optimizer = optimizer
         self._buffers_of = buffers_of
+        self._exclude_buffers = exclude_buffers
         self._names_of = names_of
         self._workers = workers
         self._bucket_bytes = bucket_bytes
         self._reduce_dtype = reduce_dtype
+        self._owners = owners
 
         # State
         self._latest: Payload | None = None
-        self._stepped: set[int] = set()
+        self._stepped: dict[int, nn.Parameter] = {}
         self._not_stepped: list[nn.Parameter] = []
+        self._counted = 0
         self.note_averaged()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -63,26 +187,36 @@ class Payloads:
             yield from group["params"]
 
     def current(self) -> Payload:
-        """What a round averages now."""
-        tensors: list[Tensor] = []
-        groups: list[int | None] = []
-        for index, group in enumerate(self._optimizer.param_groups):
-            for parameter in group["params"]:
-                if parameter.requires_grad or id(parameter) in self._stepped:
-                    tensors.append(parameter)
-                    groups.append(index)
-        parameters = list(tensors)
-        if self._buffers_of is not None:
-            tensors += [buffer for buffer in self._buffers_of.buffers() if has_mean(buffer)]
-        groups += [None] * (len(tensors) - len(groups))
-
-        key = [(id(tensor), tensor.data_ptr(), group) for tensor, group in zip(tensors, groups, strict=True)]
-        if self._latest is None or self._latest.key != key:
-            layout = FlatLayout(tensors, groups)
+        """What a round averages now, where it is now."""
+        members = self._members()
+        before = self._latest
+        if before is not None and before.is_at(members):
+            return before
+        members = self._named(members)
+        if before is None or not before.is_of(members):
+            # What was laid out keeps its order: on one rank alone it may lie in memory in another one by now.
+            known = {} if before is None else before.entries
+            orders = {
+                index: known[member.key].order
+                for index, member in enumerate(members)
+                if member.key in known and known[member.key].kind == (str(member.tensor.dtype), (*member.tensor.shape,))
+            }
+            layout = FlatLayout(
+                [member.tensor for member in members],
+                [member.group for member in members],
+                orders,
+                apart=self._reduce_dtype is not None,
+            )
             group_count = len(self._optimizer.param_groups)
             averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes, self._reduce_dtype)
-            self._latest = Payload(key, parameters, tensors, layout, averager)
+            self._latest = Payload(members, averager, before)
+        assert self._latest is not None
         return self._latest
+
+    def rebind(self, payload: Payload) -> None:
+        """Find the elements of a payload, which may not be the current one any more, where they are now."""
+        if payload is not self.current():
+            payload.rebind({} if self._buffers_of is None else dict(averaged_buffers(self._buffers_of)))
 
     @property
     def owes(self) -> bool:
@@ -91,25 +225,29 @@ class Payloads:
 
     def start_from_the_same(self) -> None:
         """Take note that what is averaged is the same on all workers."""
-        if self._reduce_dtype is not None:
-            differences = self.current().averager.differences
-            assert differences is not None
-            differences.start()
+        self.current().start()
 
     def note_step(self) -> None:
-        """Take note of the parameters that are being trained: they may be frozen by the time of the round.
+        """Take note of the parameters that are being trained: by the time of the round they may be frozen, or removed.
 
         Adversarial networks, whose parts are frozen in turn, would otherwise drift apart. It costs something in the
         first step after a round, and then only where parameters are frozen.
         """
+        count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        if count != self._counted:
+            self._counted = count
+            self._not_stepped = [parameter for parameter in self.parameters() if id(parameter) not in self._stepped]
         if self._not_stepped:
-            self._stepped.update(id(parameter) for parameter in self._not_stepped if parameter.requires_grad)
+            self._stepped.update(
+                (id(parameter), parameter) for parameter in self._not_stepped if parameter.requires_grad
+            )
             self._not_stepped = [parameter for parameter in self._not_stepped if not parameter.requires_grad]
 
     def note_averaged(self) -> None:
         """Take note that all parameters that were trained are now the same on all workers."""
-        self._stepped = set()
+        self._stepped = {}
         self._not_stepped = [*self.parameters()]
+        self._counted = len(self._not_stepped)
 
     def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
         """What all workers have to agree on, with names for people."""
@@ -130,6 +268,52 @@ class Payloads:
                     if value is tensor:
                         return f"{name} of {self.name_of(parameter)}"
         return "a tensor that is averaged along with the parameters"
+
+    # Details
+
+    def _members(self) -> list[_Member]:
+        members = []
+        seen = set()
+        for index, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                seen.add(id(parameter))
+                if (parameter.requires_grad or id(parameter) in self._stepped) and self._owns(parameter):
+                    members.append(_Member(id(parameter), parameter, index))
+        # What is in no group any more was trained since all workers were the same: it is averaged once more.
+        members += [_Member(id(p), p, None) for p in self._stepped.values() if id(p) not in seen and self._owns(p)]
+        if self._buffers_of is not None:
+            buffers = averaged_buffers(self._buffers_of, self._exclude_buffers)
+            members += [_Member(name, buffer, None) for name, buffer in buffers]
+        return members
+
+    def _named(self, members: list[_Member]) -> list[_Member]:
+        if self._names_of is None:
+            return members
+        names = {id(parameter): name for name, parameter in self._names_of.named_parameters()}
+        return [member._replace(key=names.get(id(member.tensor), member.key)) for member in members]
+
+    def _owns(self, parameter: nn.Parameter) -> bool:
+        return self._owners is None or self._owners.setdefault(id(parameter), self) is self
+
+
+def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of a module that rounds average, with their names: those that it saves, and that have a mean.
+
+    A buffer that is not persistent is a cache (of positions, of a mask), which a module makes anew when it needs it.
+    Its shape may depend on the worker's own batch.
+
+    Args:
+        module: with its submodules.
+        exclude: patterns, as of ``fnmatch``, of names that are left out.
+    """
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            full_name = f"{prefix}.{name}" if prefix else name
+            # There is no public way to ask which are saved but to save them.
+            if name in part._non_persistent_buffers_set or not has_mean(buffer):
+                continue
+            if not any(fnmatchcase(full_name, pattern) for pattern in exclude):
+                yield full_name, buffer
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

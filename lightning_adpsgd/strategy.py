@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
@@ -54,15 +54,17 @@ from lightning_adpsgd.arguments import (
     check_optimizer_state,
     check_optional,
     check_overlap,
+    check_patterns,
     check_reduce_dtype,
     check_start_method,
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, has_mean
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
+from lightning_adpsgd.payload import Payloads, averaged_buffers
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
@@ -91,7 +93,10 @@ class ADPSGDStrategy(DDPStrategy):
     Args:
         period: when to average. :class:`~lightning_adpsgd.AdaptivePeriod` if None; an int is a constant period
             (CPSGD, local SGD). Each optimizer gets a copy of its own.
-        average_buffers: floating-point module buffers (BatchNorm statistics) join each round.
+        average_buffers: floating-point module buffers (BatchNorm statistics) join each round; caches
+            (``register_buffer(..., persistent=False)``) and integers stay each worker's own.
+        exclude_buffers: names of buffers that stay each worker's own (queues, hidden states), as patterns of
+            :mod:`fnmatch`, in which ``*`` is any text: ``["*.queue", "memory.*"]``. A checkpoint holds rank 0's.
         optimizer_state: what a round does to momentum and moments: "local" leaves them to each worker, as the paper
             does; "average" averages them too (which sends as many bytes again for each); "reset" sets them to zero.
         bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
@@ -134,6 +139,7 @@ class ADPSGDStrategy(DDPStrategy):
         overlap: int = 0,
         worker: Literal["device", "node"] = "device",
         reduce_dtype: Literal["bf16", "fp16"] | None = None,
+        exclude_buffers: Sequence[str] = (),
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -156,6 +162,7 @@ class ADPSGDStrategy(DDPStrategy):
         # Configuration
         self._period = as_period(period)
         self._average_buffers = check_flag("average_buffers", average_buffers)
+        self._exclude_buffers = check_patterns("exclude_buffers", exclude_buffers)
         self._optimizer_state = check_optimizer_state(optimizer_state)
         self._bucket_size_mb = check_bucket_size(bucket_size_mb)
         self._on_divergence = check_on_divergence(on_divergence)
@@ -325,7 +332,7 @@ class ADPSGDStrategy(DDPStrategy):
             trigger: who asks.
 
         Returns:
-            Whether there was a round.
+            Whether there was a round, so that all workers have met.
         """
         also: list[Tensor] = []
         trainer = trainer_of(self.lightning_module)
@@ -336,10 +343,12 @@ class ADPSGDStrategy(DDPStrategy):
         if self._buffers_moved and self._average_buffers and not any(ls.has_trained for ls in self._local_sgd):
             # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
             assert self.lightning_module is not None
-            also += [buffer for buffer in self.lightning_module.buffers() if has_mean(buffer)]
+            also += [buffer for _, buffer in averaged_buffers(self.lightning_module, self._exclude_buffers)]
         self._buffers_moved = False
-        rounds = [ls.average(trigger, also if place == 0 else ()) for place, ls in enumerate(self._local_sgd)]
-        return any(round_ is not None for round_ in rounds)
+        handshakes = sum(local_sgd.handshakes for local_sgd in self._local_sgd)
+        for place, local_sgd in enumerate(self._local_sgd):
+            local_sgd.average(trigger, also if place == 0 else ())
+        return sum(local_sgd.handshakes for local_sgd in self._local_sgd) > handshakes
 
     def meet(self, kind: Kind) -> None:
         """Make sure, while fitting, that all workers are about to do the same; warn if it happens at every step.
@@ -551,6 +560,7 @@ class ADPSGDStrategy(DDPStrategy):
         return NodeWorkers(ranks_per_node, self.root_device)
 
     def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
+        owners: dict[int, Payloads] = {}
         return [
             LocalSGD(
                 optimizer,
@@ -558,6 +568,7 @@ class ADPSGDStrategy(DDPStrategy):
                 module=self.lightning_module,
                 total_steps="later",
                 average_buffers=self._average_buffers,
+                exclude_buffers=self._exclude_buffers,
                 optimizer_state=self._optimizer_state,
                 on_divergence=self._on_divergence,
                 bucket_size_mb=self._bucket_size_mb,
@@ -567,6 +578,7 @@ class ADPSGDStrategy(DDPStrategy):
                 workers=workers,
                 carrier=self._carrier_of(index, workers),
                 notice=self._notice,
+                owners=owners,
                 index=index,
             )
             for index, optimizer in enumerate(self.optimizers)

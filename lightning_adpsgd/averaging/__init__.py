@@ -1,7 +1,7 @@
 """How to average: tensors and process groups in, averages and variances out."""
 
 from lightning_adpsgd.averaging.averager import InFlight, ParameterAverager
-from lightning_adpsgd.averaging.layout import FlatLayout, Range, has_mean, hash48
+from lightning_adpsgd.averaging.layout import FlatLayout, Order, Range, has_mean, hash48
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.averaging.stopwatch import Stopwatch
@@ -15,6 +15,7 @@ __all__ = [
     "InFlight",
     "NodeWorkers",
     "Numbers",
+    "Order",
     "ParameterAverager",
     "Range",
     "Reduction",

@@ -20,8 +20,8 @@ class InFlight(NamedTuple):
 
     range: Range
     reduction: Reduction
-    is_difference: bool = False
-    """Whether what travels is the change of the average."""
+    cut_off: Tensor | None = None
+    """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
     snapshot: Tensor | None = None
     """This worker's values when they were sent; None if the tensors still hold them when the mean arrives."""
 
@@ -53,8 +53,9 @@ class ParameterAverager:
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.differences = None if reduce_dtype is None else Differences(layout, reduce_dtype, workers.device)
-        self._layout = layout
-        self._groups = groups
+        self.layout = layout
+        self.groups = groups
+        """Number of parameter groups."""
         self._workers = workers
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
@@ -76,7 +77,7 @@ class ParameterAverager:
         buffers: deque[Tensor] = deque()  # of what is in flight
         spare = [] if self._buffers is None else self._buffers
         try:
-            for range_ in self._layout.cut(self._bucket_bytes):
+            for range_ in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
                     deviations.append(self.finish(in_flight.popleft()))
                     spare.append(buffers.popleft())
@@ -86,9 +87,9 @@ class ParameterAverager:
             spare += buffers
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
-        if self.differences is not None and (as_it_is or not self.differences.is_known):
+        if self.differences is not None and as_it_is:
             self.differences.note_all()
-        total = torch.zeros(self._groups, dtype=torch.float64, device=self._workers.device)
+        total = torch.zeros(self.groups, dtype=torch.float64, device=self._workers.device)
         for part in deviations:
             total += part.to(total.device)
         return total
@@ -98,9 +99,9 @@ class ParameterAverager:
         if self.differences is None:
             # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
             share = share or self._workers.everybody
-            packed = self._layout.pack(range_, buffer, divisor=share.contributors)
+            packed = self.layout.pack(range_, buffer, divisor=share.contributors)
             return InFlight(range_, self._workers.sum_(packed if share.contributes else packed.zero_()))
-        packed = self._layout.pack(range_, buffer)
+        packed = self.layout.pack(range_, buffer)
         return InFlight(range_, *self._launch(range_, packed, self._workers, share, as_it_is))
 
     def finish(self, in_flight: InFlight) -> Tensor:
@@ -110,8 +111,8 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
         mean = self._mean(in_flight)
-        chunks = self._layout.chunks(in_flight.range)
-        squares = _Squares(self._groups)
+        chunks = self.layout.chunks(in_flight.range)
+        squares = _Squares(self.groups)
         scratch = mean.new_empty(max(map(len, chunks)))
         for chunk in chunks:
             arrived = mean[chunk.start : chunk.stop]
@@ -125,32 +126,32 @@ class ParameterAverager:
         """A spare buffer that fits, or a new one: two of the longest range are enough."""
         while spare:
             buffer = spare.pop()
-            if self._layout.fits(range_, buffer, self._workers.device):
+            if self.layout.fits(range_, buffer, self._workers.device):
                 return buffer
-        return self._layout.new_buffer(range_, self._workers.device)
+        return self.layout.new_buffer(range_, self._workers.device)
 
     def _launch(
         self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool
-    ) -> tuple[Reduction, bool]:
+    ) -> tuple[Reduction, Tensor | None]:
         if self.differences is None:
-            return workers.mean_(values, share), False
-        if as_it_is or not self.differences.is_known:
-            return workers.mean_(self.differences.settle(range_, values), share), False
-        return self.differences.send(range_, values, workers), True
+            return workers.mean_(values, share), None
+        if as_it_is or not self.differences.knows(range_):
+            return workers.mean_(self.differences.settle(range_, values), share), None
+        return self.differences.send(range_, values, workers)
 
     def _mean(self, in_flight: InFlight) -> Tensor:
         arrived = in_flight.reduction.wait()
         if self.differences is None:
             return arrived
-        if in_flight.is_difference:
-            return self.differences.receive(in_flight.range, arrived)
+        if in_flight.cut_off is not None:
+            return self.differences.receive(in_flight.range, arrived, in_flight.cut_off)
         self.differences.note(in_flight.range, arrived)
         return arrived
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
         """A copy of one of ``parts`` equal parts of the layout, range by range."""
-        ranges = self._layout.cut(self._bucket_bytes, part, parts)
-        return [self._layout.pack(range_, self._layout.new_buffer(range_, self._workers.device)) for range_ in ranges]
+        ranges = self.layout.cut(self._bucket_bytes, part, parts)
+        return [self.layout.pack(range_, self.layout.new_buffer(range_, self._workers.device)) for range_ in ranges]
 
     def send(
         self,
@@ -173,9 +174,9 @@ class ParameterAverager:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
-        for place, range_ in enumerate(self._layout.cut(self._bucket_bytes, part, parts)):
-            snapshot, values = (self._layout.new_buffer(range_, self._workers.device) for _ in range(2))
-            for chunk in self._layout.chunks(range_):
+        for place, range_ in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
+            snapshot, values = (self.layout.new_buffer(range_, self._workers.device) for _ in range(2))
+            for chunk in self.layout.chunks(range_):
                 mine = chunk.pack(snapshot[chunk.start : chunk.stop])
                 if before is not None:
                     earlier = before[place][chunk.start : chunk.stop]
@@ -202,13 +203,13 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
         device = self._workers.device
-        deviations = torch.zeros(self._groups, dtype=torch.float64, device=device)
+        deviations = torch.zeros(self.groups, dtype=torch.float64, device=device)
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
             mean = self._mean(part)
-            squares = _Squares(self._groups)
-            for chunk in self._layout.chunks(part.range):
+            squares = _Squares(self.groups)
+            for chunk in self.layout.chunks(part.range):
                 here = slice(chunk.start, chunk.stop)
                 difference = torch.sub(mean[here], snapshot[here], out=snapshot[here])
                 squares.add(chunk, difference)

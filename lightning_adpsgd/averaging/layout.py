@@ -2,10 +2,10 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ _AT_ONCE = {"cpu": 1 << 16}
 _AT_ONCE_ELSEWHERE = 1 << 22
 
 _REMEMBERED = 256  # ranges whose chunks are kept: up to 4 GiB of parameters on a CPU
+
+
+Order = tuple[int, ...] | None
+"""A tensor's dimensions of more than one element, from outermost to innermost; None: in the order of its indices."""
 
 
 class Range(NamedTuple):
@@ -31,6 +35,18 @@ class Range(NamedTuple):
         """This range in pieces of at most ``length`` elements, in order."""
         for start in range(self.start, self.stop, length):
             yield Range(self.space, start, min(start + length, self.stop))
+
+    def overlaps(self, other: "Range") -> bool:
+        """Whether they have elements in common."""
+        return self.space == other.space and self.start < other.stop and other.start < self.stop
+
+    def without(self, other: "Range") -> "list[Range]":
+        """What is left of this range, in order, where another one is taken out of it."""
+        if not self.overlaps(other):
+            return [self]
+        left = Range(self.space, self.start, max(self.start, other.start))
+        right = Range(self.space, min(self.stop, other.stop), self.stop)
+        return [rest for rest in (left, right) if len(rest) > 0]
 
 
 def hash48(data: bytes) -> int:
@@ -66,26 +82,62 @@ class FlatLayout:
         tensors: what to lay out, in the order in which it is laid out.
         groups: for each tensor, the index of its parameter group, or None if it belongs to no group. Tensors of a group
             are best given one after the other.
+        orders: for some tensors, by their place in ``tensors``: in which order to lay out their elements (see
+            :attr:`orders`), whatever the order in memory.
+        apart: whether tensors of no group get index spaces of their own.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        groups: Sequence[int | None],
+        orders: "Mapping[int, Order] | None" = None,
+        apart: bool = False,
+    ) -> None:
         self._indices: list[int] = []
         self._signature: list[tuple[object, ...]] = []
-        seen: set[tuple[object, ...]] = set()
-        spaces: dict[tuple[torch.dtype, torch.device], list[_Entry]] = {}
-        for index, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
-            if tensor.numel() == 0:
-                continue
-            entry = _Entry.of(tensor, group)
-            if entry.storage in seen:
-                continue
-            seen.add(entry.storage)
-            spaces.setdefault((tensor.dtype, tensor.device), []).append(entry)
+        spaces: dict[tuple[object, ...], list[_Entry]] = {}
+        places: list[tuple[tuple[object, ...], int]] = []
+        for index, entry in _without_repetition(tensors, groups, orders or {}):
+            key = (entry.tensor.dtype, entry.tensor.device, apart and entry.group is None)
+            entries = spaces.setdefault(key, [])
+            places.append((key, len(entries)))
+            entries.append(entry)
             self._indices.append(index)
-            self._signature.append((str(tensor.dtype), tuple(tensor.shape), group, entry.order))
+            tensor = tensors[index]
+            self._signature.append((str(tensor.dtype), tuple(tensor.shape), entry.group, entry.order))
         self._spaces = [_Space(entries) for entries in spaces.values()]
+        numbers = {key: number for number, key in enumerate(spaces)}
+        self._places = [(numbers[key], place) for key, place in places]
+        self._groups = [*groups]
         self._fingerprint = hash48(repr(self._signature).encode())
         self._chunks: dict[Range, list[Chunk]] = {}
+
+    def rebind(self, tensors: Sequence[Tensor]) -> bool:
+        """Find the elements in ``tensors`` from now on: the same tensors as before, perhaps in storage of their own.
+
+        Code that re-assigns a buffer or re-points ``p.data`` leaves the old storage to nobody. Every element keeps its
+        place, also where a tensor lies in memory in another order than before.
+
+        Args:
+            tensors: as many as were given when the layout was made, in that order. One that is not what it was (in
+                shape, dtype or device) is not bound: its elements stay where they are.
+
+        Returns:
+            Whether all are what they were, and share storage as they did. If not, a new layout is needed.
+        """
+        orders = {index: cast(Order, entry[-1]) for index, entry in zip(self._indices, self._signature, strict=True)}
+        found = dict(_without_repetition(tensors, self._groups, orders))
+        unbound = []
+        for index, (space, place) in zip(self._indices, self._places, strict=True):
+            entries = self._spaces[space].entries
+            if index in found and found[index].takes_the_place_of(entries[place]):
+                entries[place] = found.pop(index)
+            else:
+                unbound.append(index)
+        self._chunks.clear()
+        vars(self).pop("_looked_at_together", None)
+        return not found and len(unbound) == 0
 
     @property
     def signature(self) -> list[tuple[object, ...]]:
@@ -96,6 +148,27 @@ class FlatLayout:
     def indices(self) -> list[int]:
         """The places in ``tensors`` of those that were laid out, one per entry of the signature."""
         return self._indices
+
+    @property
+    def orders(self) -> "list[Order]":
+        """Of each entry of the signature: its dimensions of more than one element from outermost to innermost.
+
+        None stands for the order of its indices.
+        """
+        return [cast(Order, entry[-1]) for entry in self._signature]
+
+    @property
+    def places(self) -> "list[Range]":
+        """Where the elements of each entry of the signature are."""
+        ranges = []
+        for space, place in self._places:
+            stop = self._spaces[space].ends[place]
+            ranges.append(Range(space, stop - self._spaces[space].entries[place].tensor.numel(), stop))
+        return ranges
+
+    def is_of_groups(self, space: int) -> bool:
+        """Whether an index space holds what belongs to parameter groups; where they are apart, all of it does."""
+        return self._spaces[space].entries[0].group is not None
 
     @property
     def fingerprint(self) -> int:
@@ -326,10 +399,10 @@ def _runs(pieces: "list[_Piece]") -> list[tuple[int, int, int]]:
 class _Entry(NamedTuple):
     """One tensor of an index space."""
 
-    tensor: Tensor  # real, and without its autograd history
+    tensor: Tensor  # real, and without its autograd history; its indices are in the order in which it is laid out
     group: int | None
     flat: Tensor | None  # all its elements as one dimension in the same storage; None if there is no such view
-    order: tuple[int, ...] | None  # its dimensions from outermost to innermost in memory; None: in order of the indices
+    order: "Order"
 
     @classmethod
     def of(cls, tensor: Tensor, group: int | None) -> "_Entry":
@@ -339,12 +412,28 @@ class _Entry(NamedTuple):
         # An expanded dimension repeats one element: that one is laid out.
         real = real[tuple(0 if stride == 0 else slice(None) for stride in real.stride())]
         strides = real.stride()
-        order = tuple(sorted(range(real.dim()), key=lambda dim: (real.shape[dim] > 1, -strides[dim])))
-        dense = real.permute(order)
+        permutation = sorted(range(real.dim()), key=lambda dim: (real.shape[dim] > 1, -strides[dim]))
+        dense = real.permute(permutation)
         if dense.is_contiguous():
-            order = tuple(dim for dim in order if real.shape[dim] > 1)
-            return cls(real, group, dense.view(-1), order)
+            return cls(dense, group, dense.view(-1), tuple(dim for dim in permutation if real.shape[dim] > 1))
         return cls(real, group, None, None)
+
+    @classmethod
+    def in_order(cls, tensor: Tensor, group: int | None, order: "Order") -> "_Entry":
+        """A tensor whose elements are to be laid out in a given order; without a flat view if memory has another."""
+        entry = cls.of(tensor, group)
+        if entry.order == order:
+            return entry
+        real = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
+        real = real[tuple(0 if stride == 0 else slice(None) for stride in real.stride())]
+        if order is not None:
+            real = real.permute([*(dim for dim in range(real.dim()) if dim not in order), *order])
+        return cls(real, group, real.view(-1) if real.is_contiguous() else None, order)
+
+    def takes_the_place_of(self, other: "_Entry") -> bool:
+        """Whether it has as many elements as another one, of the same type, on the same device."""
+        mine, theirs = self.tensor, other.tensor
+        return (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
 
     @property
     def storage(self) -> tuple[object, ...]:
@@ -363,6 +452,21 @@ class _Entry(NamedTuple):
         elements = self.tensor.reshape(-1).clone()
         elements[start:stop] = source
         self.tensor.copy_(elements.view(self.tensor.shape))
+
+
+def _without_repetition(
+    tensors: Sequence[Tensor], groups: Sequence[int | None], orders: "Mapping[int, Order]"
+) -> "Iterator[tuple[int, _Entry]]":
+    """Each tensor that is laid out: its place in ``tensors``, and its entry."""
+    seen: set[tuple[object, ...]] = set()
+    for index, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
+        if tensor.numel() == 0:
+            continue
+        known = index in orders
+        entry = _Entry.in_order(tensor, group, orders[index]) if known else _Entry.of(tensor, group)
+        if entry.storage not in seen:
+            seen.add(entry.storage)
+            yield index, entry
 
 
 _Piece = tuple[_Entry, int, int]

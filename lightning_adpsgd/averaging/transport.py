@@ -1,11 +1,12 @@
 """How values travel: as differences from the last average in 16 bits, without losing what rounding cuts off."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.layout import FlatLayout, Range
+from lightning_adpsgd.averaging.layout import FlatLayout, Range, hash48
 from lightning_adpsgd.averaging.workers import Reduction, Workers
 
 
@@ -19,70 +20,110 @@ class Differences:
     descent and its application to data-parallel distributed training of speech DNNs", 2014; Karimireddy et al.,
     arXiv:1901.09847).
 
-    It keeps two numbers per element, the average and the error, of the type in which elements are packed.
+    It keeps two numbers per element, the average and the error, of the type in which elements are packed. Both change
+    when a mean arrives, never before: what is sent and then thrown away leaves no trace.
+
+    Tensors of no parameter group (BatchNorm statistics) travel as they are: they are few, a variance that is rounded
+    may become negative, and a constant may be infinite.
 
     Args:
-        layout: what travels.
+        layout: what travels; tensors of no group are apart.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         device: where CPU tensors are packed.
     """
 
     def __init__(self, layout: FlatLayout, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.is_known = False
-        """Whether the averages are: until then, everything travels as it is."""
         self.owes = False
         """Whether there may be errors that have not travelled yet."""
         self._layout = layout
-        spaces = layout.cut_into_spaces()
-        self._averages = [layout.new_buffer(space, device) for space in spaces]
-        self._errors = [torch.zeros_like(average) for average in self._averages]
-        self._spaces = spaces
+        self._spaces = {space.space: space for space in layout.cut_into_spaces() if layout.is_of_groups(space.space)}
+        self._averages = {number: layout.new_buffer(space, device) for number, space in self._spaces.items()}
+        self._errors = {number: torch.zeros_like(average) for number, average in self._averages.items()}
+        self._unknown = [*self._spaces.values()]
+
+    @property
+    def fingerprint(self) -> int:
+        """A 48-bit hash of the elements of which the last average is known; workers have to agree on it."""
+        return hash48(repr(self._unknown).encode())
+
+    def knows(self, range_: Range) -> bool:
+        """Whether the last average of a whole range is known. If not, the range has to travel as it is."""
+        return range_.space in self._spaces and not any(range_.overlaps(unknown) for unknown in self._unknown)
 
     def start(self) -> None:
         """Take what the tensors hold now, which is the same on all workers, for the last average."""
-        for space, average, error in zip(self._spaces, self._averages, self._errors, strict=True):
-            self._layout.pack(space, average)
-            error.zero_()
+        for number, space in self._spaces.items():
+            self._layout.pack(space, self._averages[number])
+            self._errors[number].zero_()
         self.note_all()
 
-    def send(self, range_: Range, values: Tensor, workers: Workers) -> Reduction:
-        """Begin to find out the average's change from the workers' ``values`` of a range."""
+    def forget(self) -> None:
+        """Take note that workers do not know the same average: everything travels as it is once."""
+        self._unknown = [*self._spaces.values()]
+
+    def take_over(self, other: "Differences", places: Iterable[tuple[Range, Range]]) -> None:
+        """Go on from what another layout's average and errors were.
+
+        Args:
+            other: of the layout before.
+            places: of tensors that are in both: where they were, and where they are now.
+        """
+        for before, now in places:
+            if before.space in other._spaces and now.space in self._spaces:
+                self._of(now)[0].copy_(other._of(before)[0])
+                self._of(now)[1].copy_(other._of(before)[1])
+                if other.knows(before):
+                    self._note_known(now)
+        self.owes = other.owes
+
+    def send(self, range_: Range, values: Tensor, workers: Workers) -> tuple[Reduction, Tensor]:
+        """Begin to find out the average's change from the workers' ``values`` of a range.
+
+        Returns:
+            What is under way, and what rounding cuts off of it, for :meth:`receive`; in the storage of ``values``.
+        """
         self.owes = True
         average, error = self._of(range_)
-        change = torch.sub(values, average).add_(error).div_(workers.count)
+        change = values.sub_(average).add_(error).div_(workers.count)
         rounded = self._rounded(change)
-        torch.sub(change, rounded, out=error).mul_(workers.count)
-        return workers.sum_rounded(rounded, partial(self._round_sum, error, workers.count), average.dtype, error)
+        cut_off = change.sub_(rounded).mul_(workers.count)
+        round_sum = partial(self._round_sum, cut_off, workers.count)
+        return workers.sum_rounded(rounded, round_sum, average.dtype, cut_off), cut_off
 
-    def receive(self, range_: Range, change: Tensor) -> Tensor:
+    def receive(self, range_: Range, change: Tensor, cut_off: Tensor) -> Tensor:
         """The new average of a range, as a buffer of its own."""
-        average, _ = self._of(range_)
+        average, error = self._of(range_)
+        error.copy_(cut_off)
         return average.add_(change).clone()
+
+    def settle(self, range_: Range, values: Tensor) -> Tensor:
+        """Add to values that are about to travel as they are what they have not told yet, in place."""
+        return values.add_(self._of(range_)[1]) if range_.space in self._spaces else values
+
+    def note(self, range_: Range, mean: Tensor) -> None:
+        """Take note of an average that travelled as it is."""
+        if range_.space in self._spaces:
+            average, error = self._of(range_)
+            average.copy_(mean)
+            error.zero_()
+            self._note_known(range_)
 
     def note_all(self) -> None:
         """Take note that everything has travelled as it is."""
-        self.is_known, self.owes = True, False
+        self._unknown, self.owes = [], False
 
-    def _round_sum(self, error: Tensor, workers: int, start: int, total: Tensor) -> Tensor:
+    def _round_sum(self, cut_off: Tensor, workers: int, start: int, total: Tensor) -> Tensor:
         rounded = self._rounded(total)
-        error[start : start + len(total)] += (total - rounded).mul_(workers)
+        cut_off[start : start + len(total)] += (total - rounded).mul_(workers)
         return rounded
 
     def _rounded(self, values: Tensor) -> Tensor:
         largest = torch.finfo(self.dtype).max
         return values.clamp(-largest, largest).to(self.dtype)  # what is cut off here travels later, too
 
-    def settle(self, range_: Range, values: Tensor) -> Tensor:
-        """Add to values that are about to travel as they are what they have not told yet, in place."""
-        _, error = self._of(range_)
-        values.add_(error)
-        error.zero_()
-        return values
-
-    def note(self, range_: Range, mean: Tensor) -> None:
-        """Take note of an average that travelled as it is."""
-        self._of(range_)[0].copy_(mean)
+    def _note_known(self, range_: Range) -> None:
+        self._unknown = [rest for unknown in self._unknown for rest in unknown.without(range_)]
 
     def _of(self, range_: Range) -> tuple[Tensor, Tensor]:
         here = slice(range_.start, range_.stop)

@@ -1,0 +1,128 @@
+"""Models whose code re-assigns buffers and re-points ``p.data``: what is averaged is what they hold now."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_adpsgd import LocalSGD
+
+pytestmark = pytest.mark.workers
+
+TRANSPORTS = {
+    "plain": {},
+    "stagger": {"stagger": True},
+    "overlap": {"overlap": 2},
+    "both": {"stagger": True, "overlap": 1},
+    "bf16": {"reduce_dtype": "bf16"},
+    "bf16 both": {"reduce_dtype": "bf16", "stagger": True, "overlap": 1},
+}
+STEPS = 17
+
+
+class Moving(nn.Module):
+    """A parameter that is kept within bounds, and a moving average of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1.0, 1.0, 35).reshape(5, 7))
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.register_buffer("ema", torch.zeros(5, 7))
+
+    def follow(self, *, reassigned: bool) -> None:
+        ema = 0.9 * self.ema + 0.1 * self.weight.detach()
+        bounded = self.weight.data.clamp(-1.5, 1.5)
+        if reassigned:
+            self.ema = ema
+            self.weight.data = bounded
+        else:
+            self.ema.copy_(ema)
+            self.weight.data.copy_(bounded)
+
+
+def train(options: dict, ranks: tuple[int, ...]) -> dict:
+    model = Moving()
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4, module=model, **options)
+    rounds = []
+    local_sgd.subscribe(rounds.append)
+    local_sgd.broadcast()
+    history = []
+    for step in range(STEPS):
+        model.follow(reassigned=dist.get_rank() in ranks)
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        local_sgd.optimizer.step()
+        local_sgd.step()
+        history.append(torch.cat([tensor.detach().flatten().clone() for tensor in model.state_dict().values()]))
+    bytes_before = local_sgd.workers.payload_bytes
+    local_sgd.average("validation")
+    history.append(torch.cat([tensor.detach().flatten().clone() for tensor in model.state_dict().values()]))
+    told = [(r.step, r.trigger, r.variance, r.ratio, r.payload_bytes) for r in rounds]
+    return {"history": torch.stack(history), "rounds": told, "bytes": bytes_before}
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)], ids=["on all ranks", "on one rank"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_what_is_reassigned_is_averaged_like_what_is_changed_in_place(pool, transport, ranks):
+    in_place = pool.run(train, TRANSPORTS[transport], ())
+    reassigned = pool.run(train, TRANSPORTS[transport], ranks)
+    for expected, outcome in zip(in_place, reassigned, strict=True):
+        assert torch.equal(outcome["history"], expected["history"])
+        assert outcome["rounds"] == expected["rounds"]
+        assert outcome["bytes"] == expected["bytes"]
+        assert len(outcome["rounds"]) >= STEPS // 4
+    assert torch.equal(reassigned[0]["history"][-1], reassigned[1]["history"][-1])
+
+
+def turn() -> dict:
+    """One rank keeps a weight in another order of memory from the second round on."""
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1)
+    for step in range(4):
+        if step >= 1 and dist.get_rank() == 1:
+            parameter.data = parameter.data.t().contiguous().t()
+        parameter.grad = -torch.arange(12.0).reshape(3, 4) * (1 + dist.get_rank())
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    return {"value": parameter.detach().contiguous(), "stride": parameter.stride()}
+
+
+def test_a_weight_that_lies_in_memory_in_another_order_on_one_rank_is_averaged_element_by_element(pool):
+    first, second = pool.run(turn)
+    assert first["stride"] != second["stride"]
+    for outcome in (first, second):
+        torch.testing.assert_close(outcome["value"], 6.0 * torch.arange(12.0).reshape(3, 4))
+
+
+def freeze(options: dict) -> dict:
+    """A layer is unfrozen in mid-training, then a group is added: each is new to what is averaged."""
+    layers = [nn.Parameter(torch.full((2000,), 100.0)) for _ in range(3)]
+    layers[1].requires_grad_(False)
+    local_sgd = LocalSGD(torch.optim.SGD(layers[:2], lr=1.0), 2, **options)
+    rounds = []
+    local_sgd.subscribe(rounds.append)
+    local_sgd.broadcast()
+    change = 1.0 + 2.0**-11 + 2.0**-13
+    for step in range(90):
+        if step == 30:
+            layers[1].requires_grad_(True)
+        if step == 60:
+            local_sgd.optimizer.add_param_group({"params": [layers[2]]})
+        for layer in layers:
+            layer.grad = torch.full_like(layer, -change * (1 + dist.get_rank())) if layer.requires_grad else None
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    return {"layers": torch.stack([layer.detach() for layer in layers]), "bytes": [r.payload_bytes for r in rounds]}
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
+def test_what_rounding_has_cut_off_is_late_and_not_lost_when_layers_are_unfrozen_or_added(pool, options):
+    exact = pool.run(freeze, options)
+    halved = pool.run(freeze, {"reduce_dtype": "bf16", **options})
+    for ours, theirs in zip(halved, exact, strict=True):
+        assert (ours["layers"] - theirs["layers"]).abs().max() < 2.0**-6  # what one round may owe
+        assert len(ours["bytes"]) == len(theirs["bytes"])
+        # New layers travel as they are once; from then on differences do.
+        assert ours["bytes"][-1] < 0.6 * theirs["bytes"][-1]
+        assert ours["bytes"][19] < 0.65 * theirs["bytes"][19]
