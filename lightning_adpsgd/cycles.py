@@ -217,11 +217,9 @@ class Cycles:
             period: p, as far as is known, when that part is sent.
         """
         self._before = None
-        payload, cycle = self._known, self._cycle
-        if payload is None or self.overlap == 0 or not self._is_due(self._steps + 1, period):
+        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not any(self._momenta()):
             return
-        if not any(self._momenta()) or payload is not self._payloads.current():
-            return
+        payload, cycle = self._payloads.current(), self._cycle
         part, parts = 0, period if self.stagger else 1
         if cycle is not None and cycle.sent < cycle.parts:
             part, parts = cycle.sent, cycle.parts

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_adpsgd.averaging.alike import Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes, finite
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
@@ -22,6 +23,10 @@ class InFlight(NamedTuple):
     reduction: Reduction
     cut_off: Tensor | None = None
     """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
+    exact: bool = True
+    """Whether the mean of what all workers hold alike is that, bit for bit, by itself."""
+    alike: Comparison | None = None
+    """What all workers hold alike, if that has to be known."""
     snapshot: Tensor | None = None
     """This worker's values when they were sent; None if the tensors still hold them when the mean arrives."""
 
@@ -59,6 +64,7 @@ class ParameterAverager:
         self._workers = workers
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
+        self._blocks: dict[Range, Blocks] = {}
         self._buffers: list[Tensor] | None = [] if on_cpu else None  # the system takes its time to hand out memory
 
     def average(self, share: Share | None = None, as_it_is: bool = True) -> Tensor:
@@ -96,13 +102,12 @@ class ParameterAverager:
 
     def launch(self, range_: Range, buffer: Tensor, share: Share | None = None, as_it_is: bool = True) -> InFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        if self.differences is None:
-            # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
-            share = share or self._workers.everybody
+        share = share or self._workers.everybody
+        if self.differences is None and is_exact(share.contributors):
+            # Dividing first keeps the sum within the range of the workers' own values.
             packed = self.layout.pack(range_, buffer, divisor=share.contributors)
             return InFlight(range_, self._workers.sum_(packed if share.contributes else packed.zero_()))
-        packed = self.layout.pack(range_, buffer)
-        return InFlight(range_, *self._launch(range_, packed, self._workers, share, as_it_is))
+        return self._launch(range_, self.layout.pack(range_, buffer), self._workers, share, as_it_is)
 
     def finish(self, in_flight: InFlight) -> Tensor:
         """Wait for a range's mean, measure its distance from this worker's values, and write it back.
@@ -110,16 +115,20 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
-        mean = self._mean(in_flight)
+        mean, alike = self._mean(in_flight)
         chunks = self.layout.chunks(in_flight.range)
         squares = _Squares(self.groups)
         scratch = mean.new_empty(max(map(len, chunks)))
         for chunk in chunks:
             arrived = mean[chunk.start : chunk.stop]
+            if alike is not None:
+                mine = chunk.pack(scratch[: len(chunk)])
+                torch.where(alike[chunk.start : chunk.stop], mine, arrived, out=arrived)
             if chunk.runs:
                 # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
                 squares.add(chunk, chunk.difference(arrived, scratch[: len(chunk)]))
             chunk.unpack(arrived)
+        self._note(in_flight, mean)
         return squares.sums(mean.device)
 
     def _buffer_for(self, range_: Range, spare: list[Tensor]) -> Tensor:
@@ -130,23 +139,36 @@ class ParameterAverager:
                 return buffer
         return self.layout.new_buffer(range_, self._workers.device)
 
-    def _launch(
-        self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool
-    ) -> tuple[Reduction, Tensor | None]:
-        if self.differences is None:
-            return workers.mean_(values, share), None
-        if as_it_is or not self.differences.knows(range_):
-            return workers.mean_(self.differences.settle(range_, values), share), None
-        return self.differences.send(range_, values, workers)
+    def _launch(self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool) -> InFlight:
+        """Begin to average the values of a range, which are overwritten."""
+        if self.differences is not None and not as_it_is and self.differences.knows(range_):
+            return InFlight(range_, *self.differences.send(range_, values, workers))
+        owed = None if self.differences is None else self.differences.owed(range_)
+        exact = is_exact((share or workers.everybody).contributors)
+        alike = None
+        if not exact and share in (None, workers.everybody):
+            if range_ not in self._blocks:
+                self._blocks[range_] = Blocks(len(range_), self.layout.boundaries(range_))
+            alike = self._blocks[range_].compare(values, owed, workers)
+        if owed is not None:
+            values.add_(owed)
+        return InFlight(range_, workers.mean_(values, share), exact=exact, alike=alike)
 
-    def _mean(self, in_flight: InFlight) -> Tensor:
+    def _mean(self, in_flight: InFlight) -> tuple[Tensor, Tensor | None]:
+        """A range's mean, and which of its elements all workers hold alike, so that their mean is what they are."""
         arrived = in_flight.reduction.wait()
-        if self.differences is None:
-            return arrived
-        if in_flight.cut_off is not None:
-            return self.differences.receive(in_flight.range, arrived, in_flight.cut_off)
-        self.differences.note(in_flight.range, arrived)
-        return arrived
+        if self.differences is not None and in_flight.cut_off is not None:
+            return self.differences.receive(in_flight.range, arrived, in_flight.cut_off), None
+        if not in_flight.exact:
+            largest = torch.finfo(arrived.dtype).max
+            for _, start, stop in self.layout.groups(in_flight.range):
+                # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
+                arrived[start:stop].clamp_(-largest, largest)
+        return arrived, None if in_flight.alike is None else in_flight.alike.wait()
+
+    def _note(self, in_flight: InFlight, mean: Tensor) -> None:
+        if self.differences is not None and in_flight.cut_off is None:
+            self.differences.note(in_flight.range, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
         """A copy of one of ``parts`` equal parts of the layout, range by range."""
@@ -185,14 +207,15 @@ class ParameterAverager:
                         torch.lerp(earlier[here], mine[here], 1.0 + ahead[group], out=mine[here])
                 values[chunk.start : chunk.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
-            in_flight.append(InFlight(range_, *self._launch(range_, values, carrier, None, as_it_is=False), snapshot))
+            launched = self._launch(range_, values, carrier, None, as_it_is=False)
+            in_flight.append(launched._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
 
         Tensors of no parameter group (BatchNorm statistics) take the mean as it is: they are moving averages, and a
-        variance must not become negative.
+        variance must not become negative. What was the same on all workers when it was sent stays what it is now.
 
         Args:
             in_flight: of :meth:`send`.
@@ -207,7 +230,10 @@ class ParameterAverager:
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
-            mean = self._mean(part)
+            mean, alike = self._mean(part)
+            if alike is not None:
+                torch.where(alike, snapshot, mean, out=mean)
+            self._note(part, mean)
             squares = _Squares(self.groups)
             for chunk in self.layout.chunks(part.range):
                 here = slice(chunk.start, chunk.stop)

@@ -99,7 +99,7 @@ class FlatLayout:
         spaces: dict[tuple[object, ...], list[_Entry]] = {}
         places: list[tuple[tuple[object, ...], int]] = []
         for index, entry in _without_repetition(tensors, groups, orders or {}):
-            key = (entry.tensor.dtype, entry.tensor.device, apart and entry.group is None)
+            key = (tensors[index].dtype, entry.tensor.device, apart and entry.group is None)
             entries = spaces.setdefault(key, [])
             places.append((key, len(entries)))
             entries.append(entry)
@@ -271,6 +271,11 @@ class FlatLayout:
                 together[-1].append(entry.tensor if entry.flat is None else entry.flat)
         return together
 
+    def boundaries(self, range_: Range) -> list[int]:
+        """Where in a range a tensor begins, or goes on; relative to the range, ascending from 0."""
+        lengths = [stop - start for _, start, stop in self._spaces[range_.space].pieces(range_)]
+        return [0, *accumulate(lengths[:-1])]
+
     def groups(self, range_: Range) -> list[tuple[int, int, int]]:
         """The runs of a range that belong to one parameter group: (group, start, stop), relative to the range."""
         return _runs(self._spaces[range_.space].pieces(range_))
@@ -329,25 +334,28 @@ class Chunk:
             torch._foreach_copy_(self._views, [*values.split(self._lengths)])
 
     def move(self, mean: Tensor, difference: Tensor) -> None:
-        """Add ``difference`` to what belongs to a parameter group; overwrite the rest with ``mean``.
+        """Add ``difference`` to what belongs to a parameter group; overwrite the rest with ``mean`` where they differ.
 
         Args:
             mean: shape (len(self),).
             difference: shape (len(self),).
         """
-        if not self.runs:
-            self.unpack(mean)
-            return
         targets, added = [], []
         means, changes = mean.split(self._lengths), difference.split(self._lengths)
         for (entry, start, stop), new, change in zip(self._pieces, means, changes, strict=True):
-            if entry.flat is None:
-                entry.write(start, stop, new if entry.group is None else entry.read(start, stop) + change)
-            elif entry.group is None:
-                entry.read(start, stop).copy_(new)
+            here = entry.read(start, stop)
+            if entry.group is None:
+                new = torch.where(change == 0, here, new)  # what has changed on all workers alike stays changed
+            elif entry.flat is None:
+                new = here + change
             else:
-                targets.append(entry.read(start, stop))
+                targets.append(here)
                 added.append(change)
+                continue
+            if entry.flat is None:
+                entry.write(start, stop, new)
+            else:
+                here.copy_(new)
         if targets:
             torch._foreach_add_(targets, added)
 

@@ -97,9 +97,9 @@ class Differences:
         error.copy_(cut_off)
         return average.add_(change).clone()
 
-    def settle(self, range_: Range, values: Tensor) -> Tensor:
-        """Add to values that are about to travel as they are what they have not told yet, in place."""
-        return values.add_(self._of(range_)[1]) if range_.space in self._spaces else values
+    def owed(self, range_: Range) -> Tensor | None:
+        """What values that are about to travel as they are have not told yet: to be added to them."""
+        return self._of(range_)[1] if range_.space in self._spaces else None
 
     def note(self, range_: Range, mean: Tensor) -> None:
         """Take note of an average that travelled as it is."""

@@ -217,6 +217,11 @@ class Workers:
         """Begin to replace ``buffer`` (contiguous) by its sum over the workers."""
         return Reduction(buffer, self._all_reduce(buffer) if self.count > 1 else None)
 
+    def largest(self, buffer: Tensor) -> Reduction:
+        """Begin to replace ``buffer`` (contiguous, integers) by the largest that any rank has of each element."""
+        work = self._all_reduce(buffer, op=dist.ReduceOp.MAX) if self.size > 1 else None
+        return Reduction(buffer, work)
+
     def sum_rounded(
         self, rounded: Tensor, round_sum: Callable[[int, Tensor], Tensor], dtype: torch.dtype, debts: Tensor
     ) -> Reduction:
@@ -367,10 +372,12 @@ class Workers:
                 row[place] = entry
         return row
 
-    def _all_reduce(self, tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> "dist.Work | None":
+    def _all_reduce(
+        self, tensor: Tensor, group: "dist.ProcessGroup | None" = None, op: Any = dist.ReduceOp.SUM
+    ) -> "dist.Work | None":
         self._count(tensor)
         with _as_collective_error():
-            return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group or self._group, async_op=True)
+            return dist.all_reduce(tensor, op=op, group=group or self._group, async_op=True)
 
     def _count(self, tensor: Tensor) -> None:
         self._counted.payload_bytes += tensor.numel() * tensor.element_size()

@@ -56,11 +56,10 @@ def push_forgetfully() -> dict:
 
     send = Differences.send
 
-    def forgetting(self: Differences, *args: object) -> torch.Tensor:
-        reduction = send(self, *args)
-        for error in self._errors:
+    def forgetting(self: Differences, *args: object) -> tuple:
+        for error in self._errors.values():
             error.zero_()
-        return reduction
+        return send(self, *args)
 
     Differences.send = forgetting
     try:
