@@ -323,7 +323,7 @@ class Cycles:
 
     def _adopt_part(self, part: _Part, step: int) -> None:
         cycle = part.cycle
-        as_sent = self._steps == part.step and not part.looked_ahead
+        as_sent = self._steps == part.step and not part.looked_ahead and not self._payloads.moved_by_others
         self._payloads.rebind(part.payload)
         cycle.deviations += part.payload.averager.adopt(part.in_flight, moved=not as_sent)
         cycle.adopted += 1

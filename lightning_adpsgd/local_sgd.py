@@ -324,7 +324,9 @@ class LocalSGD:
 
         With ``reduce_dtype`` also, whether they owe each other what rounding has cut off.
         """
-        return self.local_steps > 0 or not (self._cycles is None or self._cycles.fresh) or self._payloads.owes
+        if self.local_steps > 0 or self._payloads.owes or self._payloads.moved_by_others:
+            return True
+        return self._cycles is not None and not self._cycles.fresh
 
     @property
     def is_complete(self) -> bool:
@@ -336,6 +338,7 @@ class LocalSGD:
         self.local_steps = 0
         self._state_shared_at = self.steps
         self._in_reserve = None
+        self._payloads.moved_by_others = False
         if self._cycles is not None:
             self._cycles.restart()
         if self.workers.count > 1:
@@ -466,6 +469,7 @@ class LocalSGD:
         )
         if self._cycles is not None:
             self._cycles.restart()
+        self._payloads.moved_by_others = False
         self._start_from(self.steps)
         return None if later else self._read_unread()
 
@@ -636,7 +640,7 @@ class LocalSGD:
             )
 
     def _warn_of_no_drift(self, round_: AveragingRound, payload: Payload) -> None:
-        if self._warned_of_no_drift or round_.learning_rate == 0.0 or round_.local_steps == 0:
+        if self._warned_of_no_drift or round_.learning_rate == 0.0 or round_.local_steps == 0 or not payload.parameters:
             return
         if self.workers.count - round_.dropped == 1 or self._has_drifted:
             return

@@ -179,6 +179,9 @@ class Payloads:
         self._stepped: dict[int, nn.Parameter] = {}
         self._not_stepped: list[nn.Parameter] = []
         self._counted = 0
+        self._owned_by_others: set[Payloads] = set()
+        self.moved_by_others = False
+        """Whether an optimizer that has left a parameter to this one has stepped since all workers were the same."""
         self.note_averaged()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -233,6 +236,8 @@ class Payloads:
         Adversarial networks, whose parts are frozen in turn, would otherwise drift apart. It costs something in the
         first step after a round, and then only where parameters are frozen.
         """
+        for other in self._owned_by_others:
+            other.moved_by_others = True
         count = sum(len(group["params"]) for group in self._optimizer.param_groups)
         if count != self._counted:
             self._counted = count
@@ -293,7 +298,10 @@ class Payloads:
         return [member._replace(key=names.get(id(member.tensor), member.key)) for member in members]
 
     def _owns(self, parameter: nn.Parameter) -> bool:
-        return self._owners is None or self._owners.setdefault(id(parameter), self) is self
+        owner = self if self._owners is None else self._owners.setdefault(id(parameter), self)
+        if owner is not self:
+            self._owned_by_others.add(owner)
+        return owner is self
 
 
 def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -323,4 +331,5 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def squared_norm(tensors: Sequence[Tensor]) -> float:
     """Σ ‖w‖² over all tensors."""
-    return sum(float(norm) ** 2 for norm in torch._foreach_norm([tensor.data for tensor in tensors]))
+    norms = torch._foreach_norm([tensor.data for tensor in tensors]) if tensors else ()
+    return sum(float(norm) ** 2 for norm in norms)

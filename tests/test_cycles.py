@@ -14,7 +14,7 @@ from tests.test_local_sgd import RecordingPeriod
 pytestmark = pytest.mark.workers
 
 WORKERS = 2
-STEPS = 12
+STEPS = 15
 
 
 class Changing(RecordingPeriod):
