@@ -2,7 +2,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,20 +105,19 @@ def printed_config(capsys, *arguments):
 # As a command
 
 
-def test_python_m_trains_with_the_strategy_by_name(folder):
-    command = [sys.executable, "-m", "lightning_adpsgd", "fit", "--config", written(configuration("adpsgd"))]
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "3 in 10 steps (30.0%): period 2, train_end 1" in finished.stdout
-
-
-def test_console_script_helps(folder):
+def test_module_trains_and_console_script_helps(folder):
     script = shutil.which("adpsgd", path=str(Path(sys.executable).parent))
     assert script is not None
-    finished = subprocess.run([script, "--help"], cwd=folder, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "usage: adpsgd" in finished.stdout
-    assert "fit" in finished.stdout
+    by_name = written(configuration("adpsgd"))
+    commands = [[sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name], [script, "--help"]]
+    with ThreadPoolExecutor() as side_by_side:  # starting is most of what they do
+        run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+        trained, helped = side_by_side.map(run, commands)
+    assert trained.returncode == 0, trained.stderr
+    assert "3 in 10 steps (30.0%): period 2, train_end 1" in trained.stdout
+    assert helped.returncode == 0, helped.stderr
+    assert "usage: adpsgd" in helped.stdout
+    assert "fit" in helped.stdout
 
 
 # As a function
