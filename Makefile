@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 test-bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/benchmarks
 
-## Run both with the oldest supported versions, in an environment of its own (about 5.5 GB)
+## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev
 	$(OLDEST)/bin/python -m pytest
 
