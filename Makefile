@@ -3,15 +3,19 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-oldest bench paper lint docs clean
+.PHONY: demo test test-bench test-oldest bench paper lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from nothing)
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
-## Run the whole test suite
+## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/benchmarks
+
+## Run the tests of the benchmarks (those on links need Linux and root, and are skipped elsewhere)
+test-bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/benchmarks
 
 ## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev

@@ -2,7 +2,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,20 +105,19 @@ def printed_config(capsys, *arguments):
 # As a command
 
 
-def test_python_m_trains_with_the_strategy_by_name(folder):
-    command = [sys.executable, "-m", "lightning_adpsgd", "fit", "--config", written(configuration("adpsgd"))]
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "3 in 10 steps (30.0%): period 2, train_end 1" in finished.stdout
-
-
-def test_console_script_helps(folder):
+def test_module_trains_and_console_script_helps(folder):
     script = shutil.which("adpsgd", path=str(Path(sys.executable).parent))
     assert script is not None
-    finished = subprocess.run([script, "--help"], cwd=folder, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "usage: adpsgd" in finished.stdout
-    assert "fit" in finished.stdout
+    by_name = written(configuration("adpsgd"))
+    commands = [[sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name], [script, "--help"]]
+    with ThreadPoolExecutor() as side_by_side:  # starting is most of what they do
+        run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+        trained, helped = side_by_side.map(run, commands)
+    assert trained.returncode == 0, trained.stderr
+    assert "3 in 10 steps (30.0%): period 2, train_end 1" in trained.stdout
+    assert helped.returncode == 0, helped.stderr
+    assert "usage: adpsgd" in helped.stdout
+    assert "fit" in helped.stdout
 
 
 # As a function
@@ -185,41 +186,35 @@ def test_strategy_has_every_setting_of_the_configuration(folder):
 # What is wrong is named
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": 0}}},
-            "AdaptivePeriod(initial=0): expected an int of at least 1",
-        ),
+def refusal(error, settings):
+    """What fit ends with if the strategy is given these settings."""
+    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
+    with pytest.raises(error) as caught:
+        main(["fit", "--config", written(configuration(strategy))])
+    return caught.value
+
+
+def adaptive(initial):
+    return {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": initial}}}
+
+
+def test_value_out_of_range_ends_with_a_message_that_names_it(folder):
+    for settings, message in (
+        (adaptive(0), "AdaptivePeriod(initial=0): expected an int of at least 1"),
         ({"period": 0}, "ConstantPeriod(period=0): expected an int of at least 1"),
         ({"bucket_size_mb": -1.0}, "bucket_size_mb=-1.0: expected a positive, finite number of MiB"),
-    ],
-)
-def test_value_out_of_range_ends_with_a_message_that_names_it(folder, settings, message):
-    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
-    with pytest.raises(ValueError, match="expected") as caught:
-        main(["fit", "--config", written(configuration(strategy))])
-    assert message in str(caught.value)
+    ):
+        assert message in str(refusal(ValueError, settings))
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
+def test_value_of_the_wrong_kind_exits_with_a_message_that_names_it(folder, capsys):
+    for settings, named in (
         ({"optimizer_state": "sometimes"}, ['"optimizer_state"', "sometimes", "'local', 'average', 'reset'"]),
         ({"bucket_size_mb": "large"}, ['"bucket_size_mb"', "large"]),
         ({"average_buffers": "perhaps"}, ['"average_buffers"', "perhaps"]),
         ({"perod": 8}, ["perod"]),
-        (
-            {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": "four"}}},
-            ['"initial"', "four"],
-        ),
-    ],
-)
-def test_value_of_the_wrong_kind_exits_with_a_message_that_names_it(folder, capsys, settings, named):
-    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", "--config", written(configuration(strategy))])
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err.partition("error:")[2]
-    assert [part for part in named if part not in message] == []
+        (adaptive("four"), ['"initial"', "four"]),
+    ):
+        assert refusal(SystemExit, settings).code == 2
+        message = capsys.readouterr().err.partition("error:")[2]
+        assert [part for part in named if part not in message] == []

@@ -1,9 +1,5 @@
 """The registered names start processes of their own, in the ways they say."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.examples.test_digits import run
@@ -12,11 +8,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
+import lightning_adpsgd  # is all that registering takes
+
 import lightning as L
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-
-import lightning_adpsgd
 
 
 class Model(BoringModel):
@@ -34,6 +30,7 @@ if __name__ == "__main__":
     trainer.fit(model)
     if trainer.is_global_zero:
         Path("after").write_text(f"{model.layer.weight.sum().item():.7f}")
+        print(type(trainer.strategy))
 """
 
 
@@ -45,11 +42,4 @@ def test_a_name_starts_its_processes_and_returns_the_average(tmp_path, name):
     assert done.returncode == 0, done.stderr
     first, second, after = ((tmp_path / name).read_text() for name in ("rank0", "rank1", "after"))
     assert first == second == after
-
-
-def test_importing_the_package_is_all_that_registering_takes(tmp_path: Path):
-    script = (
-        "import lightning_adpsgd, lightning as L; print(type(L.Trainer(strategy='adpsgd', accelerator='cpu').strategy))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert "lightning_adpsgd.strategy.ADPSGDStrategy" in done.stdout, done.stderr
+    assert "lightning_adpsgd.strategy.ADPSGDStrategy" in done.stdout

@@ -1,4 +1,7 @@
-"""`make test-oldest` runs the suite with the versions that pyproject.toml promises, and with no newer ones."""
+"""`make test-oldest` runs the suite with the versions that pyproject.toml promises, and with no newer ones.
+
+`make test` and `make test-bench` divide it: the package's tests, and those of the benchmarks.
+"""
 
 import os
 import re
@@ -88,7 +91,10 @@ def make(*arguments):
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+NEEDS_MAKE = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@NEEDS_MAKE
 def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_path):
     oldest = tmp_path / "oldest"
     (oldest / "bin").mkdir(parents=True)
@@ -99,3 +105,14 @@ def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_p
     assert make(*dry).split() == [f"{oldest}/bin/python", "-m", "pytest"]
     for changed in ("pyproject.toml", "tests/oldest.txt"):
         assert "pip install" in make(*dry, f"--what-if={changed}")
+
+
+@NEEDS_MAKE
+def test_two_targets_divide_the_suite_and_ci_runs_both(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for file in ("bin/pip", ".installed-dev"):
+        (tmp_path / file).touch()
+    run = [f"{tmp_path}/bin/python", "-m", "pytest"]
+    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, "--ignore=tests/benchmarks"]
+    assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-3:] == ["make lint", "make test", "make test-bench"]

@@ -16,7 +16,6 @@ from benchmarks.accuracy import (
     combine,
     ddp_bytes,
     evaluate,
-    main,
     measure,
     new_strategy,
     readable,
@@ -213,28 +212,6 @@ def test_run_that_is_not_to_be_kept_writes_nothing(tmp_path, monkeypatch):
 
 
 # The command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ([], "--data None: expected the folder that holds cifar-10-batches-py"),
-        (["--data", "no_such_folder"], "--data no_such_folder: expected the folder that holds cifar-10-batches-py"),
-        (["--data", ".", "--contenders", "plain,gossip"], "argument --contenders: expected some of ddp, plain"),
-        (["--data", ".", "--workers", "1"], "argument --workers: expected int of at least 2, got '1'"),
-        (["--data", ".", "--period", "3"], "--period 3: expected more steps than overlap=3, which is compared too"),
-        (
-            ["--data", ".", "--contenders", "plain,stagger-overlap", "--period", "1"],
-            "--period 1: expected more steps than overlap=1",
-        ),
-        (["--data", ".", "--json", "no_such_folder/file.json"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
 
 
 @pytest.mark.workers

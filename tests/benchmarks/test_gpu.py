@@ -49,25 +49,6 @@ def test_without_nccl_it_says_so(monkeypatch, capsys):
     assert "is built without NCCL. Leave out --backend nccl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--parts", "training,test"], "argument --parts: expected some of local-step, round, training, trace"),
-        (["--backend", "mpi"], "argument --backend: invalid choice: 'mpi'"),
-        (["--ranks", "1"], "argument --ranks: expected int from 2 to 64, got '1'"),
-        (["--period", "1"], "argument --period: expected int of at least 2, got '1'"),
-        (["--traces", "no_such_folder"], "argument --traces: no_such_folder: there is no such folder"),
-        (["--rehearse", "--backend", "nccl"], "NCCL is for GPUs only"),
-        (["--tensors", "5000", "--parameters", "0.001"], "--tensors 5000: expected at most as many"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 # Training
 
 

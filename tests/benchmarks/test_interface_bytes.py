@@ -156,22 +156,6 @@ def running(program):
     return subprocess.Popen([sys.executable, "-c", program])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--hosts", "1"], "argument --hosts: expected int of at least 2, got '1'"),
-        (["--steps", "many"], "argument --steps: expected int of at least 1, got 'many'"),
-        (["--settle", "-1"], "argument --settle: expected float of at least 0, got '-1'"),
-        (["--json", "no_such_folder/file.json"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        interface_bytes.main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 # The hosts
 
 

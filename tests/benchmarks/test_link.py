@@ -216,31 +216,6 @@ def test_node_as_worker_needs_several_ranks_on_it(monkeypatch):
 # The command
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--hosts", "1"], "argument --hosts: expected int from 2 to 250, got '1'"),
-        (["--ranks-per-host", "0"], "argument --ranks-per-host: expected int of at least 1, got '0'"),
-        (["--rate-mbit", "slow"], "argument --rate-mbit: expected float of at least 1, got 'slow'"),
-        (["--parameters", "7"], "argument --parameters: expected int of at least 10000, got '7'"),
-        (["--learning-rate", "nan"], "argument --learning-rate: expected float of at least 0, got 'nan'"),
-        (["--until-loss", "low"], "argument --until-loss: expected float of at least 0, got 'low'"),
-        (["--contenders", "ddp,dpp"], "argument --contenders: expected some of none, none-loop, ddp,"),
-        (["--contenders", "ddp,dpp"], "got 'dpp'"),
-        (["--contenders", "none", "--until-loss", "ddp"], "expected ddp to be among the --contenders"),
-        (["--model", "resnet8", "--pause-ms", "5"], "only --model mlp can sleep"),
-        (["--images", "100"], "are about the images in --data"),
-        (["--data", "no_such_folder"], "--data no_such_folder: there is no such folder"),
-        (["--json", "no_such_folder/file.json"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        link.main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 def test_contender_that_was_asked_for_and_cannot_run_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(contenders, "find_spec", lambda module: None)
     with pytest.raises(SystemExit) as left:

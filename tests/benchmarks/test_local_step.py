@@ -16,7 +16,6 @@ from benchmarks.local_step import (
     Task,
     as_rows,
     combine,
-    main,
     new_batch,
     new_network,
     new_trainer,
@@ -155,24 +154,6 @@ def test_batch_comes_as_often_as_asked_for():
 
 
 # The command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--ranks", "0"], "argument --ranks: expected int of at least 1, got '0'"),
-        (["--models", "few,huge"], "argument --models: expected some of few, many, got 'huge'"),
-        (["--fits", "0"], "argument --fits: expected int of at least 1, got '0'"),
-        (["--turns", "none"], "argument --turns: expected int of at least 1, got 'none'"),
-        (["--stretch-seconds", "0"], "argument --stretch-seconds: expected float from 0.001 to 3600, got '0'"),
-        (["--json", "no_such_folder/file.json"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
 
 
 @pytest.mark.workers

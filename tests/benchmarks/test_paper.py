@@ -651,20 +651,3 @@ def test_images_that_are_missing_and_cannot_be_downloaded_are_an_error_that_says
     told = capsys.readouterr().err
     assert "could not be downloaded (no route)" in told
     assert "make paper DATA=" in told
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
-        (["--studies", "gossip"], "argument --studies: expected some of paper, cosine"),
-        (["--seeds", "0"], "argument --seeds: expected int of at least 1, got '0'"),
-        (["--backend", "nccl", "--device", "cpu"], "--backend nccl: expected --device cuda"),
-        (["--page", "no_such_folder/results.md"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        command.main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err

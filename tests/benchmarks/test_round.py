@@ -198,24 +198,6 @@ def test_model_has_the_parameters_and_the_tensors_asked_for():
 # The command
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--ranks", "1"], "argument --ranks: expected int from 2 to 250, got '1'"),
-        (["--parameters", "1,none"], "argument --parameters: expected float from 1e-06 to 10000, got 'none'"),
-        (["--rate-mbit", "slow"], "argument --rate-mbit: expected float of at least 1, got 'slow'"),
-        (["--parameters", "0.001", "--tensors", "8,5000"], "--tensors 5000: expected at most as many as there are"),
-        (["--bucket-size-mb", "0"], "argument --bucket-size-mb: expected float from 1e-06"),
-        (["--json", "no_such_folder/file.json"], "there is no folder"),
-    ],
-)
-def test_wrong_option_is_named_with_what_is_expected(arguments, named, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert named in capsys.readouterr().err
-
-
 def test_error_says_what_is_missing_for_a_link(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert main(["--rate-mbit", "1000"]) == 2
