@@ -3,6 +3,7 @@
 import atexit
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.overrides.distributed import _sync_module_states as sync_module_states
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -99,19 +101,22 @@ def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> 
     strategy.model = strategy._setup_model(strategy.model)  # type: ignore[arg-type]
 
 
-_failed: "list[tuple[pl.strategies.Strategy, Workers]]" = []
+_failed: "list[tuple[pl.strategies.DDPStrategy, Workers, BaseException]]" = []
 
 
-def end_others_at_exit(strategy: "pl.strategies.Strategy", workers: Workers) -> None:
+def end_others_at_exit(strategy: "pl.strategies.DDPStrategy", workers: Workers, exception: BaseException) -> None:
     """After a failure on this rank: if the process ends because of it, see that the others do not wait for it.
 
     Lightning leaves the processes that its launcher has started to themselves. They find out in their next collective,
     but with NCCL only after its timeout. So they are left alone in a way that they notice, and have some seconds to say
-    what they have to say. If the script goes on instead, :func:`forget_failure` calls this off.
+    what they have to say. If the script goes on instead, :func:`forget_failure` calls this off. One process alone has
+    nobody to end.
     """
+    if workers.size == 1:
+        return
     if not _failed:
         atexit.register(_end_others)
-    _failed[:] = [(strategy, workers)]
+    _failed[:] = [(strategy, workers, exception)]
 
 
 def forget_failure() -> None:
@@ -125,23 +130,45 @@ def _end_others() -> None:
         if thread.name == "child-process-observer":
             # Lightning's own watch would kill this process, with another exit code, as soon as a child has ended.
             vars(thread)["_run"] = _nothing_to_observe
-    for strategy, workers in _failed:
+    for strategy, workers, _ in _failed:
         workers.hang_up()
         workers.stay(seconds=_SECONDS_TO_STAY)
         started = getattr(strategy.launcher, "procs", None) or []
         deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS
-        for child in started:
+        for rank, child in enumerate(started, strategy.global_rank + 1):
             if not isinstance(child, subprocess.Popen):
                 continue
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                if workers.is_ending(rank):
+                    continue  # by itself, and it may have files to upload
                 child.kill()
                 child.wait()
-    if hasattr(signal, "alarm"):
-        # The system ends this process if native threads that wait for a peer keep it from ending by itself.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@atexit.register  # when this package is imported, so that it runs after what scripts and loggers register later
+def _see_to_it_that_this_process_ends() -> None:
+    """Have the system end this process if native threads that wait for a peer keep it from ending by itself."""
+    if not any(_ends_the_process(exception) for *_, exception in _failed) or not hasattr(signal, "alarm"):
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_SECONDS_TO_END)
+    threading.Thread(target=_put_off_the_alarm, daemon=True).start()
+
+
+def _ends_the_process(exception: BaseException) -> bool:
+    if isinstance(exception, SIGTERMException):
+        return False  # which all ranks have raised at the same step: nobody is waited for
+    # The interpreter notes an error that nobody has caught, unless it is one that stands for an exit.
+    return not isinstance(exception, Exception) or getattr(sys, "last_value", None) is not None
+
+
+def _put_off_the_alarm() -> None:
+    """As long as there is an interpreter that runs threads: somebody else's work at exit is none of ours."""
+    while True:
         signal.alarm(_SECONDS_TO_END)
+        time.sleep(0.5)
 
 
 def current_hook(module: "pl.LightningModule") -> str | None:

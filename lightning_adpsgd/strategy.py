@@ -60,7 +60,7 @@ from lightning_adpsgd.arguments import (
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, closed_at_exit
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
@@ -214,6 +214,12 @@ class ADPSGDStrategy(DDPStrategy):
     # Set up and tear down
 
     @override
+    def setup_environment(self) -> None:
+        """Connect the ranks, until the script ends: it may fit, validate or communicate again before it does."""
+        with closed_at_exit():
+            super().setup_environment()
+
+    @override
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
         self._workers = self._new_workers()
@@ -249,7 +255,7 @@ class ADPSGDStrategy(DDPStrategy):
         """Leave word for the other ranks, who may be waiting for this one."""
         super().on_exception(exception)
         if self._workers is not None:
-            end_others_at_exit(self, self._workers)
+            end_others_at_exit(self, self._workers, exception)
         if self._workers is None or isinstance(exception, WorkerLostError):
             return  # the latter was lost by the others as well, and has been told
         steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)

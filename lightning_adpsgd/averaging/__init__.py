@@ -5,7 +5,15 @@ from lightning_adpsgd.averaging.layout import FlatLayout, Order, Range, has_mean
 from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.averaging.stopwatch import Stopwatch
-from lightning_adpsgd.averaging.workers import CollectiveError, NodeWorkers, Numbers, Reduction, Share, Workers
+from lightning_adpsgd.averaging.workers import (
+    CollectiveError,
+    NodeWorkers,
+    Numbers,
+    Reduction,
+    Share,
+    Workers,
+    closed_at_exit,
+)
 
 __all__ = [
     "TRIGGERS",
@@ -24,6 +32,7 @@ __all__ = [
     "Trigger",
     "Workers",
     "average_moments",
+    "closed_at_exit",
     "forget",
     "has_mean",
     "hash48",

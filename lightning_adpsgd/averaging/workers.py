@@ -1,10 +1,12 @@
 """The workers and what passes between them: the one place that calls torch.distributed, and that counts bytes."""
 
+import atexit
 import contextlib
 import functools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -16,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 _SECONDS_TO_HANG_UP = 2.0
+_SECONDS_TO_LET_GO = 0.05
 
 
 class CollectiveError(RuntimeError):
@@ -325,6 +328,12 @@ class Workers:
             return words, False  # it is served by a process that is gone
         return words, True
 
+    def is_ending(self, rank: int) -> bool:
+        """Whether another worker has left word, or is past its last round: it ends by itself. Waits for nobody."""
+        with contextlib.suppress(RuntimeError):
+            return self._store is not None and any(self._store.check([_key(kind, rank)]) for kind in ("word", "heard"))
+        return False
+
     def forget_word(self) -> None:
         """Take back what this worker has left."""
         self._has_stayed = False
@@ -543,3 +552,35 @@ def _timeout(device: torch.device) -> timedelta:
 def _key(kind: str, rank: int) -> str:
     # torchrun may keep its store when it restarts the workers: what was said then is not meant for now.
     return f"lightning_adpsgd/{kind}/{rank}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+# How it ends. A thread of gloo lets go of a collective's tensors some time after the collective is over, and needs
+# Python's lock for that. If the interpreter goes down while it waits for the lock, it is ended inside of a destructor,
+# and the process aborts: "terminate called without an active exception" (pytorch#190489). No thread, no abort.
+
+_opened: "list[tuple[int, weakref.ref[Any]]]" = []
+
+
+@contextlib.contextmanager
+def closed_at_exit() -> Iterator[None]:
+    """If the default process group is made in this context, have it closed when the script ends. No other ever is."""
+    before = dist.group.WORLD if dist.is_available() else None
+    yield
+    made = dist.group.WORLD if dist.is_available() else None
+    if made is not None and made is not before:
+        _opened[:] = [(os.getpid(), weakref.ref(made))]
+
+
+@atexit.register  # when this package is imported, so that it runs after what scripts and loggers register later
+def _close_what_was_opened() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # Threads of groups that others have made get the lock now. gloo of torch 2.4 may wait for its own threads for ever
+    # if it is closed before they have let go.
+    time.sleep(_SECONDS_TO_LET_GO)
+    # A process that the script has forked inherits the group, but not its threads: closing would wait for them.
+    if any(process == os.getpid() and made() is dist.group.WORLD for process, made in _opened):
+        # Not in this thread: it waits for collectives that are still under way.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(_SECONDS_TO_HANG_UP)

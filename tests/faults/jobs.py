@@ -215,6 +215,9 @@ def _rank(job: dict[str, Any], rank: int, size: int, port: int) -> None:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     try:
         main(Job(**job))
+    except Exception as error:
+        sys.last_value = error  # as the interpreter does with what nobody catches
+        raise
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
