@@ -42,6 +42,7 @@ __all__ = [
     "is_interrupted",
     "second_weights",
     "snapshot",
+    "step_of_the_loss",
     "sync_module_states",
     "trainer_of",
     "validates_by_the_clock",
@@ -77,6 +78,16 @@ def snapshot(checkpoint: dict[str, Any], checkpoint_io: Any) -> dict[str, Any]:
 def validates_by_the_clock(trainer: "pl.Trainer") -> bool:
     """Whether ``val_check_interval`` is a time (from Lightning 2.6 on)."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def step_of_the_loss(trainer: "pl.Trainer") -> int:
+    """The step at which Lightning logs the loss of the batch in hand, with whatever else is logged during it.
+
+    It is the number of batches before it that led to a step. The public ``trainer.global_step`` counts the steps of all
+    optimizers.
+    """
+    batches: int | None = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return trainer.global_step if batches is None else batches
 
 
 def second_weights(trainer: "pl.Trainer") -> list[Tensor]:

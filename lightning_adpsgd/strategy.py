@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -15,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -37,6 +38,7 @@ from lightning_adpsgd._lightning import (
     is_interrupted,
     second_weights,
     snapshot,
+    step_of_the_loss,
     sync_module_states,
     trainer_of,
     validates_by_the_clock,
@@ -67,6 +69,7 @@ from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
+_LATEST_STEPS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +168,11 @@ class ADPSGDStrategy(DDPStrategy):
         self._reduce_dtype = check_reduce_dtype(reduce_dtype)
         check_combination(self._stagger, self._overlap, self._optimizer_state, self._period)
 
+        # State of all fits
+        self._listeners: list[Callable[[AveragingRound], None]] = []
+
         # State of one fit
+        self._early_listeners: list[Callable[[AveragingRound], None]] = []
         self._workers: Workers | None = None
         self._carriers: list[Workers] = []
         self._node_workers: NodeWorkers | None = None
@@ -176,6 +183,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._fitting = False
         self._step_hooks: list[RemovableHandle] = []
         self._stepping = False
+        self._logged_steps: dict[int, deque[tuple[int, int]]] = {}  # of each optimizer's latest steps
         self._second_weights_moved = False
         self._buffers_moved = False
         self._communicated_at: int | None = None
@@ -199,12 +207,40 @@ class ADPSGDStrategy(DDPStrategy):
         return ", ".join(filter(None, told)) or "at once"
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called, on every rank, with the record of each round of this fit."""
+        """Have ``listener`` called, on every rank, with the record of each round.
+
+        Given before ``fit``, it hears the rounds of every fit to come. Given while a fit is under way, in a hook of a
+        callback for example, it hears those of that fit.
+        """
         check_listener(listener)
-        for local_sgd in self._local_sgd:
-            local_sgd.subscribe(listener)
+        trainer = trainer_of(self.lightning_module)
+        if self._fitting:
+            for local_sgd in self._local_sgd:
+                local_sgd.subscribe(listener)
+        elif trainer is not None and _fit_is_under_way(trainer):
+            self._early_listeners.append(listener)
+        else:
+            self._listeners.append(listener)
+
+    def logged_step(self, round_: AveragingRound) -> int:
+        """The step at which to log a round of this fit, on the axis of the loss: that of the batch it came after.
+
+        Lightning counts batches that led to a step there, where ``trainer.global_step`` counts the steps of all
+        optimizers. The record of a round that the period asks for may come some steps after the round.
+        """
+        if round_.trigger == "period":
+            for step, logged_step in self._logged_steps.get(round_.optimizer, ()):
+                if step == round_.step:
+                    return logged_step
+        trainer = trainer_of(self.lightning_module)
+        return round_.step if trainer is None else step_of_the_loss(trainer)
 
     # Set up and tear down
+
+    @override
+    def setup_environment(self) -> None:
+        self._early_listeners = []
+        super().setup_environment()
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
@@ -506,7 +542,10 @@ class ADPSGDStrategy(DDPStrategy):
         previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
         self._fitted = self.lightning_module
         self._local_sgd = self._new_local_sgd(workers)
+        self._logged_steps = {}
         for local_sgd in self._local_sgd:
+            for listener in (*self._listeners, *self._early_listeners):
+                local_sgd.subscribe(listener)
             with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
                 self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
         if not self._local_sgd and workers.size > 1:
@@ -590,9 +629,16 @@ class ADPSGDStrategy(DDPStrategy):
         self._second_weights_moved = True
         local_sgd = self._local_sgd_of(optimizer)
         if local_sgd is not None:
+            self._note_logged_step(local_sgd)
             local_sgd.step()
             if not local_sgd.has_trained:
                 self._buffers_moved = False
+
+    def _note_logged_step(self, local_sgd: LocalSGD) -> None:
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None:
+            latest = self._logged_steps.setdefault(local_sgd.index, deque(maxlen=self._overlap + _LATEST_STEPS))
+            latest.append((local_sgd.steps + 1, step_of_the_loss(trainer)))
 
     def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:
         for local_sgd in self._local_sgd:
@@ -684,6 +730,10 @@ class _FirstCallback(Callback):
         self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
+
+
+def _fit_is_under_way(trainer: "pl.Trainer") -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
 
 def _weight_averaging(trainer: "pl.Trainer") -> list[StochasticWeightAveraging]:
