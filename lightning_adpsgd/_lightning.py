@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adpsgd.averaging import Workers, has_mean
 
@@ -105,9 +106,20 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
 
 
 def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> None:
-    """Wrap the model as ``DDPStrategy`` does, for gradients to be averaged in a group of the ranks only."""
-    strategy._ddp_kwargs["process_group"] = group
-    strategy.model = strategy._setup_model(strategy.model)  # type: ignore[arg-type]
+    """Wrap the model as ``DDPStrategy`` does, for gradients to be averaged in a group of the ranks only.
+
+    A wrapper knows the parameters that required gradients when it was made, and no others: after a change this is to be
+    called again. Without any such parameter there is nothing to average, and nothing to wrap.
+    """
+    wrapper = strategy.model
+    if isinstance(wrapper, DistributedDataParallel):
+        # Somebody may still hold the wrapper, and its hooks would go on averaging.
+        wrapper._remove_autograd_hooks()
+        strategy.model = wrapper.module
+    assert strategy.model is not None
+    if any(parameter.requires_grad for parameter in strategy.model.parameters()):
+        strategy._ddp_kwargs["process_group"] = group
+        strategy.model = strategy._setup_model(strategy.model)
 
 
 _failed: "list[tuple[pl.strategies.Strategy, Workers]]" = []

@@ -35,6 +35,7 @@ Kind = Literal[
     "a validation",
     "the end of an epoch",
     "the end of training",
+    "a change of what is trained",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -177,6 +177,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._carriers: list[Workers] = []
         self._node_workers: NodeWorkers | None = None
         self._local_sgd: list[LocalSGD] = []
+        self._wrapped_for: set[int] = set()
         self._fitted: Module | None = None
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
@@ -271,7 +272,15 @@ class ADPSGDStrategy(DDPStrategy):
         assert self.model is not None
         sync_module_states(self.model)
         if isinstance(self._workers, NodeWorkers) and self._workers.size > 1:
-            wrap_for_gradients_of(self, self._workers.node)
+            self._wrap(self._workers)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Wrap again where layers have been frozen or unfrozen: a wrapper knows those that were trained at first."""
+        super().on_train_batch_start(batch, batch_idx)
+        if isinstance(self._workers, NodeWorkers) and self._workers.size > 1 and self._trained() != self._wrapped_for:
+            self.meet("a change of what is trained")
+            self._wrap(self._workers)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -588,6 +597,15 @@ class ADPSGDStrategy(DDPStrategy):
                 ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
             )
         return NodeWorkers(ranks_per_node, self.root_device)
+
+    def _wrap(self, workers: NodeWorkers) -> None:
+        self._wrapped_for = self._trained()
+        wrap_for_gradients_of(self, workers.node)
+
+    def _trained(self) -> set[int]:
+        """The parameters that require a gradient."""
+        assert self.lightning_module is not None
+        return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
 
     def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
         return [
