@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelPruning, Timer
 
 # `DDPStrategy` starts all ranks from the same weights inside the `DistributedDataParallel` wrapper, which this package
 # leaves out. This is what Lightning itself calls wherever it leaves the wrapper out (validation, testing).
@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_adpsgd.averaging import Workers, has_mean
 
@@ -41,6 +42,8 @@ __all__ = [
     "end_others_at_exit",
     "forget_failure",
     "is_interrupted",
+    "pruned",
+    "prunes_after_training",
     "second_weights",
     "snapshot",
     "step_of_the_loss",
@@ -103,6 +106,25 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
         if isinstance(model, nn.Module):
             tensors += [*model.parameters(), *model.buffers()]
     return [tensor for tensor in tensors if has_mean(tensor)]
+
+
+def prunes_after_training(callback: ModelPruning) -> bool:
+    """Whether it prunes when an epoch of training has ended, and not after a validation."""
+    return getattr(callback, "_prune_on_train_epoch_end", True)
+
+
+def pruned(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where torch prunes: modules, and the name of a parameter of each.
+
+    torch has no public way to ask for the names. Of a pruned ``weight`` it keeps ``weight_orig``, the parameter;
+    ``weight_mask``, a buffer; and as ``weight`` their product at the latest forward pass.
+    """
+    return [
+        (part, hook._tensor_name)
+        for part in module.modules()
+        for hook in part._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod)
+    ]
 
 
 def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> None:

@@ -36,6 +36,7 @@ Kind = Literal[
     "the end of an epoch",
     "the end of training",
     "a change of what is trained",
+    "a pruning",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,7 +13,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -36,6 +41,8 @@ from lightning_adpsgd._lightning import (
     end_others_at_exit,
     forget_failure,
     is_interrupted,
+    pruned,
+    prunes_after_training,
     second_weights,
     snapshot,
     step_of_the_loss,
@@ -61,7 +68,7 @@ from lightning_adpsgd.arguments import (
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, has_mean
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, has_mean, hash48
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
@@ -190,6 +197,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._communicated_at: int | None = None
         self._warned_of_communication = False
         self._first_callback = _FirstCallback(self)
+        self._after_pruning = _AfterPruning(self)
 
     @property
     def local_sgd(self) -> list[LocalSGD]:
@@ -303,8 +311,9 @@ class ADPSGDStrategy(DDPStrategy):
             self._signals.remove()
             self._signals = None
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None and self._first_callback in callbacks_of(trainer):
-            callbacks_of(trainer).remove(self._first_callback)
+        if trainer is not None:
+            own = (self._first_callback, self._after_pruning)
+            callbacks_of(trainer)[:] = [callback for callback in callbacks_of(trainer) if callback not in own]
         for hook in self._step_hooks:
             hook.remove()
         self._step_hooks = []
@@ -363,16 +372,17 @@ class ADPSGDStrategy(DDPStrategy):
         self._count_step(optimizer)
         return output
 
-    def average(self, trigger: Trigger) -> bool:
+    def average(self, trigger: Trigger, further: Sequence[Tensor] = ()) -> bool:
         """Average what has been trained since the latest round, if anything has.
 
         Args:
             trigger: who asks.
+            further: tensors to average along, with which there is a round in any case.
 
         Returns:
             Whether there was a round.
         """
-        also: list[Tensor] = []
+        also = [*further]
         trainer = trainer_of(self.lightning_module)
         if self._second_weights_moved and trainer is not None:
             # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
@@ -385,6 +395,31 @@ class ADPSGDStrategy(DDPStrategy):
         self._buffers_moved = False
         rounds = [ls.average(trigger, also if place == 0 else ()) for place, ls in enumerate(self._local_sgd)]
         return any(round_ is not None for round_ in rounds)
+
+    def average_before_pruning(self) -> None:
+        """Average what is about to be pruned, and what it will be judged by, for all workers to judge alike.
+
+        What was pruned before is judged by the masked weights of the latest forward pass: by those of one step before.
+        """
+        assert self.lightning_module is not None
+        masked = [getattr(module, name) for module, name in pruned(self.lightning_module)]
+        # Those of a validation are made of averaged weights, and cannot be written to.
+        self.average("pruning", [tensor for tensor in masked if not tensor.is_inference()])
+
+    def agree_on_what_is_pruned(self) -> None:
+        """Give all workers rank 0's masks and weights, where they differ.
+
+        Masks do that are drawn by chance, and so do weights that go back to where each worker had begun.
+        """
+        if self._workers is None or self._workers.size == 1 or self._is_alone():
+            return
+        assert self.lightning_module is not None
+        self.meet("a pruning")
+        of_pruned = pruned(self.lightning_module)
+        tensors = [getattr(module, name + suffix) for module, name in of_pruned for suffix in ("_orig", "_mask")]
+        if len(self._workers.table([_hash(tensors)]).unique()) > 1:
+            check_module(self._workers, self.lightning_module)
+            self._workers.broadcast_(tensors)
 
     def meet(self, kind: Kind) -> None:
         """Make sure, while fitting, that all workers are about to do the same; warn if it happens at every step.
@@ -547,6 +582,8 @@ class ADPSGDStrategy(DDPStrategy):
         self._signals = DeferredSignals(trainer, self._raise_notice)
         self._signals.install()
         callbacks_of(trainer).insert(0, self._first_callback)
+        for pruning in _pruning(trainer):
+            callbacks_of(trainer).insert(callbacks_of(trainer).index(pruning) + 1, self._after_pruning)
 
         previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
         self._fitted = self.lightning_module
@@ -697,11 +734,8 @@ class ADPSGDStrategy(DDPStrategy):
         self._notice.raised |= notice
 
 
-class _FirstCallback(Callback):
-    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
-
-    The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
-    """
+class _OwnCallback(Callback):
+    """A callback of the strategy's own, which is not called at every step for nothing."""
 
     # Lightning opens a profiler's context around every hook of every callback, those that do nothing among them, unless
     # they cannot be called; at every step that would cost more than all else that this strategy does there.
@@ -712,6 +746,13 @@ class _FirstCallback(Callback):
 
     def __init__(self, strategy: ADPSGDStrategy) -> None:
         self._strategy = strategy
+
+
+class _FirstCallback(_OwnCallback):
+    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
+
+    The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
+    """
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -734,6 +775,8 @@ class _FirstCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.on_epoch_ends()
+        if any(map(prunes_after_training, _pruning(trainer))):
+            self._strategy.average_before_pruning()
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -748,6 +791,31 @@ class _FirstCallback(Callback):
         self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
+
+
+class _AfterPruning(_OwnCallback):
+    """Comes right behind a callback that prunes."""
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.agree_on_what_is_pruned()
+
+    @override
+    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not trainer.sanity_checking:
+            self._strategy.agree_on_what_is_pruned()
+
+
+def _pruning(trainer: "pl.Trainer") -> list[ModelPruning]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+
+
+def _hash(tensors: Sequence[Tensor]) -> int:
+    """A hash of all bytes."""
+    each = [
+        hash48(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors
+    ]
+    return hash48(repr(each).encode())
 
 
 def _fit_is_under_way(trainer: "pl.Trainer") -> bool:
