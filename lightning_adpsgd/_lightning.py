@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelPruning, Timer
 
 # `DDPStrategy` starts all ranks from the same weights inside the `DistributedDataParallel` wrapper, which this package
 # leaves out. This is what Lightning itself calls wherever it leaves the wrapper out (validation, testing).
@@ -20,6 +20,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_adpsgd.averaging import Workers, has_mean
 
@@ -42,8 +44,11 @@ __all__ = [
     "end_others_at_exit",
     "forget_failure",
     "is_interrupted",
+    "pruned",
+    "prunes_after_training",
     "second_weights",
     "snapshot",
+    "step_of_the_loss",
     "sync_module_states",
     "trainer_of",
     "validates_by_the_clock",
@@ -81,6 +86,16 @@ def validates_by_the_clock(trainer: "pl.Trainer") -> bool:
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
+def step_of_the_loss(trainer: "pl.Trainer") -> int:
+    """The step at which Lightning logs the loss of the batch in hand, with whatever else is logged during it.
+
+    It is the number of batches before it that led to a step. The public ``trainer.global_step`` counts the steps of all
+    optimizers.
+    """
+    batches: int | None = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return trainer.global_step if batches is None else batches
+
+
 def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
     """The floating-point tensors of models that callbacks keep beside the one in training, to validate and to save.
 
@@ -95,10 +110,40 @@ def second_weights(trainer: "pl.Trainer") -> list[Tensor]:
     return [tensor for tensor in tensors if has_mean(tensor)]
 
 
+def prunes_after_training(callback: ModelPruning) -> bool:
+    """Whether it prunes when an epoch of training has ended, and not after a validation."""
+    return getattr(callback, "_prune_on_train_epoch_end", True)
+
+
+def pruned(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where torch prunes: modules, and the name of a parameter of each.
+
+    torch has no public way to ask for the names. Of a pruned ``weight`` it keeps ``weight_orig``, the parameter;
+    ``weight_mask``, a buffer; and as ``weight`` their product at the latest forward pass.
+    """
+    return [
+        (part, hook._tensor_name)
+        for part in module.modules()
+        for hook in part._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod)
+    ]
+
+
 def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> None:
-    """Wrap the model as ``DDPStrategy`` does, for gradients to be averaged in a group of the ranks only."""
-    strategy._ddp_kwargs["process_group"] = group
-    strategy.model = strategy._setup_model(strategy.model)  # type: ignore[arg-type]
+    """Wrap the model as ``DDPStrategy`` does, for gradients to be averaged in a group of the ranks only.
+
+    A wrapper knows the parameters that required gradients when it was made, and no others: after a change this is to be
+    called again. Without any such parameter there is nothing to average, and nothing to wrap.
+    """
+    wrapper = strategy.model
+    if isinstance(wrapper, DistributedDataParallel):
+        # Somebody may still hold the wrapper, and its hooks would go on averaging.
+        wrapper._remove_autograd_hooks()
+        strategy.model = wrapper.module
+    assert strategy.model is not None
+    if any(parameter.requires_grad for parameter in strategy.model.parameters()):
+        strategy._ddp_kwargs["process_group"] = group
+        strategy.model = strategy._setup_model(strategy.model)
 
 
 _failed: "list[tuple[pl.strategies.DDPStrategy, Workers, BaseException]]" = []

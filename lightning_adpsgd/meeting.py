@@ -34,6 +34,8 @@ Kind = Literal[
     "a validation",
     "the end of an epoch",
     "the end of training",
+    "a change of what is trained",
+    "a pruning",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -1,14 +1,15 @@
 """What crossed the network and why: averaging rounds as log entries, a history, a summary and a plot."""
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, ring_byte
 class CommunicationMonitor(Callback):
     """Logs every averaging round to all of the Trainer's loggers, and sums up at the end of ``fit``.
 
-    At each round, with ``trainer.global_step`` as the step, are logged: ``adpsgd/variance`` (S_k),
+    At each round, at the step at which Lightning logs the loss of that batch, are logged: ``adpsgd/variance`` (S_k),
     ``adpsgd/variance_over_lr`` (S_k / γ_k), ``adpsgd/target`` (C₂, once there is one), ``adpsgd/period``,
     ``adpsgd/syncs`` (rounds so far), ``adpsgd/sent_bytes`` (by this rank so far), ``adpsgd/sent_bytes_ddp`` (what DDP's
     gradient all-reduce would have sent so far: one ring all-reduce of the trainable parameters' gradients per step) and
@@ -33,7 +34,8 @@ class CommunicationMonitor(Callback):
     Args:
         prefix: what the names begin with, and what the plot's file is called; "train/adpsgd" makes it "adpsgd.png" in a
             folder "train". Characters that not every file system takes are refused.
-        plot: at the end of ``fit``, draw ``<prefix>.png`` into the Trainer's log directory. Needs matplotlib.
+        plot: at the end of ``fit``, draw ``<prefix>.png`` into the Trainer's log directory, which may be in any file
+            system that Lightning writes to (``s3://…``). Needs matplotlib.
 
     Raises:
         TypeError: if ``prefix`` is not a string, or ``plot`` not a bool.
@@ -56,7 +58,7 @@ class CommunicationMonitor(Callback):
         """The record of every round so far, on every rank."""
         self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
         self._totals: dict[int, _Totals] = {}  # of each optimizer
-        self._plot_path: Path | None = None
+        self._plot_path: str | None = None
         self._transport = "at once"
 
     # Lightning's hooks
@@ -77,7 +79,8 @@ class CommunicationMonitor(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.plot and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of Trainer's own file
             # All ranks have to ask, because Lightning broadcasts the answer.
-            self._plot_path = Path(trainer.log_dir or trainer.default_root_dir) / f"{self.prefix}.png"
+            folder = str(trainer.log_dir or trainer.default_root_dir)
+            self._plot_path = f"{folder.rstrip('/')}/{self.prefix}.png"
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -170,8 +173,10 @@ class CommunicationMonitor(Callback):
             return
         suffix = f"_{round_.optimizer}" if len(trainer.optimizers) > 1 else ""
         metrics = {f"{self.prefix}/{name}{suffix}": value for name, value in self._metrics(round_).items()}
+        logged_step = getattr(trainer.strategy, "logged_step", None)
+        step = trainer.global_step if logged_step is None else logged_step(round_)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
 
     def _add(self, round_: AveragingRound, ddp_bytes: int) -> None:
         self.rounds.append(round_)
@@ -225,12 +230,13 @@ def _readable(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def draw(rounds: Sequence[AveragingRound], path: str | Path, transport: str = "at once") -> None:
+def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
     """Draw the history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
 
     Args:
         rounds: the records, in order; several optimizers are drawn side by side.
-        path: the PNG file to write; its folder is made if needed.
+        path: the PNG file to write, a path or a URL (``s3://…``, with what fsspec needs for it installed); its folder
+            is made if needed.
         transport: how rounds travelled, for the title (:attr:`ADPSGDStrategy.transport`).
 
     Raises:
@@ -254,8 +260,16 @@ def draw(rounds: Sequence[AveragingRound], path: str | Path, transport: str = "a
         title = f"optimizer {index}: " if len(indices) > 1 else ""
         _draw_period(axes[0][column], own, title, "" if transport == "at once" else f", {transport}")
         _draw_variance(axes[1][column], own)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    _save(figure, os.fspath(path))
+
+
+def _save(figure: Any, path: str) -> None:
+    folder, name = os.path.split(path)
+    files = get_filesystem(path)
+    if folder and not files.exists(folder):
+        files.makedirs(folder, exist_ok=True)
+    with files.open(path, "wb") as file:
+        figure.savefig(file, dpi=130, format=os.path.splitext(name)[1][1:] or "png")
 
 
 def _check_rounds(rounds: object) -> None:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -12,10 +13,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -35,8 +41,11 @@ from lightning_adpsgd._lightning import (
     end_others_at_exit,
     forget_failure,
     is_interrupted,
+    pruned,
+    prunes_after_training,
     second_weights,
     snapshot,
+    step_of_the_loss,
     sync_module_states,
     trainer_of,
     validates_by_the_clock,
@@ -60,7 +69,7 @@ from lightning_adpsgd.arguments import (
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, closed_at_exit
+from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, closed_at_exit, hash48
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
@@ -69,6 +78,7 @@ from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
+_LATEST_STEPS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -172,22 +182,29 @@ class ADPSGDStrategy(DDPStrategy):
         self._reduce_dtype = check_reduce_dtype(reduce_dtype)
         check_combination(self._stagger, self._overlap, self._optimizer_state, self._period)
 
+        # State of all fits
+        self._listeners: list[Callable[[AveragingRound], None]] = []
+
         # State of one fit
+        self._early_listeners: list[Callable[[AveragingRound], None]] = []
         self._workers: Workers | None = None
         self._carriers: list[Workers] = []
         self._node_workers: NodeWorkers | None = None
         self._local_sgd: list[LocalSGD] = []
+        self._wrapped_for: set[int] = set()
         self._fitted: Module | None = None
         self._notice = Notice()
         self._signals: DeferredSignals | None = None
         self._fitting = False
         self._step_hooks: list[RemovableHandle] = []
         self._stepping = False
+        self._logged_steps: dict[int, deque[tuple[int, int]]] = {}  # of each optimizer's latest steps
         self._second_weights_moved = False
         self._buffers_moved = False
         self._communicated_at: int | None = None
         self._warned_of_communication = False
         self._first_callback = _FirstCallback(self)
+        self._after_pruning = _AfterPruning(self)
 
     @property
     def local_sgd(self) -> list[LocalSGD]:
@@ -206,16 +223,40 @@ class ADPSGDStrategy(DDPStrategy):
         return ", ".join(filter(None, told)) or "at once"
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called, on every rank, with the record of each round of this fit."""
+        """Have ``listener`` called, on every rank, with the record of each round.
+
+        Given before ``fit``, it hears the rounds of every fit to come. Given while a fit is under way, in a hook of a
+        callback for example, it hears those of that fit.
+        """
         check_listener(listener)
-        for local_sgd in self._local_sgd:
-            local_sgd.subscribe(listener)
+        trainer = trainer_of(self.lightning_module)
+        if self._fitting:
+            for local_sgd in self._local_sgd:
+                local_sgd.subscribe(listener)
+        elif trainer is not None and _fit_is_under_way(trainer):
+            self._early_listeners.append(listener)
+        else:
+            self._listeners.append(listener)
+
+    def logged_step(self, round_: AveragingRound) -> int:
+        """The step at which to log a round of this fit, on the axis of the loss: that of the batch it came after.
+
+        Lightning counts batches that led to a step there, where ``trainer.global_step`` counts the steps of all
+        optimizers. The record of a round that the period asks for may come some steps after the round.
+        """
+        if round_.trigger == "period":
+            for step, logged_step in self._logged_steps.get(round_.optimizer, ()):
+                if step == round_.step:
+                    return logged_step
+        trainer = trainer_of(self.lightning_module)
+        return round_.step if trainer is None else step_of_the_loss(trainer)
 
     # Set up and tear down
 
     @override
     def setup_environment(self) -> None:
         """Connect the ranks, until the script ends: it may fit, validate or communicate again before it does."""
+        self._early_listeners = []
         with closed_at_exit():
             super().setup_environment()
 
@@ -248,7 +289,15 @@ class ADPSGDStrategy(DDPStrategy):
         assert self.model is not None
         sync_module_states(self.model)
         if isinstance(self._workers, NodeWorkers) and self._workers.size > 1:
-            wrap_for_gradients_of(self, self._workers.node)
+            self._wrap(self._workers)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Wrap again where layers have been frozen or unfrozen: a wrapper knows those that were trained at first."""
+        super().on_train_batch_start(batch, batch_idx)
+        if isinstance(self._workers, NodeWorkers) and self._workers.size > 1 and self._trained() != self._wrapped_for:
+            self.meet("a change of what is trained")
+            self._wrap(self._workers)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -271,8 +320,9 @@ class ADPSGDStrategy(DDPStrategy):
             self._signals.remove()
             self._signals = None
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None and self._first_callback in callbacks_of(trainer):
-            callbacks_of(trainer).remove(self._first_callback)
+        if trainer is not None:
+            own = (self._first_callback, self._after_pruning)
+            callbacks_of(trainer)[:] = [callback for callback in callbacks_of(trainer) if callback not in own]
         for hook in self._step_hooks:
             hook.remove()
         self._step_hooks = []
@@ -331,16 +381,17 @@ class ADPSGDStrategy(DDPStrategy):
         self._count_step(optimizer)
         return output
 
-    def average(self, trigger: Trigger) -> bool:
+    def average(self, trigger: Trigger, further: Sequence[Tensor] = ()) -> bool:
         """Average what has been trained since the latest round, if anything has.
 
         Args:
             trigger: who asks.
+            further: tensors to average along, with which there is a round in any case.
 
         Returns:
             Whether there was a round, so that all workers have met.
         """
-        also: list[Tensor] = []
+        also = [*further]
         trainer = trainer_of(self.lightning_module)
         if self._second_weights_moved and trainer is not None:
             # The mean of moving averages is the moving average of means: it is enough to meet when somebody looks.
@@ -355,6 +406,31 @@ class ADPSGDStrategy(DDPStrategy):
         for place, local_sgd in enumerate(self._local_sgd):
             local_sgd.average(trigger, also if place == 0 else ())
         return sum(local_sgd.handshakes for local_sgd in self._local_sgd) > handshakes
+
+    def average_before_pruning(self) -> None:
+        """Average what is about to be pruned, and what it will be judged by, for all workers to judge alike.
+
+        What was pruned before is judged by the masked weights of the latest forward pass: by those of one step before.
+        """
+        assert self.lightning_module is not None
+        masked = [getattr(module, name) for module, name in pruned(self.lightning_module)]
+        # Those of a validation are made of averaged weights, and cannot be written to.
+        self.average("pruning", [tensor for tensor in masked if not tensor.is_inference()])
+
+    def agree_on_what_is_pruned(self) -> None:
+        """Give all workers rank 0's masks and weights, where they differ.
+
+        Masks do that are drawn by chance, and so do weights that go back to where each worker had begun.
+        """
+        if self._workers is None or self._workers.size == 1 or self._is_alone():
+            return
+        assert self.lightning_module is not None
+        self.meet("a pruning")
+        of_pruned = pruned(self.lightning_module)
+        tensors = [getattr(module, name + suffix) for module, name in of_pruned for suffix in ("_orig", "_mask")]
+        if len(self._workers.table([_hash(tensors)]).unique()) > 1:
+            check_module(self._workers, self.lightning_module)
+            self._workers.broadcast_(tensors)
 
     def meet(self, kind: Kind) -> None:
         """Make sure, while fitting, that all workers are about to do the same; warn if it happens at every step.
@@ -517,11 +593,16 @@ class ADPSGDStrategy(DDPStrategy):
         self._signals = DeferredSignals(trainer, self._raise_notice)
         self._signals.install()
         callbacks_of(trainer).insert(0, self._first_callback)
+        for pruning in _pruning(trainer):
+            callbacks_of(trainer).insert(callbacks_of(trainer).index(pruning) + 1, self._after_pruning)
 
         previous = self._local_sgd if self._fitted is self.lightning_module and trainer.global_step > 0 else []
         self._fitted = self.lightning_module
         self._local_sgd = self._new_local_sgd(workers)
+        self._logged_steps = {}
         for local_sgd in self._local_sgd:
+            for listener in (*self._listeners, *self._early_listeners):
+                local_sgd.subscribe(listener)
             with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
                 self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
         if not self._local_sgd and workers.size > 1:
@@ -564,6 +645,15 @@ class ADPSGDStrategy(DDPStrategy):
                 ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
             )
         return NodeWorkers(ranks_per_node, self.root_device)
+
+    def _wrap(self, workers: NodeWorkers) -> None:
+        self._wrapped_for = self._trained()
+        wrap_for_gradients_of(self, workers.node)
+
+    def _trained(self) -> set[int]:
+        """The parameters that require a gradient."""
+        assert self.lightning_module is not None
+        return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
 
     def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
         owners: dict[int, Payloads] = {}
@@ -608,9 +698,16 @@ class ADPSGDStrategy(DDPStrategy):
         self._second_weights_moved = True
         local_sgd = self._local_sgd_of(optimizer)
         if local_sgd is not None:
+            self._note_logged_step(local_sgd)
             local_sgd.step()
             if not local_sgd.has_trained:
                 self._buffers_moved = False
+
+    def _note_logged_step(self, local_sgd: LocalSGD) -> None:
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None:
+            latest = self._logged_steps.setdefault(local_sgd.index, deque(maxlen=self._overlap + _LATEST_STEPS))
+            latest.append((local_sgd.steps + 1, step_of_the_loss(trainer)))
 
     def _local_sgd_of(self, optimizer: Optimizer) -> LocalSGD | None:
         for local_sgd in self._local_sgd:
@@ -651,11 +748,8 @@ class ADPSGDStrategy(DDPStrategy):
         self._notice.raised |= notice
 
 
-class _FirstCallback(Callback):
-    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
-
-    The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
-    """
+class _OwnCallback(Callback):
+    """A callback of the strategy's own, which is not called at every step for nothing."""
 
     # Lightning opens a profiler's context around every hook of every callback, those that do nothing among them, unless
     # they cannot be called; at every step that would cost more than all else that this strategy does there.
@@ -666,6 +760,13 @@ class _FirstCallback(Callback):
 
     def __init__(self, strategy: ADPSGDStrategy) -> None:
         self._strategy = strategy
+
+
+class _FirstCallback(_OwnCallback):
+    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
+
+    The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
+    """
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -688,6 +789,8 @@ class _FirstCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.on_epoch_ends()
+        if any(map(prunes_after_training, _pruning(trainer))):
+            self._strategy.average_before_pruning()
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -702,6 +805,35 @@ class _FirstCallback(Callback):
         self._strategy.on_training_ends()
         if self._strategy.act_on_notice() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
+
+
+class _AfterPruning(_OwnCallback):
+    """Comes right behind a callback that prunes."""
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.agree_on_what_is_pruned()
+
+    @override
+    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not trainer.sanity_checking:
+            self._strategy.agree_on_what_is_pruned()
+
+
+def _pruning(trainer: "pl.Trainer") -> list[ModelPruning]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+
+
+def _hash(tensors: Sequence[Tensor]) -> int:
+    """A hash of all bytes."""
+    each = [
+        hash48(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors
+    ]
+    return hash48(repr(each).encode())
+
+
+def _fit_is_under_way(trainer: "pl.Trainer") -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
 
 def _weight_averaging(trainer: "pl.Trainer") -> list[StochasticWeightAveraging]:

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -434,7 +435,7 @@ def drawn(monkeypatch, rounds):
     """The lines of the figure, by label, for each pair of axes."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *arguments, **options: figures.append(self))
-    draw(rounds, "nowhere.png")
+    draw(rounds, "memory://nowhere.png")
     (figure,) = figures
     return [
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
@@ -602,17 +603,60 @@ def test_rounds_of_a_fit_reach_all_loggers_under_the_contracts_names(tmp_path, c
     assert "nothing was sent" in printed
 
 
-@pytest.mark.usefixtures("alone")
-def test_log_entries_of_a_fit_are_at_the_trainers_global_step(tmp_path):
-    class Steps(pl.Callback):
-        def on_fit_start(self, trainer, pl_module):
-            self.seen = []
-            trainer.strategy.subscribe(lambda round_: self.seen.append(trainer.global_step))
+class ReadLater(pl.Callback):
+    """Makes of the CPU what a GPU is: the numbers of a round are read in the next step."""
 
-    steps, memory = Steps(), MemoryLogger()
-    trainer_of(tmp_path, CommunicationMonitor(), steps, logger=memory).fit(Tiny(), loader())
-    assert len(steps.seen) == 3
-    assert [step for step, _ in memory.rounds()] == steps.seen
+    def on_train_start(self, trainer, pl_module):
+        for local_sgd in trainer.strategy.local_sgd:
+            local_sgd._reads_later = True
+
+
+class Losses:
+    """Logs the loss of every batch, and the batch's number."""
+
+    def training_step(self, batch):
+        self.log("batch", float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
+        return super().training_step(batch)
+
+
+class TinyLogged(Losses, Tiny):
+    pass
+
+
+class TwoOptimizersLogged(Losses, TwoOptimizers):
+    pass
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read a step later"])
+@pytest.mark.parametrize("model", [TinyLogged, TwoOptimizersLogged])
+def test_a_round_is_logged_at_the_step_at_which_the_loss_of_its_batch_is(tmp_path, model, late):
+    monitor, memory = CommunicationMonitor(), MemoryLogger()
+    callbacks = [monitor, ReadLater()] if late else [monitor]
+    options = {"max_epochs": 2, "log_every_n_steps": 1, "val_check_interval": 6, "num_sanity_val_steps": 0}
+    trainer_of(tmp_path, *callbacks, logger=memory, **options).fit(model(), loader(11), loader(1))
+    where = {logged["batch"]: step for step, logged in memory.logged if "batch" in logged}
+    validated = {step for step, logged in memory.logged if "val_loss" in logged}
+
+    for optimizer in {round_.optimizer for round_ in monitor.rounds}:
+        own = [
+            (round_.step, round_.trigger, step)
+            for round_, (step, _) in zip(monitor.rounds, memory.rounds(), strict=True)
+            if round_.optimizer == optimizer
+        ]
+        assert [(step, trigger) for step, trigger, _ in own] == [
+            (4, "period"),
+            (6, "validation"),
+            (10, "period"),
+            (14, "period"),
+            (17, "validation"),
+            (21, "period"),
+            (22, "train_end"),
+        ]
+        for step, trigger, logged_at in own[:-1]:
+            assert logged_at == where[step]  # the step of an optimizer is the number of the batch
+            assert trigger != "validation" or logged_at in validated
+        assert own[-1][-1] == where[22] + 1  # when all batches had been
 
 
 @pytest.mark.usefixtures("alone")
@@ -672,6 +716,16 @@ def test_fit_draws_its_plot_next_to_its_logs(tmp_path, logger):
     trainer_of(tmp_path, monitor, logger=logger).fit(Tiny(), loader())
     folder = tmp_path / "logs" / "version_0" if logger else tmp_path
     assert png_size(folder / "adpsgd.png") == SIZE
+
+
+@pytest.mark.usefixtures("alone")
+def test_fit_draws_its_plot_where_its_logs_are_in_any_file_system(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monitor = CommunicationMonitor(prefix="train/adpsgd", plot=True)
+    trainer_of(tmp_path, monitor, default_root_dir="memory://runs/first").fit(Tiny(), loader())
+    files = fsspec.filesystem("memory")
+    assert files.cat_file("/runs/first/train/adpsgd.png").startswith(b"\x89PNG\r\n\x1a\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("alone")

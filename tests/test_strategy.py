@@ -365,6 +365,40 @@ def test_numbers_that_are_read_a_step_later_change_neither_rounds_nor_weights(po
         assert identical([at_once["weights"], later["weights"]])
 
 
+# Who listens
+
+
+class Listens(L.Callback):
+    """Listens to each fit, from a hook."""
+
+    def __init__(self, hook: str) -> None:
+        self.heard: list[int] = []
+        setattr(self, hook, self.listen)
+
+    def listen(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        trainer.strategy.subscribe(lambda round_: self.heard.append(round_.step))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_listener_given_before_fit_hears_every_fit_and_one_given_in_a_hook_that_fit_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    strategy, hooks = ADPSGDStrategy(8), [Listens("setup"), Listens("on_fit_start"), Listens("on_train_start")]
+    early: list[int] = []
+    between: list[int] = []
+    strategy.subscribe(lambda round_: early.append(round_.step))
+    model, twice = seeded(), trainer(strategy, callbacks=hooks)
+    twice.fit(model, loader(128))
+    assert [hook.heard for hook in hooks] == [[8, 16]] * 3
+    assert early == [8, 16]
+
+    strategy.subscribe(lambda round_: between.append(round_.step))
+    twice.fit_loop.max_epochs = 2
+    twice.fit(model, loader(128))
+    assert early == [8, 16, 24, 32]
+    assert between == [24, 32]
+    assert [hook.heard for hook in hooks] == [[8, 16, 24, 32]] * 3
+
+
 # Invariant 7
 
 

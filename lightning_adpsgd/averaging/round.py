@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple, get_args
 
-Trigger = Literal["period", "validation", "checkpoint", "train_end"]
+Trigger = Literal["period", "validation", "checkpoint", "train_end", "pruning"]  # their order is that in saved files
 TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 
 
@@ -17,9 +17,9 @@ class AveragingRound(NamedTuple):
     optimizer: int
     """Index of the optimizer whose parameters were averaged."""
     trigger: Trigger
-    """Who asked for the round: the period, the start of validation, a checkpoint, or the end of training."""
+    """Who asked for the round: the period, the start of validation, a checkpoint, the end of training, or pruning."""
     local_steps: int
-    """Optimizer steps since the previous round; 0 where a checkpoint only had to average optimizer state."""
+    """Optimizer steps since the previous round; 0 where only something else than parameters had to be averaged."""
     period: int
     """The averaging period in force when the round ran."""
     learning_rate: float

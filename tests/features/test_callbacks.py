@@ -1,11 +1,12 @@
-"""Callbacks that stop training, change learning rates or unfreeze layers, and those that only look."""
+"""Callbacks that stop training, change learning rates, unfreeze or prune layers, and those that only look."""
 
+import os
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, LearningRateMonitor, ModelPruning
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from tests.features.outcomes import (
     periods,
     warnings_kept,
 )
-from tests.training import Classifier, RoundsKept, identical, loader, weights
+from tests.training import Classifier, RoundsKept, fit, floats, identical, loader, weights
 
 pytestmark = pytest.mark.workers
 
@@ -279,3 +280,117 @@ def test_a_backbone_is_averaged_from_the_step_on_in_which_it_is_unfrozen(pool):
     torch.manual_seed(0)
     steps = [[index] for index in range(6)] * 4
     check_by_hand(outcomes, by_hand(Transfer(), steps, [5, 10, 15, 20, 24], before_step=thaw))
+
+
+# Pruning
+
+
+class MasksKept(L.Callback):
+    """Keeps the masks, as they are after every pruning and at the end of every batch."""
+
+    def __init__(self) -> None:
+        self.pruned: list[dict[str, Tensor]] = []
+        self.values: set[float] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.values.update(value for mask in masks(pl_module).values() for value in mask.unique().tolist())
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pruned.append(weights(pl_module))
+
+
+class Judged(ModelPruning):
+    """Keeps what is judged at each pruning: weights, masked by what was pruned before."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Classifier, stage: str) -> None:
+        self.net, self.judged = pl_module.net, []
+        super().setup(trainer, pl_module, stage)
+
+    def apply_pruning(self, amount: Any) -> None:
+        self.judged.append({str(layer): self.net[layer].weight.detach().clone() for layer in (0, 3)})
+        super().apply_pruning(amount)
+
+
+def masks(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights(module).items() if name.endswith("_mask")}
+
+
+def prune(strategy: Any, options: dict, seeds: tuple[int, int], **trainer: Any) -> dict:
+    seed, kept = seeds[int(os.environ["RANK"])], MasksKept()
+    torch.manual_seed(seed)
+    defaults = {"pruning_fn": "l1_unstructured", "amount": 0.25, "make_pruning_permanent": False}
+    pruning = Judged(**{**defaults, **options})
+    options = {"max_epochs": 3, "callbacks": [pruning, kept], "limit_train_batches": 8, "num_sanity_val_steps": 0}
+    model = Classifier()
+    fitted, rounds = fit(strategy, model, seed=seed, **{**options, **trainer})
+    return {
+        "judged": pruning.judged,
+        "pruned": kept.pruned,
+        "values": kept.values,
+        "weights": weights(model),
+        "rounds": [(round_.step, round_.trigger) for round_ in rounds],
+        "is_trained": any(p is model.net[0].weight_orig for p in fitted.optimizers[0].param_groups[0]["params"]),
+    }
+
+
+def pruned_under_ddp(lottery: bool) -> tuple[dict, dict]:
+    options = {"use_lottery_ticket_hypothesis": lottery}
+    ours, theirs = (prune(strategy, options, (0, 0)) for strategy in (ADPSGDStrategy(1), "ddp"))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("lottery", [True, False])
+def test_what_is_pruned_with_a_period_of_one_is_what_is_pruned_under_ddp(pool, lottery):
+    for ours, theirs in pool.run_trainer(pruned_under_ddp, lottery):
+        assert len(ours["pruned"]) == 3
+        for epoch in range(3):
+            for name, tensor in floats(theirs["pruned"][epoch]).items():
+                if name.endswith("_mask"):
+                    assert torch.equal(ours["pruned"][epoch][name], tensor), (epoch, name)
+                elif "running" not in name:
+                    torch.testing.assert_close(ours["pruned"][epoch][name], tensor)
+
+
+PRUNINGS: dict[str, tuple[dict, dict, tuple[int, int]]] = {
+    "by size": ({}, {"use_lottery_ticket_hypothesis": False}, (0, 0)),
+    "by size, staggered": ({"stagger": True, "overlap": 1}, {"use_lottery_ticket_hypothesis": False}, (0, 0)),
+    "back to where each rank began": ({}, {}, (0, 1)),
+    "by chance": ({}, {"pruning_fn": "random_unstructured", "use_lottery_ticket_hypothesis": False}, (0, 1)),
+}
+
+
+def prune_drifted(kind: str) -> dict:
+    strategy, options, seeds = PRUNINGS[kind]
+    return prune(ADPSGDStrategy(5, **strategy), options, seeds)
+
+
+@pytest.mark.parametrize("kind", PRUNINGS)
+def test_all_ranks_prune_the_same_and_masks_stay_what_they_are(pool, kind):
+    outcomes = pool.run_trainer(prune_drifted, kind)
+    for name in ("judged", "pruned"):
+        for first, second in zip(*(outcome[name] for outcome in outcomes), strict=True):
+            assert identical([first, second])
+    for outcome in outcomes:
+        assert outcome["values"] == {0.0, 1.0}
+        assert outcome["is_trained"]
+        assert identical([outcome["weights"], outcomes[0]["weights"]])
+        assert [round_ for round_ in outcome["rounds"] if round_[1] == "pruning"] == [
+            (8, "pruning"),
+            (16, "pruning"),
+            (24, "pruning"),
+        ]
+
+
+def prune_after_validation() -> dict:
+    options = {"use_lottery_ticket_hypothesis": False, "prune_on_train_epoch_end": False}
+    return prune(ADPSGDStrategy(5), options, (0, 0), loaders=BOTH_LOADERS, inference_mode=False)
+
+
+def test_ranks_that_prune_after_a_validation_prune_the_same_without_a_further_round(pool):
+    outcomes = pool.run_trainer(prune_after_validation)
+    for name in ("judged", "pruned"):
+        for first, second in zip(*(outcome[name] for outcome in outcomes), strict=True):
+            assert identical([first, second])
+    for outcome in outcomes:
+        assert outcome["values"] == {0.0, 1.0}
+        assert {trigger for _, trigger in outcome["rounds"]} == {"period", "validation"}

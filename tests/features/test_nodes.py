@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingRound, CommunicationMonitor
@@ -24,7 +24,7 @@ from tests.features.outcomes import (
     share,
     warnings_kept,
 )
-from tests.features.test_callbacks import BOTH_LOADERS, FALLS, RISES, Scripted
+from tests.features.test_callbacks import BOTH_LOADERS, FALLS, RISES, Scripted, Transfer
 from tests.features.test_optimization import Adversaries, Clipped, GroupsByHand, ScheduledGroups, set_rates
 from tests.test_checkpoints import Drilled
 from tests.test_nodes import announce_nodes
@@ -230,6 +230,64 @@ def test_a_backward_pass_that_leaves_parameters_without_a_gradient_is_an_error_o
     for outcome in pool.outcomes(train_a_part, kind, workers=RANKS, trainer=True):
         assert outcome.kind == "RuntimeError"
         assert "parameters that were not used in producing the loss" in outcome.error
+
+
+# Layers that are unfrozen or frozen later
+
+
+class FrozenInTurn(BackboneFinetuning):
+    """Unfreezes the backbone in mid-accumulation, and freezes it again later."""
+
+    def __init__(self, unfreeze_at: int, freeze_at: int) -> None:
+        super().__init__(unfreeze_backbone_at_epoch=1000)  # the callback's own time never comes
+        self.unfreeze_at, self.freeze_at = unfreeze_at, freeze_at
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Transfer, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.unfreeze_at:
+            self.unfreeze_and_add_param_group(pl_module.backbone, trainer.optimizers[0], lr=0.02)
+        if batch_idx == self.freeze_at:
+            self.freeze(pl_module.backbone)
+
+
+class WeightsKept(L.Callback):
+    """Keeps the parameters after every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.seen.append({name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()})
+
+
+def unfreeze(kind: str) -> dict:
+    torch.manual_seed(0)
+    kept = WeightsKept()
+    if kind == "epoch":
+        tune: L.Callback = BackboneFinetuning(1, lambda_func=lambda epoch: 1.0, backbone_initial_ratio_lr=0.2)
+        options: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 6}
+    else:
+        tune, options = FrozenInTurn(3, 10), {"accumulate_grad_batches": 2}
+    result = outcome_on_nodes(Transfer(), node_strategy(5), callbacks=[tune, kept], **options)
+    return {**result, "seen": kept.seen}
+
+
+@pytest.mark.parametrize("kind", ["epoch", "in mid-accumulation"])
+def test_ranks_of_a_node_stay_the_same_when_layers_are_unfrozen_later(pool, kind):
+    outcomes = pool.run_trainer(unfreeze, kind, workers=RANKS)
+    assert identical([outcome["weights"] for outcome in outcomes])
+    moved, backbone = [], outcomes[0]["before"]["backbone.0.weight"]
+    for batch, (first, second, third, fourth) in enumerate(
+        zip(*(outcome["seen"] for outcome in outcomes), strict=True)
+    ):
+        assert identical([first, second])
+        assert identical([third, fourth])
+        if not torch.equal(first["backbone.0.weight"], backbone):
+            moved.append(batch)
+            backbone = first["backbone.0.weight"]
+            # Nodes drift apart until the next round, after every five steps.
+            step = batch + 1 if kind == "epoch" else (batch + 1) // 2
+            assert identical([first, third]) == (step % 5 == 0)
+    assert moved == ([*range(6, 18)] if kind == "epoch" else [3, 5, 7, 9])
 
 
 # Validations and checkpoints
