@@ -57,6 +57,10 @@ from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.checks import check_state
 
 
+_READS_LATER: bool | None = None
+"""Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
+
+
 class Notice:
     """Bits that any worker may raise at any time, and that all workers know after the next averaging round.
 
@@ -187,7 +191,7 @@ class LocalSGD:
         self._bytes_booked = 0
         self._seconds_booked = 0.0
         # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
-        self._reads_later = self.workers.device.type == "cuda"
+        self._reads_later = self.workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
         self._unread: _Unread | None = None
         self._cycles: Cycles | None = None
         if (self.stagger or self.overlap) and self.workers.count > 1:

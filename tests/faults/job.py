@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_adpsgd import ADPSGDStrategy
+from lightning_adpsgd import ADPSGDStrategy, local_sgd
 from lightning_adpsgd.averaging.averager import ParameterAverager
 
 torch.set_num_threads(1)  # also before a rank is forked
@@ -50,6 +50,8 @@ class Job(NamedTuple):
     """Whether the mean of the loss over epoch and ranks is logged."""
     stagger: bool = False
     overlap: int = 0
+    read_later: bool = False
+    """Whether a round's measures are read in the next step, as on a GPU."""
     metric: bool = False
     """Whether a metric object is logged, which gathers its state from all ranks past Lightning's strategy."""
     resume: bool = False
@@ -228,6 +230,7 @@ def main(job: Job) -> None:
 
 def fit(job: Job, rank: int) -> None:
     """Train, and leave the weights."""
+    local_sgd._READS_LATER = job.read_later
     model = Model(job, rank)
     trainer = L.Trainer(
         strategy=ADPSGDStrategy(
