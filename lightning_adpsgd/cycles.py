@@ -115,8 +115,8 @@ class Cycles:
         workers: Workers,
         carrier: Workers,
         call: Callable[..., Call],
-        learning_rates: Callable[[], list[float]],
-        momenta: Callable[[], list[float]],
+        learning_rates: Callable[[], list[float | Tensor]],
+        momenta: Callable[[], list[float | Tensor]],
     ) -> None:
         # Configuration
         self.stagger = stagger
@@ -188,7 +188,7 @@ class Cycles:
         self._before = None
         payload, cycle = self._known, self._cycle
         is_due = self.stagger or self._steps + 1 - self._sent_at >= period
-        if payload is None or self.overlap == 0 or not is_due or not any(self._momenta()):
+        if payload is None or self.overlap == 0 or not is_due or not _any(self._momenta()):
             return
         part, parts = 0, period if self.stagger else 1
         if cycle is not None and cycle.sent < cycle.parts:
@@ -250,7 +250,7 @@ class Cycles:
         call = self._call("a part of an averaging round", "period", cycle.period)
         ahead = [sum(momentum**step for step in range(1, cycle.delay + 1)) for momentum in self._momenta()]
         before = self._before
-        values = before.values if before is not None and before.is_of(payload, cycle) and any(ahead) else None
+        values = before.values if before is not None and before.is_of(payload, cycle) and _any(ahead) else None
         try:
             in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
         except CollectiveError as error:
@@ -292,15 +292,16 @@ class Cycles:
         rates = self._learning_rates()  # perhaps of groups, too, that were added since it was sent
         cycle.variance += deviations.sum()
         for deviation, rate in zip(deviations, rates, strict=False):
-            if rate > 0.0:
-                cycle.ratio += deviation / rate
+            cycle.ratio += _where_positive(rate, deviation / rate, torch.zeros_like(deviation))
         cycle.adopted += 1
         if cycle.adopted == cycle.parts:
             if cycle.parts == 1 and as_sent:
                 self._begin_anew()
             call = self._call("the end of a round under way", "period", cycle.period)
-            rate = next((rate for rate in rates if rate > 0.0), 0.0)
-            call = call._replace(variance=cycle.variance, ratio=cycle.ratio, learning_rate=rate)
+            first: float | Tensor = 0.0
+            for rate in reversed(rates):
+                first = _where_positive(rate, rate, first)
+            call = call._replace(variance=cycle.variance, ratio=cycle.ratio, learning_rate=first)
             cycle.measures = Meeting(self._workers, call)
             # Nobody waits for numbers that are not needed before the next step.
             cycle.settled_at = step + (cycle.delay > 0)
@@ -314,7 +315,7 @@ class Cycles:
             period=cycle.period,
             variance=sum(float(call.variance) for call in calls) / len(calls),
             ratio=sum(float(call.ratio) for call in calls) / len(calls),
-            learning_rate=sum(call.learning_rate for call in calls) / len(calls),
+            learning_rate=sum(float(call.learning_rate) for call in calls) / len(calls),
             comparable=cycle.comparable,
         )
 
@@ -342,3 +343,15 @@ class Cycles:
         for part in self._parts:
             part.meeting.look()
         return lost(self._workers, call, error)
+
+
+def _where_positive(rate: float | Tensor, one: float | Tensor, other: float | Tensor) -> float | Tensor:
+    """``one`` if a rate is not 0, else ``other``; nobody waits to find out what is in a tensor."""
+    if isinstance(rate, Tensor):
+        return torch.where(rate > 0.0, one, other)
+    return one if rate > 0.0 else other
+
+
+def _any(momenta: list[float | Tensor]) -> bool:
+    """Whether any may be other than 0; nobody waits to find out what is in a tensor."""
+    return any(isinstance(momentum, Tensor) or momentum for momentum in momenta)
