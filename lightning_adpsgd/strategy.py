@@ -528,9 +528,10 @@ class ADPSGDStrategy(DDPStrategy):
     def _new_workers(self) -> Workers:
         if self._worker == "device":
             return Workers(device=self.root_device)
-        if self._node_workers is None:
-            with naming_lost_workers(Workers(device=self.root_device), "finding out about nodes"):
+        with naming_lost_workers(Workers(device=self.root_device), "finding out about nodes"):
+            if self._node_workers is None:
                 self._node_workers = self._new_node_workers()
+            self._node_workers.open()
         return self._node_workers
 
     def _new_node_workers(self) -> NodeWorkers:

@@ -512,20 +512,21 @@ class NodeWorkers(Workers):
             raise ValueError(f"{self.size} ranks cannot be nodes of {ranks_per_node} ranks each.")
         self.ranks_per_node = ranks_per_node
         self._node_of_rank = [rank // ranks_per_node for rank in range(self.size)]
-        if self.size > 1:
-            self._open()
+        self.open()
 
     @property
     def node(self) -> Any:
         """The process group of this rank's node."""
-        return self._open()[0]
+        return self.open()[0]
 
     @property
     def _counterparts(self) -> Any:
-        return self._open()[1]
+        return self.open()[1]
 
-    def _open(self) -> list[Any]:
-        """The groups of this rank's node and of its counterparts; all ranks have to ask."""
+    def open(self) -> list[Any]:
+        """The groups of this rank's node and of its counterparts in the others; all ranks have to ask."""
+        if self.size == 1:
+            return [None, None]
         if not self._opened:  # or not any more: a round for a checkpoint may come after the end of training
             ranks, step = range(self.size), self.ranks_per_node
             # Everybody takes part in making all of them.
