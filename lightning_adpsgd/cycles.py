@@ -118,8 +118,8 @@ class Cycles:
         workers: Workers,
         carrier: Workers,
         call: Callable[..., Call],
-        learning_rates: Callable[[], list[float]],
-        momenta: Callable[[], list[float]],
+        learning_rates: Callable[[], list[float | Tensor]],
+        momenta: Callable[[], list[float | Tensor]],
     ) -> None:
         # Configuration
         self.stagger = stagger
@@ -217,7 +217,7 @@ class Cycles:
             period: p, as far as is known, when that part is sent.
         """
         self._before = None
-        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not any(self._momenta()):
+        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not _any(self._momenta()):
             return
         payload, cycle = self._payloads.current(), self._cycle
         part, parts = 0, period if self.stagger else 1
@@ -286,7 +286,7 @@ class Cycles:
         call = self._call("a part of an averaging round", "period", cycle.period)
         ahead = [sum(momentum**step for step in range(1, cycle.delay + 1)) for momentum in self._momenta()]
         before = self._before
-        values = before.values if before is not None and before.is_of(payload, cycle) and any(ahead) else None
+        values = before.values if before is not None and before.is_of(payload, cycle) and _any(ahead) else None
         try:
             in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
         except CollectiveError as error:
@@ -370,3 +370,8 @@ class Cycles:
         for part in self._parts:
             part.meeting.look()
         return lost(self._workers, call, error)
+
+
+def _any(momenta: list[float | Tensor]) -> bool:
+    """Whether any may be other than 0; nobody waits to find out what is in a tensor."""
+    return any(isinstance(momentum, Tensor) or momentum for momentum in momenta)

@@ -12,5 +12,6 @@ class WorkersDivergedError(RuntimeError):
 class WorkerLostError(RuntimeError):
     """An averaging round could not be finished, because a worker has failed, was killed, or did not come in time.
 
-    The process group is of no use any more. With gloo it has been destroyed, so that other workers notice at once.
+    The process group is of no use any more. With gloo it has been destroyed, so that other workers notice at once; with
+    NCCL it has been aborted.
     """

@@ -51,11 +51,10 @@ from lightning_adpsgd.averaging import (
 )
 from lightning_adpsgd.cycles import Cycles, Diverged
 from lightning_adpsgd.errors import WorkersDivergedError
-from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, lost
+from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, lost, naming_lost_workers
 from lightning_adpsgd.payload import Payload, Payloads, all_finite, squared_norm
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.checks import check_state
-
 
 _READS_LATER: bool | None = None
 """Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
@@ -195,18 +194,21 @@ class LocalSGD:
         self._unread: _Unread | None = None
         self._cycles: Cycles | None = None
         if (self.stagger or self.overlap) and self.workers.count > 1:
+            if carrier is None:
+                with naming_lost_workers(self.workers, f"opening connections for optimizer {self.index}"):
+                    carrier = self.workers.on_connections_of_their_own()
             self._cycles = Cycles(
                 stagger=self.stagger,
                 overlap=self.overlap,
                 payloads=self._payloads,
                 workers=self.workers,
-                carrier=carrier or self.workers.on_connections_of_their_own(),
+                carrier=carrier,
                 call=self._call,
-                learning_rates=partial(_learning_rates, optimizer),
-                momenta=partial(_momenta, optimizer),
+                learning_rates=partial(_learning_rates, optimizer, self.workers.device),
+                momenta=partial(_momenta, optimizer, self.workers.device),
             )
 
-        _learning_rates(optimizer)
+        _learning_rates(optimizer, self.workers.device)
         if not (isinstance(total_steps, str) and total_steps == "later"):
             self.setup(total_steps)
 
@@ -230,12 +232,14 @@ class LocalSGD:
 
         Raises:
             WorkersDisagreeError: on every worker, if they have built different modules.
+            WorkerLostError: if a worker does not come.
         """
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._payloads.parameters()}
         if self._module is not None:
             check_module(self.workers, self._module)
             tensors |= {id(tensor): tensor for tensor in (*self._module.parameters(), *self._module.buffers())}
-        self.workers.broadcast_(tensors.values())
+        with naming_lost_workers(self.workers, f"the broadcast of the parameters of optimizer {self.index}"):
+            self.workers.broadcast_(tensors.values())
         self.start_from_the_same()
 
     def step(self) -> AveragingRound | None:
@@ -444,7 +448,7 @@ class LocalSGD:
             self.index,
             period,
             notice=self._notice.raised,
-            learning_rates=sum(_learning_rates(self.optimizer)),
+            learning_rates=sum(_learning_rates(self.optimizer, self.workers.device)),
             has_state=any(self.optimizer.state.values()),
             **about,
         )
@@ -457,7 +461,8 @@ class LocalSGD:
         """Average; return the record, unless it is to be read later."""
         payload = self._payloads.current()
         payload.take_over()
-        sent_before, stopwatch = self.workers.payload_bytes, Stopwatch(self.workers.device)
+        sent_before = self.workers.payload_bytes
+        stopwatch = Stopwatch(self.workers.device, self.workers.patience.wait_for)
         numbers, dropped = self._average_all(trigger, payload, also)
         stopwatch.stop()
         self._bytes_booked += self.workers.payload_bytes - sent_before
@@ -482,13 +487,12 @@ class LocalSGD:
         unread, self._unread = self._unread, None
         if unread is None:
             return None
-        waiting = Stopwatch(torch.device("cpu"))
         try:
-            means = unread.numbers.wait().tolist()
+            with unread.stopwatch.waiting():
+                means = unread.numbers.wait().tolist()
+            self._seconds_booked += unread.stopwatch.seconds
         except CollectiveError as error:
             raise lost(self.workers, self._call("an averaging round", unread.trigger, unread.period), error) from error
-        waiting.stop()
-        self._seconds_booked += unread.stopwatch.seconds + waiting.seconds
         round_ = self._record(
             step=unread.step,
             trigger=unread.trigger,
@@ -559,7 +563,7 @@ class LocalSGD:
 
     def _average_and_measure(self, trigger: Trigger, payload: Payload, share: Share) -> Numbers:
         """Replace all tensors by their means; begin to find out S_g and γ_g of all groups, means over the workers."""
-        rates = _learning_rates(self.optimizer)
+        rates = _learning_rates(self.optimizer, self.workers.device)
         deviations: list[float | Tensor] = [0.0] * len(rates)
         if self.workers.count > 1 and self.has_trained:
             as_it_is = trigger != "period" or share != self.workers.everybody
@@ -695,7 +699,7 @@ def _measured(means: Sequence[float]) -> _Measured:
     return _Measured(sum(variances), ratio, next((rate for rate in rates if rate > 0.0), 0.0))
 
 
-def _learning_rates(optimizer: Optimizer) -> list[float]:
+def _learning_rates(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:
     rates = []
     for index, group in enumerate(optimizer.param_groups):
         rate = group.get("lr")
@@ -704,10 +708,18 @@ def _learning_rates(optimizer: Optimizer) -> list[float]:
                 f"Parameter group {index} of {type(optimizer).__name__} has lr={rate!r}: expected a number. The"
                 " averaging rule needs the learning rate; use an optimizer that keeps it in its parameter groups."
             )
-        rates.append(float(rate))
+        rates.append(_number(rate, device))
     return rates
 
 
-def _momenta(optimizer: Optimizer) -> list[float]:
+def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """As a float, unless it is on the device that trains, which the host would have to wait for."""
+    return value.detach() if isinstance(value, Tensor) and value.device.type == device.type else float(value)
+
+
+def _momenta(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:
     """Of each parameter group, which part of a step the next one repeats, as its momentum or Adam's β₁ says."""
-    return [float(group.get("momentum") or (group.get("betas") or (0.0,))[0]) for group in optimizer.param_groups]
+    return [
+        _number(group["momentum"] if "momentum" in group else (group.get("betas") or (0.0,))[0], device)
+        for group in optimizer.param_groups
+    ]

@@ -3,8 +3,8 @@
 import functools
 import logging
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Call(NamedTuple):
     """Whether all of its parameters are."""
     notice: int = 0
     """The bits it has raised."""
-    learning_rates: float = 0.0
+    learning_rates: "float | Tensor" = 0.0
     """Summed over the parameter groups."""
     has_state: bool = False
     """Whether its optimizer has any."""
@@ -99,10 +99,8 @@ class Meeting:
         self._call = call
         self._where = where
         self.calls: list[Call] = []
-        try:
+        with naming_lost_workers(workers, call):
             self._table = workers.launch_table(call)
-        except CollectiveError as error:
-            raise lost(workers, call, error) from error
 
     def hold(self) -> "Meeting":
         """Wait for everybody's call.
@@ -111,10 +109,8 @@ class Meeting:
             WorkersDisagreeError: on every worker, if they have not come for the same thing.
             WorkerLostError: if some worker did not come.
         """
-        try:
+        with naming_lost_workers(self._workers, self._call):
             self._read()
-        except CollectiveError as error:
-            raise lost(self._workers, self._call, error) from error
         return self
 
     def look(self) -> None:
@@ -150,7 +146,9 @@ class Meeting:
             WorkersDisagreeError: on every worker, if they are not.
         """
         if len({call.fingerprint for call in self.calls}) > 1:
-            raise WorkersDisagreeError(difference(self._workers, what, describe()))
+            with naming_lost_workers(self._workers, self._call):
+                told = difference(self._workers, what, describe())
+            raise WorkersDisagreeError(told)
 
     @property
     def diverged(self) -> list[int]:
@@ -187,10 +185,27 @@ class Meeting:
     @property
     def learning_rates(self) -> list[float]:
         """Of each worker, summed over the parameter groups."""
-        return [call.learning_rates for call in self.calls]
+        return [float(call.learning_rates) for call in self.calls]
 
 
-def lost(workers: Workers, call: Call, error: CollectiveError) -> WorkerLostError:
+@contextmanager
+def naming_lost_workers(workers: Workers, what: Call | str) -> Iterator[None]:
+    """Where workers do together what cannot be done without each of them: if one is missing, name it.
+
+    Args:
+        workers: who.
+        what: what they do.
+
+    Raises:
+        WorkerLostError: in place of ``CollectiveError``.
+    """
+    try:
+        yield
+    except CollectiveError as error:
+        raise lost(workers, what, error) from error
+
+
+def lost(workers: Workers, call: Call | str, error: CollectiveError) -> WorkerLostError:
     """Say what could not be finished, and find out whose fault it was.
 
     Args:
@@ -201,7 +216,7 @@ def lost(workers: Workers, call: Call, error: CollectiveError) -> WorkerLostErro
     failed = f"Rank {workers.rank} could not finish {call}: {error}"
     # At once, because a launcher that notices first ends this process without a word.
     _log.error(failed)
-    workers.leave_word(f"could not finish {call}")
+    workers.leave_word(f"could not finish {call}", failed=True)
     workers.hang_up()  # others may be waiting for this worker
     words, answered = workers.words(seconds=_ROLL_CALL_SECONDS)
     workers.stay(seconds=_STAY_SECONDS)

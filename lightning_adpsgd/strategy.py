@@ -72,7 +72,7 @@ from lightning_adpsgd.arguments import (
 from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, closed_at_exit, hash48
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
-from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module
+from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, naming_lost_workers
 from lightning_adpsgd.payload import Payloads, averaged_buffers
 from lightning_adpsgd.periods import AveragingPeriod
 
@@ -309,7 +309,7 @@ class ADPSGDStrategy(DDPStrategy):
             return  # the latter was lost by the others as well, and has been told
         steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._workers.leave_word(f"had failed at {steps or 'setup'}: {what}")
+        self._workers.leave_word(f"had failed at {steps or 'setup'}: {what}", failed=True)
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             _log.error(f"Rank {self.global_rank} failed at {steps or 'setup'}: {what}")
 
@@ -327,6 +327,9 @@ class ADPSGDStrategy(DDPStrategy):
             hook.remove()
         self._step_hooks = []
         super().teardown()
+        for workers in filter(None, (*self._carriers, self._node_workers)):
+            workers.close()
+        self._carriers = []
 
     @override
     def on_train_start(self) -> None:
@@ -335,8 +338,10 @@ class ADPSGDStrategy(DDPStrategy):
         trainer = trainer_of(self.lightning_module)
         if trainer is None or self._workers is None or not self._fitting:
             return
-        _warn_of_uneven_loaders(trainer, self._workers)
-        total_steps = self.broadcast(_total_steps(trainer))
+        total_steps = _total_steps(trainer)
+        with naming_lost_workers(self._workers, "the start of training"):
+            _warn_of_uneven_loaders(trainer, self._workers)
+            total_steps = self._workers.broadcast_object(total_steps, 0)
         for local_sgd in self._local_sgd:
             local_sgd.setup(total_steps)
             local_sgd.start_from_the_same()
@@ -619,8 +624,10 @@ class ADPSGDStrategy(DDPStrategy):
     def _new_workers(self) -> Workers:
         if self._worker == "device":
             return Workers(device=self.root_device)
-        if self._node_workers is None:
-            self._node_workers = self._new_node_workers()
+        with naming_lost_workers(Workers(device=self.root_device), "finding out about nodes"):
+            if self._node_workers is None:
+                self._node_workers = self._new_node_workers()
+            self._node_workers.open()
         return self._node_workers
 
     def _new_node_workers(self) -> NodeWorkers:
@@ -682,11 +689,16 @@ class ADPSGDStrategy(DDPStrategy):
         ]
 
     def _carrier_of(self, index: int, workers: Workers) -> Workers | None:
-        """Connections for what travels while training goes on, one set per optimizer, made once per process."""
+        """Connections for what travels while training goes on, until the end of this fit; one set per optimizer.
+
+        Where ranks step their optimizers in different orders, parts of different sizes would meet on shared ones, for
+        which gloo ends the process before anybody has seen that the workers disagree.
+        """
         if not (self._stagger or self._overlap):
             return None
         while len(self._carriers) <= index:
-            self._carriers.append(workers.on_connections_of_their_own())
+            with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
+                self._carriers.append(workers.on_connections_of_their_own())
         return self._carriers[index]
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:

@@ -181,7 +181,7 @@ class ParameterAverager:
         parts: int,
         carrier: Workers,
         before: Sequence[Tensor] | None = None,
-        ahead: Sequence[float] = (),
+        ahead: Sequence[float | Tensor] = (),
     ) -> tuple[list[InFlight], Tensor]:
         """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
 
@@ -204,7 +204,8 @@ class ParameterAverager:
                     earlier = before[place][chunk.start : chunk.stop]
                     for group, start, stop in chunk.runs:
                         here = slice(start, stop)
-                        torch.lerp(earlier[here], mine[here], 1.0 + ahead[group], out=mine[here])
+                        weight = torch.as_tensor(1.0 + ahead[group], dtype=mine.dtype)
+                        torch.lerp(earlier[here], mine[here], weight, out=mine[here])
                 values[chunk.start : chunk.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
             launched = self._launch(range_, values, carrier, None, as_it_is=False)

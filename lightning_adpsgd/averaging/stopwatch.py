@@ -1,6 +1,9 @@
 """How long something holds training up, on whatever device trains."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,11 +16,14 @@ class Stopwatch:
 
     Args:
         device: what trains.
+        wait_for: waits until the device has come to an event, which was recorded at a ``time.monotonic()``; by default,
+            however long that takes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, wait_for: Callable[[Any, float], None] | None = None) -> None:
         self._on_cuda = device.type == "cuda"
         self._seconds = 0.0
+        self._wait_for = wait_for
         if self._on_cuda:
             with torch.cuda.device(device):
                 self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -29,13 +35,28 @@ class Stopwatch:
         """Stop it."""
         if self._on_cuda:
             self._ended.record()
+            self._ended_at = time.monotonic()
         else:
-            self._seconds = time.perf_counter() - self._began_at
+            self._seconds += time.perf_counter() - self._began_at
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let it run on while the host waits for what the device has been given between start and stop.
+
+        On CUDA that time is the device's, and counted already.
+        """
+        self._began_at = time.perf_counter()
+        yield
+        if not self._on_cuda:
+            self.stop()
 
     @property
     def seconds(self) -> float:
         """How long it ran; on CUDA, waits until the device has come to where it was stopped."""
         if self._on_cuda:
-            self._ended.synchronize()
+            if self._wait_for is None:
+                self._ended.synchronize()
+            else:
+                self._wait_for(self._ended, self._ended_at)
             return float(self._began.elapsed_time(self._ended)) / 1e3
         return self._seconds

@@ -3,10 +3,12 @@
 import atexit
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -19,6 +21,8 @@ from typing_extensions import override
 
 _SECONDS_TO_HANG_UP = 2.0
 _SECONDS_TO_LET_GO = 0.05
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_OF_GRACE = 2.0
 
 
 class CollectiveError(RuntimeError):
@@ -85,7 +89,7 @@ class RoundedReduction(Reduction):
         self._share = -(-self._length // size)
         self._start = min(self._length, rank * self._share)
         # As integers, of which every backend just moves the bits; from the host, which is where gloo exchanges them.
-        device = "cpu" if dist.get_backend(group) == "gloo" else rounded.device
+        device = "cpu" if _backend(rounded.device, group) == "gloo" else rounded.device
         padded = torch.zeros(size * self._share, dtype=rounded.dtype, device=device)
         padded[: self._length] = rounded
         self._type = rounded.dtype
@@ -119,36 +123,102 @@ class RoundedReduction(Reduction):
         return tensor.view(torch.uint8)
 
 
+class Patience(NamedTuple):
+    """How long to wait for what this worker's device does together with the others'.
+
+    With NCCL, waiting for a piece of work only puts streams in order: that a worker is gone shows nowhere but in that
+    the device does not come to an end.
+    """
+
+    seconds: float
+    """What a collective may take, from when it was begun."""
+    failed: Callable[[], str | None]
+    """Says who has failed, if anybody is known to have; asked once in a while."""
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def wait_for(self, event: Any, begun: float) -> None:
+        """Wait until the device has come to an ``event``.
+
+        Args:
+            event: a ``torch.cuda.Event``, or what has its ``query``.
+            begun: when, by the clock, the collective was begun that it comes after.
+
+        Raises:
+            CollectiveError: if a worker has failed, or the time is up.
+            RuntimeError: an error of this worker's own device, such as a failed assertion in a kernel.
+        """
+        now = started = self.clock()
+        look_at = started + _SECONDS_BETWEEN_LOOKS
+        who, give_up_at = None, begun + self.seconds
+        while not event.query():
+            if now >= give_up_at:
+                raise CollectiveError(who or f"it has not ended after {now - begun:.0f} s")
+            if who is None and now >= look_at:
+                who, look_at = self.failed(), now + _SECONDS_BETWEEN_LOOKS
+                # It may have done its part before it failed.
+                give_up_at = give_up_at if who is None else min(give_up_at, now + _SECONDS_OF_GRACE)
+            self.sleep(min(1e-3, (now - started) / 16))
+            now = self.clock()
+
+
+class HostRows:
+    """Host memory for a few numbers that the device copies in its own time; each row is made once, and used again.
+
+    Args:
+        device: what copies; for a GPU, rows are page-locked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._page_locked = device.type == "cuda"
+        self._lent: dict[int, deque[tuple[Any, Tensor]]] = {}  # by length, oldest first
+
+    def borrow(self, length: int) -> Tensor:
+        """A row (float64, shape (length,)) that nobody reads or writes any more."""
+        lent = self._lent.setdefault(length, deque())
+        if lent and lent[0][0].query():
+            return lent.popleft()[1]
+        return torch.empty(length, dtype=torch.float64, pin_memory=self._page_locked)
+
+    def give_back(self, row: Tensor, copied: Any) -> None:
+        """Have it used again once the device has come to the event ``copied``."""
+        self._lent[len(row)].append((copied, row))
+
+
 class Numbers:
     """A few numbers under way to all workers; ``wait`` returns them, on the CPU.
 
     On CUDA they are copied to the host beside what the device has to compute: nobody waits for that.
     """
 
-    def __init__(self, numbers: Tensor, work: "dist.Work | None") -> None:
+    def __init__(self, numbers: Tensor, work: "dist.Work | None", patience: Patience) -> None:
         self._reduction = Reduction(numbers, work)
-        self._host: Tensor | None = None
+        self._patience = patience
+        self._begun = patience.clock()
+        self._arriving: tuple[Tensor, Any] | None = None
         if numbers.device.type == "cuda":
             side = _side_stream(numbers.device)
             side.wait_stream(torch.cuda.current_stream(numbers.device))
             with torch.cuda.stream(side):
-                self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-                self._host.copy_(self._reduction.wait(), non_blocking=True)
+                row = _host_rows(numbers.device).borrow(numbers.numel())
+                row.copy_(self._reduction.wait().view(-1), non_blocking=True)
                 numbers.record_stream(torch.cuda.current_stream())
-                self._copied = torch.cuda.Event()
-                self._copied.record()
+                self._arriving = row, _now_on_the_device()
 
     def wait(self) -> Tensor:
         """All of them, as float64.
 
         Raises:
             CollectiveError: if they do not arrive.
+            RuntimeError: if this worker's own device has failed.
         """
-        if self._host is None:
-            return self._reduction.wait().cpu()
-        with _as_collective_error():
-            self._copied.synchronize()
-        return self._host
+        if self._arriving is not None:
+            (row, copied), sent = self._arriving, self._reduction.wait()
+            self._patience.wait_for(copied, self._begun)
+            self._reduction = Reduction(row.view(sent.shape).clone(), None)
+            _host_rows(sent.device).give_back(row, copied)
+            self._arriving = None
+        return self._reduction.wait().cpu()
 
 
 class Workers:
@@ -162,14 +232,16 @@ class Workers:
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None, device: torch.device | str = "cpu") -> None:
-        self._group = group
+        self._group: Any = group
         self.device = torch.device(device)
         connected = dist.is_available() and dist.is_initialized()
         # Processes, of which a worker may have several
         self.size: int = dist.get_world_size(group) if connected else 1
         self.rank: int = dist.get_rank(group) if connected else 0
+        self._opened: list[Any] = []  # process groups, to be closed
         self._store = _store()  # kept, as hanging up takes it from the process group
         self._has_stayed = False
+        self._seconds = _patience_seconds(self.device) if self.size > 1 else math.inf
         self._counted = _Counted()
 
     @property
@@ -184,11 +256,22 @@ class Workers:
         """
         if self.size == 1:
             return self
-        ranks = [self._global_rank(rank) for rank in range(self.size)]
-        group: Any = dist.new_group(ranks, timeout=_timeout(self.device))
+        group = _new_group([self._global_rank(rank) for rank in range(self.size)], self.device)
         other = Workers(group, self.device)
         other._counted = self._counted
+        other._opened = [group]
         return other
+
+    def close(self) -> None:
+        """Close the connections that were opened for these workers alone, after which these are of no use.
+
+        Waits for nobody, and leaves alone the process group that the caller has given.
+        """
+        opened, self._opened = self._opened, []
+        if self._group in opened:
+            self._group = _Closed()
+        if opened:
+            _in_a_while(partial(_close, opened))
 
     @property
     def count(self) -> int:
@@ -255,7 +338,7 @@ class Workers:
             row.div_(share.contributors * ranks_per_worker)
         else:
             row.zero_()  # what it holds may not be finite
-        return Numbers(row, self._all_reduce(row) if self.size > 1 else None)
+        return Numbers(row, self._all_reduce(row) if self.size > 1 else None, self.patience)
 
     def table(self, row: Sequence[float]) -> Tensor:
         """Every worker's ``row``, as a float64 tensor of shape (workers, len(row)) on the CPU.
@@ -269,7 +352,7 @@ class Workers:
         table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self.device)
         table[self.rank] = self._row(row)
         # An all-reduce in which everybody else adds zeros: every backend has it, and it costs what the ring costs.
-        return Numbers(table, self._all_reduce(table) if self.size > 1 else None)
+        return Numbers(table, self._all_reduce(table) if self.size > 1 else None, self.patience)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every worker's ``value``, in order of rank. For error messages; not counted as payload."""
@@ -294,19 +377,45 @@ class Workers:
         if self.size == 1:
             return
         for tensor in tensors:
-            buffer = tensor.data.contiguous()
-            self._count(buffer)
+            mine = tensor.data
+            packed = mine.resolve_conj().resolve_neg().contiguous()
+            if packed.numel() == 0:
+                continue
+            self._count(packed)
             with _as_collective_error():
-                dist.broadcast(buffer, self._global_rank(0), group=self._group)
-            tensor.data.copy_(buffer)
+                # As bytes: backends refuse some types, such as int16 or those of 8-bit floats.
+                dist.broadcast(packed.view(-1).view(torch.uint8), self._global_rank(0), group=self._group)
+            if packed is not mine:
+                mine.copy_(packed)
 
     # What can be said when collectives cannot be relied on any more
 
-    def leave_word(self, text: str) -> None:
-        """Leave a line for the other workers to find in :meth:`words`. Waits for nobody, and never fails."""
+    def leave_word(self, text: str, failed: bool = False) -> None:
+        """Leave a line for the other workers to find in :meth:`words`. Waits for nobody, and never fails.
+
+        Args:
+            text: the line.
+            failed: whether this worker will take part in nothing any more, so that nobody need wait for it.
+        """
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
                 self._store.set(_key("word", self.rank), text)
+                if failed:
+                    self._store.set(_key("failed", _Session.number), str(self.rank))
+
+    @property
+    def patience(self) -> Patience:
+        """With which this worker waits for what its device does together with the others'."""
+        return Patience(self._seconds, self._who_has_failed)
+
+    def _who_has_failed(self) -> str | None:
+        try:
+            if self._store is None or not self._store.check([_key("failed", _Session.number)]):
+                return None
+            who = self._store.get(_key("failed", _Session.number)).decode()
+        except RuntimeError:
+            return "the store that rank 0 serves does not answer any more"
+        return None if who == str(self.rank) else f"rank {who} has failed meanwhile"
 
     def words(self, seconds: float) -> tuple[dict[int, str], bool]:
         """What other workers have left, by rank, and whether the store in which they leave it has answered.
@@ -335,8 +444,9 @@ class Workers:
         return False
 
     def forget_word(self) -> None:
-        """Take back what this worker has left."""
+        """Take back what this worker has left, and what others have failed in; all workers have to."""
         self._has_stayed = False
+        _Session.number += 1
         with contextlib.suppress(RuntimeError):
             if self._store is not None:
                 self._store.delete_key(_key("word", self.rank))
@@ -345,13 +455,15 @@ class Workers:
     def hang_up(self) -> None:
         """Close this worker's connections, so that whoever waits for it notices; :meth:`words` still work.
 
-        With NCCL nothing is done: there, closing waits for what is under way.
+        With NCCL, closing would wait for what is under way: there, it is aborted.
         """
-        if self.size > 1 and dist.is_initialized() and dist.get_backend(self._group) == "gloo":
-            # Not in this thread: it can wait for a collective that will never end.
-            closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
-            closing.start()
-            closing.join(_SECONDS_TO_HANG_UP)
+        if self.size == 1 or not dist.is_initialized():
+            return
+        backend = _backend(self.device)
+        if backend == "gloo":
+            _in_a_while(dist.destroy_process_group)
+        elif backend == "nccl":
+            _in_a_while(dist.distributed_c10d._abort_process_group)  # there is no public way
 
     def stay(self, seconds: float) -> None:
         """Wait for the others to have heard enough too, on the first worker, whose process serves the store; once."""
@@ -374,11 +486,14 @@ class Workers:
     def _row(self, entries: "Sequence[float | Tensor] | Tensor") -> Tensor:
         """Numbers as a float64 tensor on the device, which nobody waits for."""
         known = [0.0 if isinstance(entry, Tensor) else float(entry) for entry in entries]
-        row = torch.tensor(known, dtype=torch.float64, pin_memory=self.device.type == "cuda")
-        row = row.to(self.device, non_blocking=True)
+        row = torch.tensor(known, dtype=torch.float64)
+        if self.device.type == "cuda":
+            host = _host_rows(self.device).borrow(len(known)).copy_(row)
+            row = host.to(self.device, non_blocking=True)
+            _host_rows(self.device).give_back(host, _now_on_the_device())
         for place, entry in enumerate(entries):
             if isinstance(entry, Tensor):
-                row[place] = entry
+                row[place] = entry.detach()
         return row
 
     def _all_reduce(
@@ -413,18 +528,28 @@ class NodeWorkers(Workers):
             raise ValueError(f"{self.size} ranks cannot be nodes of {ranks_per_node} ranks each.")
         self.ranks_per_node = ranks_per_node
         self._node_of_rank = [rank // ranks_per_node for rank in range(self.size)]
-        self.node: Any = None
+        self.open()
+
+    @property
+    def node(self) -> Any:
         """The process group of this rank's node."""
-        self._counterparts: Any = None
-        if self.size > 1:
-            ranks, timeout = range(self.size), _timeout(self.device)
+        return self.open()[0]
+
+    @property
+    def _counterparts(self) -> Any:
+        return self.open()[1]
+
+    def open(self) -> list[Any]:
+        """The groups of this rank's node and of its counterparts in the others; all ranks have to ask."""
+        if self.size == 1:
+            return [None, None]
+        if not self._opened:  # or not any more: a round for a checkpoint may come after the end of training
+            ranks, step = range(self.size), self.ranks_per_node
             # Everybody takes part in making all of them.
-            for first in ranks[::ranks_per_node]:
-                group = dist.new_group([*ranks[first : first + ranks_per_node]], timeout=timeout)
-                self.node = group if self.worker_of(self.rank) == self.worker_of(first) else self.node
-            for place in ranks[:ranks_per_node]:
-                group = dist.new_group([*ranks[place::ranks_per_node]], timeout=timeout)
-                self._counterparts = group if self.rank % ranks_per_node == place else self._counterparts
+            nodes = [_new_group([*ranks[first : first + step]], self.device) for first in ranks[::step]]
+            counterparts = [_new_group([*ranks[place::step]], self.device) for place in ranks[:step]]
+            self._opened = [nodes[self.rank // step], counterparts[self.rank % step]]
+        return self._opened
 
     @property
     @override
@@ -521,19 +646,49 @@ class _Counted:
     payload_bytes = 0
 
 
+class _Closed:
+    """Stands in for a process group that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise CollectiveError("these connections were closed (Workers.close)")
+
+
+class _Session:
+    number = 0
+    """Counts the runs of this process, so that a failure in one is not taken for one in the next."""
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _host_rows(device: torch.device) -> HostRows:
+    return HostRows(device)
+
+
+def _now_on_the_device() -> "torch.cuda.Event":
+    """An event to which the device comes after all that the current stream has to do."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 @contextlib.contextmanager
 def _as_collective_error() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # a RuntimeError of this worker's own
     except RuntimeError as error:
+        if _is_of_this_device(error):
+            raise
         raise CollectiveError(str(error).splitlines()[0]) from error
+
+
+def _is_of_this_device(error: RuntimeError) -> bool:
+    """Whether it is this worker's own, which surfaces wherever the device is asked for something."""
+    own = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    return isinstance(error, own) or str(error).startswith("CUDA error")
 
 
 def _store() -> Any:
@@ -543,15 +698,49 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # there is no public way to it
 
 
+def _backend(device: torch.device, group: "dist.ProcessGroup | None" = None) -> str:
+    """Which backend carries a device's tensors; a group may have several, and then ``get_backend`` does not say."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return backends.get(device.type, "")
+
+
+def _new_group(ranks: list[int], device: torch.device) -> Any:
+    with _as_collective_error():
+        return dist.new_group(ranks, timeout=_timeout(device))
+
+
+def _close(groups: list[Any]) -> None:
+    while groups:
+        # Its threads end with the last reference to it.
+        with contextlib.suppress(RuntimeError, ValueError):  # all are closed where a worker was lost
+            dist.destroy_process_group(groups.pop())
+
+
+def _in_a_while(close: Callable[[], None]) -> None:
+    """Close connections, in a thread of its own: it can wait for a collective that will never end."""
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(_SECONDS_TO_HANG_UP)
+
+
+def _patience_seconds(device: torch.device) -> float:
+    """A little less than the backend's own time-out: when that is over, NCCL ends the process without a word."""
+    try:
+        seconds = _timeout(device).total_seconds()
+    except (AttributeError, RuntimeError):  # another backend than gloo and NCCL
+        return math.inf
+    return seconds - min(0.1 * seconds, 5.0)
+
+
 def _timeout(device: torch.device) -> timedelta:
     """How long collectives wait; there is no public way to it either."""
     timeout: timedelta = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
     return timeout
 
 
-def _key(kind: str, rank: int) -> str:
+def _key(kind: str, number: int) -> str:
     # torchrun may keep its store when it restarts the workers: what was said then is not meant for now.
-    return f"lightning_adpsgd/{kind}/{rank}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"lightning_adpsgd/{kind}/{number}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 # How it ends. A thread of gloo lets go of a collective's tensors some time after the collective is over, and needs

@@ -1,0 +1,251 @@
+"""Workers that are gone are named wherever others wait for them, and what was opened for a run is closed after it."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_adpsgd import ADPSGDStrategy, LocalSGD, Workers
+from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module
+from tests.test_nodes import announce_nodes
+from tests.training import Classifier, fit, identical, loader, weights
+
+pytestmark = pytest.mark.workers
+
+
+# A worker that goes where others wait for it, outside of a round
+
+
+class _Cluster:
+    """Where ranks are, as far as a strategy asks."""
+
+    def node_rank(self) -> int:
+        return 0
+
+    def local_rank(self) -> int:
+        return dist.get_rank()
+
+
+def local_sgd_of(*models: nn.Module, **options: Any) -> LocalSGD:
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return LocalSGD(torch.optim.SGD(parameters, lr=0.1), 4, module=models[0], total_steps=100, **options)
+
+
+# Each is what the first worker does alone; it gets to know whether it is the one that goes in the middle of it.
+
+
+def broadcast_the_weights(model: nn.Module, goes: bool) -> None:
+    local_sgd = local_sgd_of(model)
+    check_module(local_sgd.workers, model) if goes else local_sgd.broadcast()
+
+
+def compare_the_models(model: nn.Module, goes: bool) -> None:
+    if goes:
+        Meeting(Workers(), Call(KINDS.index("the setup"), 0, fingerprint=1)).hold()
+    else:
+        check_module(Workers(), model)
+
+
+def find_out_about_nodes(model: nn.Module, goes: bool) -> None:
+    if not goes:
+        strategy = ADPSGDStrategy(2, worker="node", parallel_devices=[torch.device("cpu")] * 2)
+        strategy.cluster_environment = _Cluster()
+        strategy._new_workers()
+
+
+def connect_the_nodes(model: nn.Module, goes: bool) -> None:
+    if goes:
+        Workers().table([0, 1])
+    else:
+        find_out_about_nodes(model, goes)
+
+
+def open_further_connections(model: nn.Module, goes: bool) -> None:
+    if not goes:
+        local_sgd_of(model, stagger=True)
+
+
+def compare_what_is_averaged(model: nn.Module, goes: bool) -> None:
+    local_sgd = local_sgd_of(model, stagger=True)
+    if goes:
+        call = local_sgd._call("a change of what is averaged", "period", 4, fingerprint=1)
+        Meeting(local_sgd.workers, call._replace(step=1)).hold()
+    else:
+        local_sgd.step()
+
+
+PLACES = [
+    broadcast_the_weights,
+    compare_the_models,
+    find_out_about_nodes,
+    connect_the_nodes,
+    open_further_connections,
+    compare_what_is_averaged,
+]
+
+
+def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
+    rank, told = int(os.environ["RANK"]), {}
+    for place in PLACES:
+        store = dist.FileStore(f"{folder}/{place.__name__}", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+        workers = Workers()
+        try:
+            place(nn.Linear(3, 2), goes=rank == 1)
+            if rank == 1:
+                workers.leave_word(f"had no wish to {place.__name__}")
+        except Exception as error:
+            told[place.__name__] = type(error).__name__, str(error)
+        workers.hang_up()
+        if rank == 0:
+            store.set("next", "")
+        else:
+            workers.stay(0.0)  # has heard enough
+            store.wait(["next"], timedelta(seconds=60))
+    return told
+
+
+def test_a_worker_that_goes_is_named_wherever_others_wait_for_it(pool, tmp_path):
+    told, gone = pool.run_trainer(go_at_each_place, str(tmp_path))
+    assert gone == {}
+    for place in PLACES:
+        kind, message = told[place.__name__]
+        assert kind == "WorkerLostError", (place, kind, message)
+        assert f"Rank 1 had no wish to {place.__name__}." in message
+
+
+class GoesAtTheStart(Classifier):
+    def on_train_start(self) -> None:
+        if self.global_rank == 1:
+            raise ValueError("boom")
+
+
+def fit_with_one_that_goes_at_the_start() -> None:
+    fit(ADPSGDStrategy(2), GoesAtTheStart(), max_steps=4)
+
+
+def test_a_worker_that_goes_before_the_rules_start_is_named(pool):
+    missed, gone = pool.outcomes(fit_with_one_that_goes_at_the_start, trainer=True)
+    assert gone.kind == "ValueError"
+    assert missed.kind == "WorkerLostError", missed.error
+    assert "Rank 1 had failed at step 0, 0 after its latest averaging round: ValueError: boom." in missed.error
+
+
+# What is opened for a run
+
+
+class TwoOptimizers(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any) -> None:
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in (self.net[0], self.net[3])]
+
+
+def several_fits(worker: str, folder: str) -> dict:
+    groups, states = [], []
+    announce_nodes([0, 1])
+    for run in range(3):
+        torch.manual_seed(0)
+        model = TwoOptimizers()
+        strategy = ADPSGDStrategy(4, worker=worker, stagger=True, overlap=1)
+        fitted, _ = fit(strategy, model, max_steps=20, devices=1, num_nodes=2)
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+        states.append(weights(model))
+        if run == 1:
+            fitted.save_checkpoint(f"{folder}/after.ckpt")
+            fitted.fit_loop.max_epochs, fitted.fit_loop.epoch_loop.max_steps = 2, 60
+            fitted.fit(model, loader())
+            groups.append(len(dist.distributed_c10d._world.pg_map))
+            states.append(weights(model))
+    return {"groups": groups, "states": states}
+
+
+@pytest.mark.parametrize("worker", ["device", "node"])
+def test_each_fit_closes_the_connections_that_it_has_opened_and_another_one_works(pool, tmp_path, worker):
+    outcomes = pool.run_trainer(several_fits, worker, str(tmp_path))
+    for outcome in outcomes:
+        assert outcome["groups"] == [1] * 4
+    for states in zip(*(outcome["states"] for outcome in outcomes), strict=True):
+        assert identical(list(states))
+    first, second, _, third = outcomes[0]["states"]
+    assert identical([first, second, third])
+
+
+def step_in_different_orders(overlap: int) -> None:
+    small, large = nn.Linear(5, 3), nn.Linear(100, 100)
+    both = [local_sgd_of(model, stagger=True, overlap=overlap, index=i) for i, model in enumerate((small, large))]
+    for step in range(20):
+        for local_sgd in reversed(both) if step == 9 and dist.get_rank() == 1 else both:
+            local_sgd.step()
+
+
+def test_ranks_that_step_their_optimizers_in_different_orders_are_told_so(pool):
+    # On connections that they shared, parts of different sizes would meet, for which gloo ends the process.
+    for overlap in (0, 2):
+        for outcome in pool.outcomes(step_in_different_orders, overlap):
+            assert outcome.kind == "WorkersDisagreeError"
+            assert "of optimizer 0" in outcome.error
+            assert "of optimizer 1" in outcome.error
+
+
+# What the host has to know
+
+
+class Readings(TorchDispatchMode):
+    """Counts how often the host asks for a tensor's value, for which it would wait on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def train_with_rates(as_tensors: bool, options: dict) -> dict:
+    torch.manual_seed(dist.get_rank())
+    number = torch.tensor if as_tensors else float
+    model = nn.Linear(6, 4)
+    groups = [{"params": [model.weight], "lr": number(0.1)}, {"params": [model.bias], "lr": number(0.0)}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for group in optimizer.param_groups:
+        group["betas"] = (number(0.9), number(0.999))  # of which momentum is looked ahead, where there is some
+    local_sgd = LocalSGD(optimizer, 4, module=model, total_steps=40, **options)
+    local_sgd.broadcast()
+    rounds, readings = [], Readings()
+    local_sgd.subscribe(rounds.append)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(3, 6)).square().mean().backward()
+        optimizer.step()
+        with readings:
+            local_sgd.step()
+    return {
+        "readings": readings.count,
+        "rounds": [(r.step, r.variance, r.ratio, r.learning_rate) for r in rounds],
+        "weights": weights(model),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"stagger": True, "overlap": 2}], ids=str)
+def test_rates_that_are_tensors_are_not_read_by_the_host_and_mean_the_same(pool, options):
+    tensors, numbers = (pool.run(train_with_rates, as_tensors, options) for as_tensors in (True, False))
+    for with_tensors, with_numbers in zip(tensors, numbers, strict=True):
+        assert with_tensors["readings"] == with_numbers["readings"]
+        assert len(with_tensors["rounds"]) == len(with_numbers["rounds"]) > 2
+        for ours, theirs in zip(with_tensors["rounds"], with_numbers["rounds"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        for name, tensor in with_numbers["weights"].items():
+            torch.testing.assert_close(with_tensors["weights"][name], tensor)
