@@ -2,7 +2,16 @@
 
 from lightning_adpsgd.averaging.averager import InFlight, ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, Range, has_mean, hash48
-from lightning_adpsgd.averaging.optimizer_state import average_moments, forget, moments, share_state
+from lightning_adpsgd.averaging.momentum import LookAhead, check_known_moments
+from lightning_adpsgd.averaging.optimizer_state import (
+    average_moments,
+    forget,
+    has_state,
+    moments,
+    reset_moments,
+    share_state,
+    state_at_start,
+)
 from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.averaging.stopwatch import Stopwatch
 from lightning_adpsgd.averaging.workers import CollectiveError, NodeWorkers, Numbers, Reduction, Share, Workers
@@ -13,6 +22,7 @@ __all__ = [
     "CollectiveError",
     "FlatLayout",
     "InFlight",
+    "LookAhead",
     "NodeWorkers",
     "Numbers",
     "ParameterAverager",
@@ -23,10 +33,14 @@ __all__ = [
     "Trigger",
     "Workers",
     "average_moments",
+    "check_known_moments",
     "forget",
     "has_mean",
+    "has_state",
     "hash48",
     "moments",
+    "reset_moments",
     "ring_bytes",
     "share_state",
+    "state_at_start",
 ]
