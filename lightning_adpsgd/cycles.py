@@ -91,9 +91,10 @@ class Cycles:
     most p − 1). Both are counted in steps, not in time, so that all workers do the same at the same step.
 
     With momentum, a worker knows a part of the steps that it will take while a part travels: the momentum's. It sends
-    what the part will have become by then, w + (μ + … + μ^d) · (w − w before the latest step), and adds w̄ − (what it
-    sent). So velocities that differ do not drive the workers apart while a mean is under way, and the workers' mean
-    moves as it would by itself, whatever they expect, because w̄ − (what was sent) adds up to 0 over the workers.
+    what the part will have become by then, w + c · (w − w before the latest step), where c = μ + … + μ^d for SGD (for
+    others see :class:`LookAhead`), and adds w̄ − (what it sent). So velocities that differ do not drive the workers
+    apart while a mean is under way, and the workers' mean moves as it would by itself, whatever they expect, because
+    w̄ − (what was sent) adds up to 0 over the workers.
 
     What the workers state (see :class:`Call`) travels beside each part, and is looked at before anything is adopted.
     Parts have connections of their own: a worker that is somewhere else instead is met there, and noticed.
@@ -106,7 +107,8 @@ class Cycles:
         carrier: the same workers, on connections of their own.
         call: makes what this worker states, of a kind, trigger and period.
         learning_rates: of each parameter group, now.
-        momenta: μ of each parameter group, now: which part of a step the next one repeats; 0 where that is not known.
+        look_ahead: for each parameter group, now, which multiple of the latest step its momentum will add to a part in
+            a number of steps; 0 where that is not known.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Cycles:
         carrier: Workers,
         call: Callable[..., Call],
         learning_rates: Callable[[], list[float | Tensor]],
-        momenta: Callable[[], list[float | Tensor]],
+        look_ahead: Callable[[int], list[float]],
     ) -> None:
         # Configuration
         self.stagger = stagger
@@ -129,7 +131,7 @@ class Cycles:
         self._carrier = carrier
         self._call = call
         self._learning_rates = learning_rates
-        self._momenta = momenta
+        self._ahead = look_ahead
 
         # State
         self._steps = 0
@@ -217,7 +219,7 @@ class Cycles:
             period: p, as far as is known, when that part is sent.
         """
         self._before = None
-        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not _any(self._momenta()):
+        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not any(self._ahead(1)):
             return
         payload, cycle = self._payloads.current(), self._cycle
         part, parts = 0, period if self.stagger else 1
@@ -284,9 +286,9 @@ class Cycles:
 
     def _launch(self, cycle: _Cycle, payload: Payload, step: int) -> None:
         call = self._call("a part of an averaging round", "period", cycle.period)
-        ahead = [sum(momentum**step for step in range(1, cycle.delay + 1)) for momentum in self._momenta()]
+        ahead = self._ahead(cycle.delay)
         before = self._before
-        values = before.values if before is not None and before.is_of(payload, cycle) and _any(ahead) else None
+        values = before.values if before is not None and before.is_of(payload, cycle) and any(ahead) else None
         try:
             in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
         except CollectiveError as error:
@@ -370,8 +372,3 @@ class Cycles:
         for part in self._parts:
             part.meeting.look()
         return lost(self._workers, call, error)
-
-
-def _any(momenta: list[float | Tensor]) -> bool:
-    """Whether any may be other than 0; nobody waits to find out what is in a tensor."""
-    return any(isinstance(momentum, Tensor) or momentum for momentum in momenta)

@@ -37,6 +37,7 @@ from lightning_adpsgd.averaging import (
     AveragingRound,
     CollectiveError,
     FlatLayout,
+    LookAhead,
     Numbers,
     ParameterAverager,
     Share,
@@ -44,10 +45,14 @@ from lightning_adpsgd.averaging import (
     Trigger,
     Workers,
     average_moments,
+    check_known_moments,
     forget,
+    has_state,
     moments,
+    reset_moments,
     ring_bytes,
     share_state,
+    state_at_start,
 )
 from lightning_adpsgd.cycles import Cycles, Diverged
 from lightning_adpsgd.errors import WorkersDivergedError
@@ -99,9 +104,9 @@ class LocalSGD:
             (``register_buffer(..., persistent=False)``) and integers stay each worker's own.
         exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`, in which ``*`` is
             any text: ``["*.queue", "memory.*"]``.
-        optimizer_state: what a round does to floating-point state tensors of a parameter's shape (momentum, Adam's
-            moments): leave them "local", "average" them over the workers, or "reset" them to zero. Step counters are
-            never touched. A round for a checkpoint averages all of the state.
+        optimizer_state: what a round does to momentum and moments: leave them "local"; "average" them over the workers
+            (floating-point state tensors of a parameter's shape); or "reset" them to what they are before the first
+            step, for optimizers of torch.optim and those derived from one. A round for a checkpoint averages all state.
         on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
             these workers from the mean, and have them go on from that of the others, with the optimizer's state as
             before the first step.
@@ -118,8 +123,8 @@ class LocalSGD:
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if an argument is out of range, a parameter group has no learning rate, or ``period`` needs to know
-            ``total_steps``.
+        ValueError: if an argument is out of range, a parameter group has no learning rate, ``period`` needs to know
+            ``total_steps``, or ``optimizer_state`` is "reset" and it is not known what are the optimizer's moments.
     """
 
     def __init__(
@@ -154,6 +159,8 @@ class LocalSGD:
         self.overlap = check_overlap(overlap)
         self.reduce_dtype = check_reduce_dtype(reduce_dtype)
         check_combination(self.stagger, self.overlap, self.optimizer_state, self.period)
+        if self.optimizer_state == "reset":
+            check_known_moments(optimizer)
         self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
         self._payloads = Payloads(
@@ -178,7 +185,8 @@ class LocalSGD:
         """Optimizer steps attempted since the latest round."""
         self._state_shared_at = 0  # the step of the latest round for a checkpoint
         self._anybody_has_state = True  # as far as is known
-        self._state_made_at_once = set(optimizer.state)
+        self._state_at_start = state_at_start(optimizer) if self.on_divergence == "drop" else {}
+        self._moments_since = 0  # the step since which moments have been gathered
         self._has_drifted = False
         self._warned_of_no_drift = False
         self._warned_of_different_rates = False
@@ -205,7 +213,7 @@ class LocalSGD:
                 carrier=carrier,
                 call=self._call,
                 learning_rates=partial(_learning_rates, optimizer, self.workers.device),
-                momenta=partial(_momenta, optimizer, self.workers.device),
+                look_ahead=LookAhead(optimizer, lambda: self.steps - self._moments_since).factors,
             )
 
         _learning_rates(optimizer, self.workers.device)
@@ -449,7 +457,7 @@ class LocalSGD:
             period,
             notice=self._notice.raised,
             learning_rates=sum(_learning_rates(self.optimizer, self.workers.device)),
-            has_state=any(self.optimizer.state.values()),
+            has_state=has_state(self.optimizer),
             **about,
         )
 
@@ -571,22 +579,22 @@ class LocalSGD:
         return self.workers.launch_mean([*deviations, *rates], share)
 
     def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
-        if self.optimizer_state == "average":
-            if self.has_trained and self._anybody_has_state:
-                average_moments(self.optimizer, self.workers, self._bucket_bytes, share)
-        elif not share.contributes:
-            forget(self.optimizer, self._state_made_at_once)
+        if not share.contributes:
+            forget(self.optimizer, self._state_at_start)
+            self._moments_since = self.steps
+        if self.optimizer_state == "average" and self.has_trained and self._anybody_has_state:
+            average_moments(self.optimizer, self.workers, self._bucket_bytes, share)
         if self.optimizer_state == "reset" and self.has_trained:
             self._reset()
         if trigger == "checkpoint":
             if self._anybody_has_state:
                 averaged = {id(m) for m in moments(self.optimizer)} if self.optimizer_state == "average" else set()
-                share_state(self.optimizer, self.workers, self._bucket_bytes, averaged)
+                share_state(self.optimizer, self.workers, self._bucket_bytes, averaged, share)
             self._state_shared_at = self.steps
 
     def _reset(self) -> None:
-        for moment in moments(self.optimizer):
-            moment.zero_()
+        reset_moments(self.optimizer)
+        self._moments_since = self.steps
 
     def _finish(self, round_: AveragingRound, payload: Payload, shown: bool) -> None:
         if not math.isfinite(round_.ratio):
@@ -715,11 +723,3 @@ def _learning_rates(optimizer: Optimizer, device: torch.device) -> list[float | 
 def _number(value: float | Tensor, device: torch.device) -> float | Tensor:
     """As a float, unless it is on the device that trains, which the host would have to wait for."""
     return value.detach() if isinstance(value, Tensor) and value.device.type == device.type else float(value)
-
-
-def _momenta(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:
-    """Of each parameter group, which part of a step the next one repeats, as its momentum or Adam's β₁ says."""
-    return [
-        _number(group["momentum"] if "momentum" in group else (group.get("betas") or (0.0,))[0], device)
-        for group in optimizer.param_groups
-    ]

@@ -108,7 +108,8 @@ class ADPSGDStrategy(DDPStrategy):
         exclude_buffers: names of buffers that stay each worker's own (queues, hidden states), as patterns of
             :mod:`fnmatch`, in which ``*`` is any text: ``["*.queue", "memory.*"]``. A checkpoint holds rank 0's.
         optimizer_state: what a round does to momentum and moments: "local" leaves them to each worker, as the paper
-            does; "average" averages them too (which sends as many bytes again for each); "reset" sets them to zero.
+            does; "average" averages them too (which sends as many bytes again for each); "reset" makes them what they
+            are before the first step, for optimizers of torch.optim and those derived from one.
         bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
         on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
             before anything is overwritten; or "drop" these ranks from the mean, and have them go on from that of the

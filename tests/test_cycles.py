@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import AveragingRound, LocalSGD
-from lightning_adpsgd.local_sgd import _momenta
 from tests.test_local_sgd import RecordingPeriod
 
 pytestmark = pytest.mark.workers
@@ -164,21 +163,6 @@ def test_looking_ahead_leaves_the_mean_of_the_workers_where_it_would_be(pool):
     torch.testing.assert_close(mean, mean_alone, rtol=0, atol=1e-12)
     apart = (outcomes[0]["history"][-1] - outcomes[1]["history"][-1]).norm()
     assert apart < 0.5 * (alone[0][-1] - alone[1][-1]).norm()
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "momenta"),
-    [
-        (lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.5}, {"params": p[1:]}], lr=0.1), [0.5, 0.0]),
-        (lambda p: torch.optim.AdamW(p, betas=(0.8, 0.99)), [0.8]),
-        (lambda p: torch.optim.RMSprop(p), [0.0]),
-        (lambda p: torch.optim.Adagrad(p), [0.0]),
-    ],
-    ids=["SGD", "AdamW", "RMSprop", "Adagrad"],
-)
-def test_momentum_is_found_where_optimizers_keep_it(optimizer, momenta):
-    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
-    assert _momenta(optimizer(parameters)) == momenta
 
 
 def train_by(rule: Changing, overlap: int) -> dict:
