@@ -1,6 +1,6 @@
 """What an optimizer's rounds average: which tensors, laid out how, and under which names people know them."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, cast
 
@@ -20,11 +20,16 @@ class _Member(NamedTuple):
     tensor: Tensor
     group: int | None
 
-    @property
-    def place(self) -> tuple[object, ...]:
-        """Differs from what it was if its elements have moved in memory."""
-        # The object is alive as long as the payload keeps it: another one cannot have its identity.
-        return id(self.tensor), self.tensor.data_ptr(), self.tensor.shape, self.tensor.stride(), self.group
+
+_Place = tuple[int, int, tuple[int, ...], int]
+
+
+def _places(tensors: list[Tensor]) -> list[_Place]:
+    """Differ from what they were if elements have moved in memory; as long as the tensors are kept.
+
+    They are looked at at every step of a staggered round, of perhaps thousands of tensors.
+    """
+    return [(id(tensor), tensor.data_ptr(), tensor.stride(), tensor.numel()) for tensor in tensors]
 
 
 class Payload:
@@ -40,7 +45,8 @@ class Payload:
         self.layout = averager.layout
         self.averager = averager
         self._members = members
-        self._places = [member.place for member in members]
+        self._groups = [member.group for member in members]
+        self._places = _places(self.tensors)
         self._before = before
 
     @property
@@ -53,9 +59,9 @@ class Payload:
         """Those that are parameters."""
         return [member.tensor for member in self._members if isinstance(member.tensor, nn.Parameter)]
 
-    def is_at(self, members: list[_Member]) -> bool:
+    def is_at(self, tensors: list[Tensor], groups: list[int | None]) -> bool:
         """Whether these are the same tensors, of which no element has moved in memory."""
-        return [member.place for member in members] == self._places
+        return groups == self._groups and _places(tensors) == self._places
 
     def is_of(self, members: list[_Member]) -> bool:
         """Whether these are the same tensors; if so, their elements are found from now on where they are now.
@@ -68,7 +74,7 @@ class Payload:
             return False
         if not self.layout.rebind([member.tensor for member in members]):
             return False
-        self._members, self._places = members, [member.place for member in members]
+        self._members, self._places = members, _places([member.tensor for member in members])
         return True
 
     def rebind(self, buffers: Mapping[str, Tensor]) -> None:
@@ -83,7 +89,7 @@ class Payload:
             else member._replace(tensor=buffers.get(str(member.key), member.tensor))
             for member in self._members
         ]
-        self._places = [member.place for member in self._members]
+        self._places = _places(self.tensors)
         self.layout.rebind(self.tensors)
 
     def take_over(self) -> None:
@@ -179,6 +185,7 @@ class Payloads:
         self._stepped: dict[int, nn.Parameter] = {}
         self._not_stepped: list[nn.Parameter] = []
         self._counted = 0
+        self._included: dict[tuple[nn.Module, str], bool] = {}
         self._owned_by_others: set[Payloads] = set()
         self.moved_by_others = False
         """Whether an optimizer that has left a parameter to this one has stepped since all workers were the same."""
@@ -191,11 +198,11 @@ class Payloads:
 
     def current(self) -> Payload:
         """What a round averages now, where it is now."""
-        members = self._members()
+        tensors, groups = self._found()
         before = self._latest
-        if before is not None and before.is_at(members):
+        if before is not None and before.is_at(tensors, groups):
             return before
-        members = self._named(members)
+        members = self._named(tensors, groups)
         if before is None or not before.is_of(members):
             # What was laid out keeps its order: on one rank alone it may lie in memory in another one by now.
             known = {} if before is None else before.entries
@@ -276,26 +283,45 @@ class Payloads:
 
     # Details
 
-    def _members(self) -> list[_Member]:
-        members = []
-        seen = set()
+    def _found(self) -> tuple[list[Tensor], list[int | None]]:
+        """What is averaged now, and of which parameter group each is."""
+        tensors: list[Tensor] = []
+        groups: list[int | None] = []
+        seen: set[int] = set()
+        stepped = self._stepped
         for index, group in enumerate(self._optimizer.param_groups):
-            for parameter in group["params"]:
-                seen.add(id(parameter))
-                if (parameter.requires_grad or id(parameter) in self._stepped) and self._owns(parameter):
-                    members.append(_Member(id(parameter), parameter, index))
+            parameters = group["params"]
+            if self._owners is not None:
+                parameters = [parameter for parameter in parameters if self._owns(parameter)]
+            trained = [each for each in parameters if each.requires_grad or id(each) in stepped]
+            tensors += trained
+            groups += [index] * len(trained)
+            seen.update(map(id, group["params"]))
         # What is in no group any more was trained since all workers were the same: it is averaged once more.
-        members += [_Member(id(p), p, None) for p in self._stepped.values() if id(p) not in seen and self._owns(p)]
+        tensors += [each for place, each in stepped.items() if place not in seen and self._owns(each)]
         if self._buffers_of is not None:
-            buffers = averaged_buffers(self._buffers_of, self._exclude_buffers)
-            members += [_Member(name, buffer, None) for name, buffer in buffers]
-        return members
+            tensors += [buffer for *_, buffer in _buffers(self._buffers_of, self._is_included)]
+        return tensors, groups + [None] * (len(tensors) - len(groups))
 
-    def _named(self, members: list[_Member]) -> list[_Member]:
-        if self._names_of is None:
-            return members
-        names = {id(parameter): name for name, parameter in self._names_of.named_parameters()}
-        return [member._replace(key=names.get(id(member.tensor), member.key)) for member in members]
+    def _is_included(self, part: nn.Module, name: str) -> bool:
+        if not self._exclude_buffers:
+            return True
+        if (part, name) not in self._included:
+            assert self._buffers_of is not None
+            self._included = {
+                (each, own): not _fits(full_name, self._exclude_buffers)
+                for each, own, full_name in _names(self._buffers_of)
+            }
+        return self._included.get((part, name), True)
+
+    def _named(self, tensors: list[Tensor], groups: list[int | None]) -> list[_Member]:
+        names: dict[int, str] = {}
+        if self._buffers_of is not None:
+            names.update((id(buffer), name) for name, buffer in averaged_buffers(self._buffers_of))
+        if self._names_of is not None:
+            names.update((id(parameter), name) for name, parameter in self._names_of.named_parameters())
+        both = zip(tensors, groups, strict=True)
+        return [_Member(names.get(id(tensor), id(tensor)), tensor, group) for tensor, group in both]
 
     def _owns(self, parameter: nn.Parameter) -> bool:
         owner = self if self._owners is None else self._owners.setdefault(id(parameter), self)
@@ -314,14 +340,38 @@ def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator
         module: with its submodules.
         exclude: patterns, as of ``fnmatch``, of names that are left out.
     """
+    names = {(part, name): full_name for part, name, full_name in _names(module)}
+    for part, name, buffer in _buffers(module, lambda part, name: not _fits(names[part, name], exclude)):
+        yield names[part, name], buffer
+
+
+def _buffers(
+    module: nn.Module, is_included: Callable[[nn.Module, str], bool]
+) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    # Not by named_buffers(), which is slow, and does not tell which are persistent: there is no public way to ask that.
+    parts, seen = [module], {module}
+    while parts:
+        part = parts.pop()
+        if part._buffers:
+            for name, buffer in part._buffers.items():
+                if buffer is None or not has_mean(buffer) or name in part._non_persistent_buffers_set:
+                    continue
+                if is_included(part, name):
+                    yield part, name, buffer
+        for child in part._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                parts.append(child)
+
+
+def _names(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            full_name = f"{prefix}.{name}" if prefix else name
-            # There is no public way to ask which are saved but to save them.
-            if name in part._non_persistent_buffers_set or not has_mean(buffer):
-                continue
-            if not any(fnmatchcase(full_name, pattern) for pattern in exclude):
-                yield full_name, buffer
+        for name in part._buffers:
+            yield part, name, f"{prefix}.{name}" if prefix else name
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
