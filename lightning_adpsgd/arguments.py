@@ -1,7 +1,7 @@
 """What the public arguments may be: each check returns its argument, or says what to change."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from numbers import Integral
 from typing import Any, Literal, TypeVar, get_args
@@ -191,9 +191,9 @@ def check_patterns(name: str, value: object) -> list[str]:
     """Return patterns of names as a list.
 
     Raises:
-        TypeError: if it is not a sequence of strings; a single string is not one.
+        TypeError: if it is not a list or tuple of strings.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
         found = type_of(value)
         raise TypeError(
             f'{given(name, value)}: expected a list of patterns of names, for example ["*.queue"], got {found}.'

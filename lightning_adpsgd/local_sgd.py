@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -145,7 +145,7 @@ class LocalSGD:
         workers: Workers | None = None,
         carrier: Workers | None = None,
         notice: Notice | None = None,
-        owners: MutableMapping[int, Payloads] | None = None,
+        owners: dict[int, Payloads] | None = None,
         index: int = 0,
     ) -> None:
         # Configuration
@@ -163,6 +163,7 @@ class LocalSGD:
             check_known_moments(optimizer)
         self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
+        owners = check_optional("owners", owners, dict)
         self._payloads = Payloads(
             optimizer,
             buffers_of=module if check_flag("average_buffers", average_buffers) else None,

@@ -188,6 +188,10 @@ def period(value):
     return value is None or isinstance(value, AveragingPeriod) or whole(value, 1)
 
 
+def patterns(value):
+    return isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value)
+
+
 def bucket_size(value):
     return real(value) and 0 < float(value) < 2**43
 
@@ -295,6 +299,7 @@ CONSTRUCTORS = {
             "module": instance_or_none(nn.Module),
             "total_steps": lambda value: value is None or whole(value),
             "average_buffers": flag,
+            "exclude_buffers": patterns,
             "optimizer_state": one_of("local", "average", "reset"),
             "on_divergence": one_of("raise", "drop"),
             "bucket_size_mb": bucket_size,
@@ -304,6 +309,7 @@ CONSTRUCTORS = {
             "carrier": instance_or_none(Workers),
             "workers": instance_or_none(Workers),
             "notice": instance_or_none(Notice),
+            "owners": instance_or_none(dict),
             "index": whole,
         },
         lambda: {"optimizer": optimizer(), "period": 8, "total_steps": 100},
@@ -314,6 +320,7 @@ CONSTRUCTORS = {
         {
             "period": period,
             "average_buffers": flag,
+            "exclude_buffers": patterns,
             "optimizer_state": one_of("local", "average", "reset"),
             "on_divergence": one_of("raise", "drop"),
             "bucket_size_mb": bucket_size,
@@ -792,6 +799,7 @@ WRONG = {
     "ADPSGDStrategy": {
         "period": [0, "often", 2.5, {"class_path": "tiny_model.Model"}],
         "average_buffers": ["perhaps", 3],
+        "exclude_buffers": ["queue", 3],
         "optimizer_state": ["sometimes", 3, None],
         "on_divergence": ["ignore", True],
         "bucket_size_mb": ["large", 0, -1.0, float("inf"), None],

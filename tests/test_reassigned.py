@@ -126,3 +126,22 @@ def test_what_rounding_has_cut_off_is_late_and_not_lost_when_layers_are_unfrozen
         # New layers travel as they are once; from then on differences do.
         assert ours["bytes"][-1] < 0.6 * theirs["bytes"][-1]
         assert ours["bytes"][19] < 0.65 * theirs["bytes"][19]
+
+
+def know_apart(options: dict) -> list[float]:
+    """One rank takes what it holds for the last average, which the other one does not know."""
+    parameter = nn.Parameter(torch.full((300,), float(dist.get_rank())))
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 2, reduce_dtype="bf16", **options)
+    if dist.get_rank() == 0:
+        local_sgd.start_from_the_same()
+    for _ in range(8):
+        parameter.grad = torch.full_like(parameter, -1.0 - dist.get_rank())
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    local_sgd.average()
+    return parameter.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
+def test_differences_travel_only_from_an_average_that_all_workers_know(pool, options):
+    assert pool.run(know_apart, options) == [pytest.approx([0.5 + 1.5 * 8] * 300)] * 2
