@@ -566,6 +566,8 @@ class NodeWorkers(Workers):
             return self
         other = NodeWorkers(self.ranks_per_node, self.device)
         other._counted = self._counted
+        other._group = _new_group([*range(self.size)], self.device)
+        other.open().append(other._group)
         return other
 
     @override

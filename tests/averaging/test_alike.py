@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adpsgd import LocalSGD
+from lightning_adpsgd import LocalSGD, NodeWorkers
 from lightning_adpsgd.averaging.alike import Blocks
 from lightning_adpsgd.averaging.workers import Workers
 
@@ -32,15 +32,16 @@ class Masked(nn.Module):
         self.register_buffer("moving", torch.zeros(3))
 
 
-def hold() -> list[list[str]]:
+def hold(ranks_per_node: int = 1) -> list[list[str]]:
     """The names of what has changed, for each transport."""
     changed = []
+    workers = NodeWorkers(ranks_per_node) if ranks_per_node > 1 else Workers()
     for options in TRANSPORTS:
         model = Masked()
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 3, module=model, **options)
+        local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 3, module=model, workers=workers, **options)
         local_sgd.broadcast()
-        generator = torch.Generator().manual_seed(dist.get_rank())
+        generator = torch.Generator().manual_seed(workers.worker_of(dist.get_rank()))
         for step in range(14):
             model.trained.grad = torch.randn(70, 100, generator=generator)
             model.moving += dist.get_rank()
@@ -59,6 +60,11 @@ def hold() -> list[list[str]]:
 @pytest.mark.parametrize("workers", [3, 5, 6, 7, 10])
 def test_what_all_workers_hold_alike_stays_bit_for_bit(pool, workers):
     for changed in pool.run(hold, workers=workers):
+        assert changed == [["trained", "moving"]] * len(TRANSPORTS)
+
+
+def test_what_all_nodes_hold_alike_stays_bit_for_bit(pool):
+    for changed in pool.run(hold, 2, workers=6):
         assert changed == [["trained", "moving"]] * len(TRANSPORTS)
 
 
