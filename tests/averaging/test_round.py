@@ -31,7 +31,7 @@ def test_fields_of_a_round_are_those_of_the_contract_in_its_order():
 
 
 def test_triggers_are_those_of_the_contract_in_the_order_in_which_they_travel():
-    assert TRIGGERS == get_args(Trigger) == ("period", "validation", "checkpoint", "train_end")
+    assert TRIGGERS == get_args(Trigger) == ("period", "validation", "checkpoint", "train_end", "pruning")
 
 
 def test_round_cannot_be_changed_and_survives_pickling():
