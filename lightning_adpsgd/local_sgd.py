@@ -145,7 +145,7 @@ class LocalSGD:
         workers: Workers | None = None,
         carrier: Workers | None = None,
         notice: Notice | None = None,
-        owners: dict[int, Payloads] | None = None,
+        owners: dict[int, Any] | None = None,
         index: int = 0,
     ) -> None:
         # Configuration
@@ -187,7 +187,8 @@ class LocalSGD:
         self._state_shared_at = 0  # the step of the latest round for a checkpoint
         self._anybody_has_state = True  # as far as is known
         self._state_at_start = state_at_start(optimizer) if self.on_divergence == "drop" else {}
-        self._moments_since = 0  # the step since which moments have been gathered
+        # The steps at which moments began anew: on all workers, by a reset; and on this one, when it was dropped.
+        self._reset_at = self._forgot_at = 0
         self._has_drifted = False
         self._warned_of_no_drift = False
         self._warned_of_different_rates = False
@@ -214,7 +215,7 @@ class LocalSGD:
                 carrier=carrier,
                 call=self._call,
                 learning_rates=partial(_learning_rates, optimizer, self.workers.device),
-                look_ahead=LookAhead(optimizer, lambda: self.steps - self._moments_since).factors,
+                look_ahead=LookAhead(optimizer, lambda: self.steps - max(self._reset_at, self._forgot_at)).factors,
             )
 
         _learning_rates(optimizer, self.workers.device)
@@ -309,6 +310,7 @@ class LocalSGD:
             "steps": self.steps,
             "local_steps": self.local_steps,
             "state_shared_at": self._state_shared_at,
+            "moments_since": self._reset_at,
             "rule": type(self.period).__name__,
             "period": self.period.state_dict(),
         }
@@ -323,6 +325,7 @@ class LocalSGD:
         self.steps = state["steps"]
         self.local_steps = state["local_steps"]
         self._state_shared_at = state["state_shared_at"]
+        self._reset_at, self._forgot_at = state.get("moments_since", 0), 0  # files of earlier versions do not say
         rule = type(self.period).__name__
         if rule == state["rule"]:
             self.period.load_state_dict(state["period"])
@@ -582,7 +585,7 @@ class LocalSGD:
     def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
         if not share.contributes:
             forget(self.optimizer, self._state_at_start)
-            self._moments_since = self.steps
+            self._forgot_at = self.steps
         if self.optimizer_state == "average" and self.has_trained and self._anybody_has_state:
             average_moments(self.optimizer, self.workers, self._bucket_bytes, share)
         if self.optimizer_state == "reset" and self.has_trained:
@@ -591,11 +594,12 @@ class LocalSGD:
             if self._anybody_has_state:
                 averaged = {id(m) for m in moments(self.optimizer)} if self.optimizer_state == "average" else set()
                 share_state(self.optimizer, self.workers, self._bucket_bytes, averaged, share)
+                self._forgot_at = 0  # it has been given the others' moments
             self._state_shared_at = self.steps
 
     def _reset(self) -> None:
         reset_moments(self.optimizer)
-        self._moments_since = self.steps
+        self._reset_at = self.steps
 
     def _finish(self, round_: AveragingRound, payload: Payload, shown: bool) -> None:
         if not math.isfinite(round_.ratio):

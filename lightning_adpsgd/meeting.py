@@ -251,7 +251,8 @@ def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:
     return (
         f"{what} Rank 0 has {len(reference)}, rank {rank} has {len(theirs)}; the first difference is number {place}:"
         f" rank 0 {_describe(reference, place)}, rank {rank} {_describe(theirs, place)}. Build the same model and"
-        " optimizer on every rank, and freeze, unfreeze or add parameters on all ranks at the same step."
+        " optimizer on every rank, with the same memory format, and freeze, unfreeze or add parameters on all ranks at"
+        " the same step."
     )
 
 
@@ -278,6 +279,7 @@ def _nameless(entries: Sequence[Described]) -> list[Described]:
 def _describe(entries: Sequence[Described], place: int) -> str:
     if place >= len(entries):
         return "has no such tensor"
-    name, dtype, shape, group, _ = entries[place]
+    name, dtype, shape, group, order = entries[place]
     belongs = "no parameter group" if group is None else f"parameter group {group}"
-    return f"has {name} ({dtype}, shape {shape}, {belongs})"
+    outermost = "not dense in memory" if order is None else f"dimensions {order} in memory from outermost to innermost"
+    return f"has {name} ({dtype}, shape {shape}, {belongs}, {outermost})"

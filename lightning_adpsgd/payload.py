@@ -103,9 +103,14 @@ class Payload:
         before.take_over()
         were = before.entries
         both = [(were[key], now) for key, now in self.entries.items() if key in were]
-        self.averager.differences.take_over(
-            before.averager.differences, [(was.range, now.range) for was, now in both if was.kind == now.kind]
-        )
+        places = [(was.range, now.range) for was, now in both if was.kind == now.kind]
+        self.averager.differences.take_over(before.averager.differences, places)
+        for was, now in places:
+            owed = before.averager.differences.owed(was)
+            if owed is not None and self.averager.differences.owed(now) is None:
+                # It has been removed, and travels once more, as it is.
+                values = self.layout.pack(now, self.layout.new_buffer(now, owed.device))
+                self.layout.unpack(now, values.add_(owed))
 
     def start(self) -> None:
         """Take note that all workers hold the same."""
@@ -155,7 +160,8 @@ class Payloads:
         workers: whom to average with.
         bucket_bytes: the longest range averaged at once.
         reduce_dtype: the type in which values travel, if not their own.
-        owners: for each parameter's id, the one who averages it, where only one may.
+        owners: for each parameter's id, the one who averages it, where only one may: the first of those that train it
+            since all workers were the same.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class Payloads:
         bucket_bytes: int,
         exclude_buffers: Sequence[str] = (),
         reduce_dtype: torch.dtype | None = None,
-        owners: "MutableMapping[int, Payloads] | None" = None,
+        owners: "MutableMapping[int, tuple[Payloads, nn.Parameter]] | None" = None,
     ) -> None:
         # Configuration
         self._optimizer = optimizer
@@ -186,7 +192,8 @@ class Payloads:
         self._not_stepped: list[nn.Parameter] = []
         self._counted = 0
         self._included: dict[tuple[nn.Module, str], bool] = {}
-        self._owned_by_others: set[Payloads] = set()
+        self._steps = 0  # since all workers were the same
+        self._owned_by_others: dict[int, tuple[Payloads, nn.Parameter]] = {}
         self.moved_by_others = False
         """Whether an optimizer that has left a parameter to this one has stepped since all workers were the same."""
         self.note_averaged()
@@ -243,8 +250,11 @@ class Payloads:
         Adversarial networks, whose parts are frozen in turn, would otherwise drift apart. It costs something in the
         first step after a round, and then only where parameters are frozen.
         """
-        for other in self._owned_by_others:
+        self._steps += 1
+        for other, parameter in self._owned_by_others.values():
             other.moved_by_others = True
+            if parameter.requires_grad:
+                other._stepped[id(parameter)] = parameter
         count = sum(len(group["params"]) for group in self._optimizer.param_groups)
         if count != self._counted:
             self._counted = count
@@ -258,8 +268,14 @@ class Payloads:
     def note_averaged(self) -> None:
         """Take note that all parameters that were trained are now the same on all workers."""
         self._stepped = {}
+        self._steps = 0
         self._not_stepped = [*self.parameters()]
         self._counted = len(self._not_stepped)
+        if self._owners is not None:
+            mine = set(map(id, self._not_stepped))
+            gone = [key for key, (owner, _) in self._owners.items() if owner is self and key not in mine]
+            for key in gone:
+                del self._owners[key]
 
     def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
         """What all workers have to agree on, with names for people."""
@@ -324,9 +340,16 @@ class Payloads:
         return [_Member(names.get(id(tensor), id(tensor)), tensor, group) for tensor, group in both]
 
     def _owns(self, parameter: nn.Parameter) -> bool:
-        owner = self if self._owners is None else self._owners.setdefault(id(parameter), self)
-        if owner is not self:
-            self._owned_by_others.add(owner)
+        if self._owners is None:
+            return True
+        owner, _ = self._owners.setdefault(id(parameter), (self, parameter))
+        if owner is not self and owner._steps == 0 and self._steps > 0:
+            owner = self  # the other one does not train it, and has nothing of it under way
+            self._owners[id(parameter)] = (self, parameter)
+        if owner is self:
+            self._owned_by_others.pop(id(parameter), None)
+        else:
+            self._owned_by_others[id(parameter)] = (owner, parameter)
         return owner is self
 
 

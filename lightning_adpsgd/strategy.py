@@ -73,7 +73,7 @@ from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Wor
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, Notice
 from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, naming_lost_workers
-from lightning_adpsgd.payload import Payloads, averaged_buffers
+from lightning_adpsgd.payload import averaged_buffers
 from lightning_adpsgd.periods import AveragingPeriod
 
 CHECKPOINT_KEY = "adpsgd"
@@ -664,7 +664,7 @@ class ADPSGDStrategy(DDPStrategy):
         return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
 
     def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
-        owners: dict[int, Payloads] = {}
+        owners: dict[int, Any] = {}
         return [
             LocalSGD(
                 optimizer,

@@ -217,6 +217,28 @@ def test_what_is_removed_from_an_optimizer_is_averaged_once_more(pool, options):
         assert removed == pytest.approx([1.5 * 6] * 6)
 
 
+def remove_owing() -> list[float]:
+    kept, removed = (nn.Parameter(torch.full((600,), 100.0)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [removed]}, {"params": [kept]}], lr=1.0)
+    local_sgd = LocalSGD(optimizer, 2, reduce_dtype="bf16")
+    local_sgd.broadcast()
+    for step in range(6):
+        for parameter in (kept, removed):
+            parameter.grad = torch.full((600,), -(1.0 + 2.0**-10) * (1 + dist.get_rank()))
+        optimizer.step()
+        local_sgd.step()
+        if step == 3:
+            optimizer.param_groups.pop(0)
+    local_sgd.average()
+    return [kept[0].item(), removed[0].item()]
+
+
+def test_what_rounding_has_cut_off_of_what_is_removed_travels_once_more(pool):
+    exact = 1.5 * (1.0 + 2.0**-10)
+    for outcome in pool.run(remove_owing):
+        assert outcome == pytest.approx([100.0 + 6 * exact, 100.0 + 4 * exact], abs=1e-4)
+
+
 def add_and_freeze() -> list[float]:
     first, added = (nn.Parameter(torch.zeros(6)) for _ in range(2))
     optimizer = torch.optim.SGD([first], lr=1.0)
@@ -238,18 +260,22 @@ def test_what_is_added_and_frozen_before_the_next_round_is_averaged(pool):
     assert pool.run(add_and_freeze) == [[3.0] * 6] * 2
 
 
-def share_one(options: dict) -> list[float]:
+def share_one(options: dict, stepping: tuple[int, ...] = (0, 1), leave: bool = False) -> list[float]:
     shared = nn.Parameter(torch.zeros(6))
     optimizers = [torch.optim.SGD([shared], lr=1.0) for _ in range(2)]
     owners: dict = {}
     both = [LocalSGD(optimizer, 3, owners=owners, index=i, **options) for i, optimizer in enumerate(optimizers)]
     for local_sgd in both:
         local_sgd.broadcast()
-    for _ in range(10):
-        for local_sgd in both:
+    for step in range(10):
+        for local_sgd in (both[index] for index in stepping):
+            if leave and step == 5:
+                optimizers[0].param_groups[:] = [{**optimizers[0].param_groups[0], "params": []}]
             shared.grad = torch.full((6,), -1.0 - dist.get_rank())
             local_sgd.optimizer.step()
             local_sgd.step()
+    if leave:
+        shared.requires_grad_(False)
     for local_sgd in both:
         local_sgd.average()
     return shared.tolist()
@@ -258,3 +284,39 @@ def share_one(options: dict) -> list[float]:
 @pytest.mark.parametrize("options", [{}, {"overlap": 1}, {"overlap": 2, "stagger": True}], ids=str)
 def test_a_parameter_of_two_optimizers_is_corrected_once(pool, options):
     assert pool.run(share_one, options) == [pytest.approx([1.5 * 20] * 6)] * 2
+    assert pool.run(share_one, options, (1,)) == [pytest.approx([1.5 * 10] * 6)] * 2
+    assert pool.run(share_one, options, (1,), True) == [pytest.approx([1.5 * 10] * 6)] * 2
+    outcomes = pool.run(share_one, options, (0, 1), True)  # optimizer 0 has it no more, and goes on stepping
+    assert outcomes[0] == outcomes[1] == pytest.approx([1.5 * 15] * 6, abs=7.5)
+
+
+def go_on(resumed: bool) -> list[float]:
+    """Momenta are reset at every round; what is looked ahead goes by when that was, before a checkpoint and after."""
+    rank = dist.get_rank()
+
+    def build(start: torch.Tensor) -> LocalSGD:
+        optimizer = torch.optim.SGD([nn.Parameter(start)], lr=0.1, momentum=0.9, nesterov=True)
+        return LocalSGD(optimizer, 3, overlap=2, optimizer_state="reset")
+
+    def train(local_sgd: LocalSGD, steps: range) -> torch.Tensor:
+        (parameter,) = local_sgd.optimizer.param_groups[0]["params"]
+        for step in steps:
+            parameter.grad = torch.full((8,), float((step + 3 * rank) % 5))
+            local_sgd.optimizer.step()
+            local_sgd.step()
+        return parameter
+
+    local_sgd = build(torch.zeros(8))
+    parameter = train(local_sgd, range(7))
+    local_sgd.average("checkpoint")
+    if resumed:
+        state, optimizer_state = local_sgd.state_dict(), local_sgd.optimizer.state_dict()
+        local_sgd = build(parameter.detach().clone())
+        local_sgd.optimizer.load_state_dict(optimizer_state)
+        local_sgd.load_state_dict(state)
+        local_sgd.start_from_the_same()
+    return train(local_sgd, range(7, 16)).tolist()
+
+
+def test_going_on_looks_ahead_like_a_run_that_had_not_stopped(pool):
+    assert pool.run(go_on, True) == pool.run(go_on, False)

@@ -19,6 +19,7 @@ ONE_PLACE = "_lightning.py"
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
 OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
+OF_TORCH = tuple(name for owner in (torch.nn.Module(), torch.ones(1)) for name in dir(owner) if name.startswith("_"))
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
 
 
@@ -101,7 +102,7 @@ def attributes(tree, known):
     }
     for node in ast.walk(tree):
         name, value = reached(node)
-        if name is None or not is_private(name) or name in OF_NAMED_TUPLES:
+        if name is None or not is_private(name) or name in OF_NAMED_TUPLES or name in OF_TORCH:
             continue
         if is_self(value) or is_super(value):
             if name not in own_names(owners.get(id(node)), known):

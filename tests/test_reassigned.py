@@ -95,6 +95,30 @@ def test_a_weight_that_lies_in_memory_in_another_order_on_one_rank_is_averaged_e
         torch.testing.assert_close(outcome["value"], 6.0 * torch.arange(12.0).reshape(3, 4))
 
 
+def expand(options: dict) -> list[list[float]]:
+    """A buffer is one row that is repeated, from some step on."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3))
+    model.register_buffer("rows", torch.zeros(4, 3))
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=1.0), 2, module=model, **options)
+    for step in range(8):
+        row = torch.full((3,), float(dist.get_rank() + step))
+        model.rows = row.expand(4, 3) if step >= 3 else row.repeat(4, 1)
+        if step == 5:
+            local_sgd.average()
+            local_sgd.broadcast()
+        model.weight.grad = torch.ones(3)
+        local_sgd.optimizer.step()
+        local_sgd.step()
+    local_sgd.average()
+    return model.rows.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}], ids=str)
+def test_a_buffer_may_become_an_expanded_one(pool, options):
+    assert pool.run(expand, options) == [[[7.5] * 3] * 4] * 2
+
+
 def freeze(options: dict) -> dict:
     """A layer is unfrozen in mid-training, then a group is added: each is new to what is averaged."""
     layers = [nn.Parameter(torch.full((2000,), 100.0)) for _ in range(3)]

@@ -1,19 +1,24 @@
 """What all workers hold alike stays as it is, bit for bit, where a sum of n n-th parts would be another number."""
 
 import functools
-from collections.abc import Iterable
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.workers import Reduction, Workers
 
-_LENGTH = 4096  # elements that are compared at once: 8 bytes travel for as many
+_LENGTH = 4096  # elements that are compared at once: 16 bytes travel for as many
 _AT_ONCE = {"cpu": 1 << 16}
 _AT_ONCE_ELSEWHERE = 1 << 22
+_NEVER_ALIKE = torch.iinfo(torch.int32).max  # the largest of all cannot be the inverse of the largest inverse
 
-# For so many workers n, x/n added n times is x, whatever the order. For others it is off by some units in the last
-# place, or overflows: ten tenths of the smallest fp32 number are minus infinity.
+# For so many workers n, x/n added n times is x, whatever the order (unless x is so small that x/n is rounded, below
+# 1e-37). For others it is off by some units in the last place, or overflows: ten tenths of the smallest fp32 number are
+# minus infinity.
 _EXACT = (1, 2, 4)
 
 
@@ -28,12 +33,15 @@ class Blocks:
     Args:
         length: of the range.
         boundaries: where in the range a tensor begins.
+        device: where its values are.
     """
 
-    def __init__(self, length: int, boundaries: Iterable[int]) -> None:
-        ends = sorted({*range(_LENGTH, length, _LENGTH), *boundaries, length} - {0})
-        self._ends = torch.tensor(ends)
-        self._lengths = torch.diff(self._ends, prepend=torch.tensor([0]))
+    def __init__(self, length: int, boundaries: Iterable[int], device: torch.device) -> None:
+        self._ends = sorted({*range(_LENGTH, length, _LENGTH), *boundaries, length} - {0})
+        self._device = device
+        self._lengths: dict[tuple[int, int], Tensor] = {}
+        at_once = _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
+        self._slices = [self._slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
 
     def compare(self, values: Tensor, owed: Tensor | None, workers: Workers) -> "Comparison":
         """Begin to find out which blocks all ranks hold alike.
@@ -43,59 +51,119 @@ class Blocks:
             owed: what is to be added to them; a block where that is not 0 is not alike. None stands for zeros.
             workers: all of them have to ask.
         """
-        prints = self._fingerprints(values)
+        prints = self.fingerprints(values)
         # All are the same exactly if the largest is the smallest; ~h orders them the other way round.
         row = torch.cat([prints, ~prints])
         if owed is not None:
-            owes = self._fingerprints(owed) != 0
-            row.masked_fill_(owes.repeat(2), torch.iinfo(torch.int32).max)  # the largest cannot be its own inverse
-        return Comparison(workers.largest(row), self._lengths)
+            (owes,) = self._sums((owed.view(torch.int32) != 0).to(torch.int32), owed.itemsize // 4, lambda part: [part])
+            row.masked_fill_((owes != 0).repeat(4), _NEVER_ALIKE)
+        return Comparison(workers.largest(row), self)
 
-    def _fingerprints(self, values: Tensor) -> Tensor:
-        """For each block Σ_j b_j·c_j mod 2^32 over its bits as 32-bit integers: the same on any hardware.
+    def fingerprints(self, values: Tensor) -> Tensor:
+        r"""Two 32-bit numbers for each block, from its bits alone: the same on any hardware.
 
-        That three workers or more, which differ, have the same by chance is as likely as 1 : 2^64.
+        They are Σ_j f_j and Σ_j d_j f_j mod 2^32, where f_j = f(b_j ⊕ s_j) mixes the bits b_j of each 32-bit word, as
+        the finalizer of MurmurHash3 does (Appleby, 2011), with constants s_j and d_j of its place. Blocks that differ
+        in one word never have the same, others by chance, with probability 2^−64: sums of the bits themselves would
+        not tell apart what differs in signs or in powers of two.
+
+        Returns:
+            int32, shape (2 · blocks,).
         """
-        words = values.itemsize // 4
-        bits, ends = values.view(torch.int32), self._ends * words
-        at_once = words * _AT_ONCE.get(values.device.type, _AT_ONCE_ELSEWHERE)
-        factors = _factors(at_once, values.device)
-        found = []
-        for start in range(0, len(bits), at_once):
-            part = bits[start : start + at_once]
-            products = part * factors[: len(part)]
-            first, last = torch.searchsorted(ends, torch.tensor([start + 1, start + len(part) + 1])).tolist()
-            if (last - first) * _LENGTH * words == len(part):  # of one tensor, or of some that fit
-                found.append(products.view(last - first, -1).sum(dim=1, dtype=torch.int32))
-                continue
-            last_ones = (ends[first:last] - start - 1).to(values.device, non_blocking=True)
-            sums = products.cumsum(dim=0, dtype=torch.int32)[last_ones]
-            found.append(torch.diff(sums, prepend=sums.new_zeros(1)))
-        return torch.cat(found)
+        salts, factors = _constants(self._device)
+
+        def mixed(part: Tensor) -> list[Tensor]:
+            words = part ^ _repeated(salts, len(part))
+            for shift, factor in ((16, -2048144789), (13, -1028477387)):
+                words ^= (words >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # a shift of signed numbers keeps signs
+                words *= factor
+            return [words, words * _repeated(factors, len(part))]
+
+        return torch.cat(self._sums(values.view(torch.int32), values.itemsize // 4, mixed))
+
+    def lengths(self, start: int, stop: int) -> tuple[int, int, Tensor]:
+        """The first and the last (exclusive) of the blocks in a part of the range, and how much of it is in each."""
+        first, last = bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
+        if (start, stop) not in self._lengths:
+            edges = [start, *self._ends[first : last - 1], stop]
+            self._lengths[start, stop] = torch.tensor([b - a for a, b in pairwise(edges)], device=self._device)
+        return first, last, self._lengths[start, stop]
+
+    def _slice(self, start: int, stop: int) -> tuple[int, int, int, Tensor | None]:
+        """A short part of the range: start, stop, blocks, and where they end; None if all have the same length."""
+        first, last = bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
+        if (last - first) * _LENGTH == stop - start:
+            return start, stop, last - first, None
+        return start, stop, last - first, torch.tensor(self._ends[first:last], device=self._device) - start
+
+    def _sums(self, bits: Tensor, words: int, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """What ``of`` makes of the bits (``words`` of them per element), added up over each block."""
+        found: list[list[Tensor]] = []
+        for start, stop, blocks, ends in self._slices:
+            sums = []
+            for each in of(bits[start * words : stop * words]):
+                if ends is None:
+                    sums.append(each.view(blocks, -1).sum(dim=1, dtype=torch.int32))
+                else:
+                    until = each.cumsum(dim=0, dtype=torch.int32)[ends * words - 1]
+                    sums.append(torch.diff(until, prepend=until.new_zeros(1)))
+            found.append(sums)
+        return [torch.cat(each) for each in zip(*found, strict=True)]
 
 
 class Comparison:
-    """Which blocks are alike; on its way."""
+    """Which blocks all ranks hold alike; on its way."""
 
-    def __init__(self, reduction: Reduction, lengths: Tensor) -> None:
+    def __init__(self, reduction: Reduction, blocks: Blocks) -> None:
         self._reduction = reduction
-        self._lengths = lengths
+        self._blocks = blocks
 
-    def wait(self) -> Tensor | None:
-        """Whether each element belongs to a block that all ranks hold alike; None if it is known that none does."""
+    def wait(self) -> "Alike | None":
+        """Which are alike; None if it is known that none is."""
         largest, largest_inverse = self._reduction.wait().chunk(2)
-        alike = largest == ~largest_inverse
+        first, second = (largest == ~largest_inverse).chunk(2)
+        alike = first & second
+        return None if alike.device.type == "cpu" and not alike.any() else Alike(alike, self._blocks)
+
+
+class Alike:
+    """Which blocks of a range all ranks hold alike."""
+
+    def __init__(self, alike: Tensor, blocks: Blocks) -> None:
+        self._alike = alike
+        self._blocks = blocks
+
+    def keep(self, mine: Tensor, mean: Tensor, start: int, stop: int) -> None:
+        """Overwrite the mean of a part of the range by this worker's values where they are alike, in place.
+
+        Args:
+            mine: shape (stop − start,).
+            mean: shape (stop − start,).
+            start: where the part begins in the range.
+            stop: where it ends.
+        """
+        first, last, lengths = self._blocks.lengths(start, stop)
+        alike = self._alike[first:last]
         if alike.device.type == "cpu" and not alike.any():
-            return None
-        lengths = self._lengths.to(alike.device)
-        return torch.repeat_interleave(alike, lengths, output_size=int(self._lengths.sum()))
+            return
+        torch.where(torch.repeat_interleave(alike, lengths, output_size=stop - start), mine, mean, out=mean)
 
 
 @functools.cache
-def _factors(length: int, device: torch.device) -> Tensor:
-    """Odd constants, powers of one: int32, shape (length,)."""
-    factors, factor = [], 1
-    for _ in range(2 * _LENGTH):
-        factor = factor * 0x9E3779B1 % 2**32
-        factors.append(factor - 2**32 if factor >= 2**31 else factor)
-    return torch.tensor(factors, dtype=torch.int32).repeat(-(-length // len(factors)))[:length].to(device)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each place, what its bits are combined with, and an odd factor."""
+    numbers = random.Random(0)
+    salts = [numbers.getrandbits(32) - 2**31 for _ in range(2 * _LENGTH)]
+    factors = [(numbers.getrandbits(32) | 1) - 2**31 for _ in range(2 * _LENGTH)]
+    return torch.tensor(salts, dtype=torch.int32, device=device), torch.tensor(
+        factors, dtype=torch.int32, device=device
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _repeated_to(constants: Tensor, length: int) -> Tensor:
+    return constants.repeat(-(-length // len(constants)))
+
+
+def _repeated(constants: Tensor, length: int) -> Tensor:
+    return _repeated_to(constants, -(-length // len(constants)) * len(constants))[:length]

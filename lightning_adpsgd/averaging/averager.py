@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.alike import Blocks, Comparison, is_exact
+from lightning_adpsgd.averaging.alike import Alike, Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes, finite
 from lightning_adpsgd.averaging.transport import Differences
 from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
@@ -122,8 +122,7 @@ class ParameterAverager:
         for chunk in chunks:
             arrived = mean[chunk.start : chunk.stop]
             if alike is not None:
-                mine = chunk.pack(scratch[: len(chunk)])
-                torch.where(alike[chunk.start : chunk.stop], mine, arrived, out=arrived)
+                alike.keep(chunk.pack(scratch[: len(chunk)]), arrived, chunk.start, chunk.stop)
             if chunk.runs:
                 # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
                 squares.add(chunk, chunk.difference(arrived, scratch[: len(chunk)]))
@@ -146,16 +145,16 @@ class ParameterAverager:
         owed = None if self.differences is None else self.differences.owed(range_)
         exact = is_exact((share or workers.everybody).contributors)
         alike = None
-        if not exact and share in (None, workers.everybody):
+        if not exact:
             if range_ not in self._blocks:
-                self._blocks[range_] = Blocks(len(range_), self.layout.boundaries(range_))
+                self._blocks[range_] = Blocks(len(range_), self.layout.boundaries(range_), values.device)
             alike = self._blocks[range_].compare(values, owed, workers)
         if owed is not None:
             values.add_(owed)
         return InFlight(range_, workers.mean_(values, share), exact=exact, alike=alike)
 
-    def _mean(self, in_flight: InFlight) -> tuple[Tensor, Tensor | None]:
-        """A range's mean, and which of its elements all workers hold alike, so that their mean is what they are."""
+    def _mean(self, in_flight: InFlight) -> tuple[Tensor, Alike | None]:
+        """A range's mean, and what of it all workers hold alike, so that its mean is what it is."""
         arrived = in_flight.reduction.wait()
         if self.differences is not None and in_flight.cut_off is not None:
             return self.differences.receive(in_flight.range, arrived, in_flight.cut_off), None
@@ -232,18 +231,18 @@ class ParameterAverager:
             snapshot = part.snapshot
             assert snapshot is not None
             mean, alike = self._mean(part)
-            if alike is not None:
-                torch.where(alike, snapshot, mean, out=mean)
-            self._note(part, mean)
             squares = _Squares(self.groups)
             for chunk in self.layout.chunks(part.range):
                 here = slice(chunk.start, chunk.stop)
+                if alike is not None:
+                    alike.keep(snapshot[here], mean[here], chunk.start, chunk.stop)
                 difference = torch.sub(mean[here], snapshot[here], out=snapshot[here])
                 squares.add(chunk, difference)
                 if moved:
                     chunk.move(mean[here], difference)
                 else:
                     chunk.unpack(mean[here])
+            self._note(part, mean)
             deviations += squares.sums(mean.device).to(device)
         return deviations
 

@@ -430,10 +430,10 @@ class _Entry(NamedTuple):
     def in_order(cls, tensor: Tensor, group: int | None, order: "Order") -> "_Entry":
         """A tensor whose elements are to be laid out in a given order; without a flat view if memory has another."""
         entry = cls.of(tensor, group)
-        if entry.order == order:
-            return entry
         real = torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
-        real = real[tuple(0 if stride == 0 else slice(None) for stride in real.stride())]
+        expanded = 0 in real.stride()  # then it is not what it was, and has an order of its own
+        if entry.order == order or expanded:
+            return entry
         if order is not None:
             real = real.permute([*(dim for dim in range(real.dim()) if dim not in order), *order])
         return cls(real, group, real.view(-1) if real.is_contiguous() else None, order)

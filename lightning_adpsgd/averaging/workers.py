@@ -378,6 +378,7 @@ class Workers:
             return
         for tensor in tensors:
             mine = tensor.data
+            mine = mine[tuple(0 if stride == 0 else slice(None) for stride in mine.stride())]  # expanded: one of each
             packed = mine.resolve_conj().resolve_neg().contiguous()
             if packed.numel() == 0:
                 continue

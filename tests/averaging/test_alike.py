@@ -82,23 +82,73 @@ def test_a_mean_of_finite_numbers_is_finite(pool):
     assert pool.run(near_the_limit, workers=10) == [torch.finfo(torch.float32).min] * 10
 
 
+def differ(kind: str) -> tuple[list[list[float]], list[list[float]]]:
+    """Blocks that three workers hold differently, in ways that a careless fingerprint would not see."""
+    rank, count = dist.get_rank(), 60
+    generator = torch.Generator().manual_seed(rank)
+    if kind == "signs":
+        blocks = [(torch.rand(64, generator=generator) > 0.5).float() * 2 - 1 for _ in range(count)]
+    elif kind == "powers of two":
+        blocks = [torch.zeros(256).index_fill_(0, torch.tensor(32 * rank + k), 2.0**k) for k in range(count)]
+    elif kind == "bfloat16":
+        blocks = [torch.randn(64, generator=generator).bfloat16().float() for _ in range(count)]
+    else:
+        shuffled = torch.randperm(256, generator=generator).double()
+        blocks = [shuffled.roll(k) for k in range(count)]
+    mine = torch.stack(blocks)
+    parameters = [nn.Parameter(block) for block in blocks]
+    local_sgd = LocalSGD(torch.optim.SGD(parameters, lr=1.0), 1)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    local_sgd.optimizer.step()
+    local_sgd.step()
+    return mine.tolist(), torch.stack([parameter.detach() for parameter in parameters]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["signs", "powers of two", "bfloat16", "permuted"])
+def test_what_workers_do_not_hold_alike_is_averaged_whatever_it_is(pool, kind):
+    outcomes = pool.run(differ, kind, workers=3)
+    mean = torch.tensor([mine for mine, _ in outcomes], dtype=torch.float64).mean(dim=0)
+    for _, after in outcomes:
+        torch.testing.assert_close(torch.tensor(after, dtype=torch.float64), mean, rtol=1e-6, atol=1e-6)
+
+
+def drop_one() -> list[float]:
+    parameter, model = nn.Parameter(torch.zeros(4)), nn.Module()
+    model.register_buffer("mask", torch.tensor([0.1, torch.finfo(torch.float32).min]))
+    options = {"module": model, "on_divergence": "drop"}
+    local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1, **options)
+    parameter.grad = torch.full((4,), float("nan") if dist.get_rank() == 3 else float(dist.get_rank()))
+    local_sgd.optimizer.step()
+    local_sgd.step()
+    return [*model.mask.tolist(), parameter[0].item()]
+
+
+def test_what_is_alike_stays_also_where_a_worker_is_dropped(pool):
+    mask = torch.tensor([0.1, torch.finfo(torch.float32).min]).tolist()
+    assert pool.run(drop_one, workers=4) == [[*mask, -1.0]] * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocks_end_where_tensors_do_and_are_told_apart_by_a_single_bit(dtype):
     values = torch.randn(200_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    blocks = Blocks(len(values), [0, 5, 4096, 100_000])
+    blocks = Blocks(len(values), [0, 5, 4096, 100_000], values.device)
     plain = Workers()
-    assert blocks.compare(values, None, plain).wait().all()
-    before = blocks._fingerprints(values)
+    before = blocks.fingerprints(values).view(2, -1)
     for place in (0, 4, 5, 4095, 4096, 99_999, 100_000, 199_999):
         changed = values.clone()
         changed.view(torch.int32)[place * values.itemsize // 4] ^= 1
-        differs = (blocks._fingerprints(changed) != before).nonzero().flatten().tolist()
+        differs = (blocks.fingerprints(changed).view(2, -1) != before).any(dim=0).nonzero().flatten().tolist()
         assert len(differs) == 1
-        ends = blocks._ends.tolist()
-        assert place in range([0, *ends][differs[0]], ends[differs[0]])
+        assert place in range([0, *blocks._ends][differs[0]], blocks._ends[differs[0]])
     owed = torch.zeros_like(values)
     owed[7] = 1e-30
-    alike = blocks.compare(values, owed, plain).wait()
-    assert not alike[5:4096].any()
-    assert alike[:5].all()
-    assert alike[4096:].all()
+    kept = torch.zeros_like(values)
+    blocks.compare(values, owed, plain).wait().keep(values, kept, 0, len(values))
+    assert not kept[5:4096].any()
+    assert torch.equal(kept[:5], values[:5])
+    assert torch.equal(kept[4096:], values[4096:])
+    part = torch.zeros(100)
+    blocks.compare(values, owed, plain).wait().keep(values[4090:4190].float(), part, 4090, 4190)
+    assert not part[:6].any()
+    assert torch.equal(part[6:], values[4096:4190].float())

@@ -44,38 +44,40 @@ def cases(*cases: Case) -> Any:
     return pytest.mark.parametrize("launched", cases, indirect=True, ids=str)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["read at once", "read later"])
-def read_later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every test runs twice: a GPU's measures of a round are read in the next step."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test twice: a GPU's measures of a round are read in the next step. But launchers do not matter to that,
+    and parts of a round are read in later steps anyway."""
+    alone = "launched" in metafunc.fixturenames or "under_way" in metafunc.function.__name__
+    ids = ["read at once"] if alone else ["read at once", "read later"]
+    metafunc.parametrize("read_later", [False, True][: len(ids)], ids=ids, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def read_later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether measures are read in the next step."""
     if request.param:
         monkeypatch.setattr(f"{__name__}.run", partial(run, read_later=True))
-    return request.param
-
-
-def as_read(case: Case, read_later: bool) -> Case:
-    return case._replace(options=(*case.options, ("read_later", True))) if read_later else case
 
 
 @pytest.fixture(scope="module", autouse=True)
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future]]:
     """The outcomes-to-be of all cases that are asked for; they run two at a time while other tests do."""
     here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    params = [item.callspec.params for item in here if "launched" in item.callspec.params]
-    wanted = [as_read(each["launched"], each["read_later"]) for each in params]
+    wanted = [item.callspec.params.get("launched") for item in here]
     with ThreadPoolExecutor(2) as threads:
         yield {
             case: threads.submit(
                 run, tmp_path_factory.mktemp("job"), case.launcher, case.fault, at=case.at, **dict(case.options)
             )
-            for case in sorted(wanted, key=lambda case: case.fault != "hang")  # what waits most, first
+            for case in sorted(filter(None, wanted), key=lambda case: case.fault != "hang")  # what waits most, first
         }
         threads.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
-def launched(request: pytest.FixtureRequest, beside: dict[Case, Future], read_later: bool) -> Ended:
+def launched(request: pytest.FixtureRequest, beside: dict[Case, Future]) -> Ended:
     """How the case's job ended."""
-    return beside[as_read(request.param, read_later)].result(timeout=300)
+    return beside[request.param].result(timeout=300)
 
 
 def check_that_all_ended(ended: Ended, saved_at: int | None = 10, bound: float = BOUND) -> None:
