@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tests.workers import announce, free_port
+from tests.workers import PRELOADED, announce, free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("job.py")
@@ -196,7 +196,7 @@ def _launcher(job: dict[str, Any], launcher: str) -> subprocess.Popen:
 
 def _ranks(job: dict[str, Any]) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.job"])
+    context.set_forkserver_preload(PRELOADED)
     port, size = free_port(), job.get("ranks", 2)
     ranks = {f"rank {rank}": context.Process(target=_rank, args=(job, rank, size, port)) for rank in range(size)}
     for process in ranks.values():

@@ -7,7 +7,6 @@ itself; those under Lightning's launcher and torchrun take long to start, and ru
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +52,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def read_later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether measures are read in the next step."""
-    if request.param:
-        monkeypatch.setattr(f"{__name__}.run", partial(run, read_later=True))
+def read_later(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Whether measures are read in the next step. Such a job runs beside that of the test where they are not."""
+
+    plainly = run
+
+    def run_with_the_other(folder: Path, *args: Any, **options: Any) -> Ended:
+        key = repr((args, sorted(options.items())))
+        if not request.param:
+            other = tmp_path_factory.mktemp("later")
+            _READ_LATER[key] = threads.submit(plainly, other, *args, read_later=True, **options)
+            return plainly(folder, *args, **options)
+        if key in _READ_LATER:
+            return _READ_LATER.pop(key).result()
+        return plainly(folder, *args, read_later=True, **options)
+
+    with ThreadPoolExecutor(1) as threads:
+        if "read later" in {item.callspec.id.split("-")[0] for item in _siblings(request)}:
+            monkeypatch.setattr(f"{__name__}.run", run_with_the_other)
+        yield
+
+
+_READ_LATER: dict[str, Future] = {}
+
+
+def _siblings(request: pytest.FixtureRequest) -> list[Any]:
+    """The same test with other parameters."""
+    return [item for item in request.session.items if item.originalname == request.node.originalname]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -281,7 +305,7 @@ def test_ranks_with_different_models_do_not_start(tmp_path, fault, name, rank):
     assert set(ended.codes.values()) == {1}
     for each in (0, 1):
         assert re.search(rf"WorkersDisagreeError: .*rank 1 .*{re.escape(name)}", ended.said(each)), ended.output
-    assert not (tmp_path / "progress.0").exists()
+    assert not (ended.folder / "progress.0").exists()
 
 
 def test_ranks_may_give_the_same_tensors_other_names(tmp_path):
