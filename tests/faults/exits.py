@@ -19,6 +19,7 @@ atexit.register(ctypes.PyDLL(None).usleep, HOLD_THE_LOCK)
 atexit.register(lambda: note(f"group {torch.distributed.is_initialized()}") if CHILD else None)
 CHILD: list[int] = []
 
+import ctypes  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import signal  # noqa: E402
@@ -91,11 +92,11 @@ def in_a_hurry() -> None:
     _lightning._SECONDS_FOR_LAST_WORDS = 0.2
 
 
-class Stuck:
-    """Keeps a process from ending when its interpreter has gone down, as a native thread does that waits for a peer."""
-
-    def __del__(self, sleep: Any = time.sleep) -> None:
-        sleep(20)
+def get_stuck() -> None:
+    """Keep this process from ending after its interpreter, as a native thread does that waits for a peer."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: but not for longer than the process that has forked it
+    ctypes.pythonapi.Py_AtExit(libc.pause)
 
 
 class Case:
@@ -174,7 +175,7 @@ class Case:
         if rank == 0:
             in_a_hurry()
             atexit.register(upload)
-            globals()["stuck"] = Stuck()
+            get_stuck()
         train(fail if rank == 0 else None)
 
     @staticmethod
