@@ -248,11 +248,13 @@ def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:
         (i for i, (a, b) in enumerate(zip(_nameless(reference), _nameless(theirs), strict=False)) if a != b),
         min(len(reference), len(theirs)),
     )
+    both = place < min(len(reference), len(theirs))
+    in_memory = both and reference[place][1:4] == theirs[place][1:4]
     return (
         f"{what} Rank 0 has {len(reference)}, rank {rank} has {len(theirs)}; the first difference is number {place}:"
-        f" rank 0 {_describe(reference, place)}, rank {rank} {_describe(theirs, place)}. Build the same model and"
-        " optimizer on every rank, with the same memory format, and freeze, unfreeze or add parameters on all ranks at"
-        " the same step."
+        f" rank 0 {_describe(reference, place, in_memory)}, rank {rank} {_describe(theirs, place, in_memory)}. Build the"
+        " same model and optimizer on every rank, in the same memory format, and freeze, unfreeze or add parameters on"
+        " all ranks at the same step."
     )
 
 
@@ -276,10 +278,9 @@ def _nameless(entries: Sequence[Described]) -> list[Described]:
     return [entry[1:] for entry in entries]
 
 
-def _describe(entries: Sequence[Described], place: int) -> str:
+def _describe(entries: Sequence[Described], place: int, in_memory: bool) -> str:
     if place >= len(entries):
         return "has no such tensor"
     name, dtype, shape, group, order = entries[place]
     belongs = "no parameter group" if group is None else f"parameter group {group}"
-    outermost = "not dense in memory" if order is None else f"dimensions {order} in memory from outermost to innermost"
-    return f"has {name} ({dtype}, shape {shape}, {belongs}, {outermost})"
+    return f"has {name} ({dtype}, shape {shape}, {belongs}{f', order in memory {order}' if in_memory else ''})"

@@ -50,7 +50,7 @@ def test_mean_is_that_of_the_nodes_and_each_rank_sends_its_slice(pool, length, d
     for node in range(3):
         sent = sum(outcome["bytes"] for outcome in outcomes[2 * node : 2 * node + 2])
         # One tensor per node, two small means, and of three nodes, what tells whether all hold a range alike.
-        assert sent == 4 * length + 2 * 8 + (0 if dropped else 2 * 8 * -(-4 * length // 40))
+        assert sent == 4 * length + 2 * 8 + (0 if dropped else 2 * 16 * -(-4 * length // 40))
 
 
 class Fed(Classifier):

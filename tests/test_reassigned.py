@@ -169,3 +169,22 @@ def know_apart(options: dict) -> list[float]:
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
 def test_differences_travel_only_from_an_average_that_all_workers_know(pool, options):
     assert pool.run(know_apart, options) == [pytest.approx([0.5 + 1.5 * 8] * 300)] * 2
+
+
+def lay_out_differently() -> None:
+    """A frozen weight that lies in memory in another order on one rank is unfrozen."""
+    model = nn.Linear(3, 4)
+    model.weight.requires_grad_(False)
+    if dist.get_rank() == 1:
+        model.weight.data = model.weight.data.t().contiguous().t()
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=1.0), 1, module=model)
+    local_sgd.broadcast()
+    model.weight.requires_grad_(True)
+    local_sgd.step()
+
+
+def test_a_difference_in_memory_alone_is_named(pool):
+    for outcome in pool.outcomes(lay_out_differently):
+        assert outcome.kind == "WorkersDisagreeError"
+        assert "parameter group 0, order in memory (0, 1)), rank 1 has weight" in outcome.error
+        assert "parameter group 0, order in memory (1, 0))" in outcome.error
