@@ -252,9 +252,9 @@ def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:
     in_memory = both and reference[place][1:4] == theirs[place][1:4]
     return (
         f"{what} Rank 0 has {len(reference)}, rank {rank} has {len(theirs)}; the first difference is number {place}:"
-        f" rank 0 {_describe(reference, place, in_memory)}, rank {rank} {_describe(theirs, place, in_memory)}. Build the"
-        " same model and optimizer on every rank, in the same memory format, and freeze, unfreeze or add parameters on"
-        " all ranks at the same step."
+        f" rank 0 {_describe(reference, place, in_memory)}, rank {rank} {_describe(theirs, place, in_memory)}. Build"
+        " the same model and optimizer on every rank, in the same memory format, and freeze, unfreeze or add parameters"
+        " on all ranks at the same step."
     )
 
 
