@@ -108,11 +108,22 @@ def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_p
 
 
 @NEEDS_MAKE
-def test_two_targets_divide_the_suite_and_ci_runs_both(tmp_path):
+def test_two_targets_divide_the_suite(tmp_path):
     (tmp_path / "bin").mkdir()
     for file in ("bin/pip", ".installed-dev"):
         (tmp_path / file).touch()
     run = [f"{tmp_path}/bin/python", "-m", "pytest"]
     assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, "--ignore=tests/benchmarks"]
     assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-3:] == ["make lint", "make test", "make test-bench"]
+
+
+@pytest.mark.parametrize("fails", ["nothing", "lint", "test", "test-bench"])
+def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
+    fake = tmp_path / "make"
+    fake.write_text(f'#!/bin/sh\necho "made $1"\n[ "$1" != {fails} ]\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode == 0) == (fails == "nothing")
+    made = ["made lint"] if fails == "lint" else ["made lint", "made test", "made test-bench"]
+    assert ended.stdout.split("\n")[:-1] == made
