@@ -772,7 +772,4 @@ def _close_what_was_opened() -> None:
     time.sleep(_SECONDS_TO_LET_GO)
     # A process that the script has forked inherits the group, but not its threads: closing would wait for them.
     if any(process == os.getpid() and made() is dist.group.WORLD for process, made in _opened):
-        # Not in this thread: it waits for collectives that are still under way.
-        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        closing.start()
-        closing.join(_SECONDS_TO_HANG_UP)
+        _in_a_while(dist.destroy_process_group)
