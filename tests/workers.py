@@ -5,6 +5,7 @@ already there, takes milliseconds. Functions have to be defined at the top of a 
 """
 
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+SECONDS_TO_CLOSE = 2.0
+CLOSED = "closed"
 PRELOADED = ["tests.faults.job"]
 """What processes that are forked have imported; for all tests the same, as there is one process to fork from."""
 
@@ -70,10 +73,15 @@ class WorkerPool:
         port = free_port()
         for rank in range(workers):
             self._connections[rank].send((function, args, rank, workers, port, connect))
+        outcomes = self._received(function, workers, timeout=180)
+        self._replace_those_that_are_stuck(workers)
+        return [outcomes[rank] for rank in range(workers)]
+
+    def _received(self, function: Callable[..., Any], workers: int, timeout: float) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         waiting = {self._connections[rank]: rank for rank in range(workers)}
         while waiting:
-            ready = wait(list(waiting), timeout=180)
+            ready = wait(list(waiting), timeout=timeout)
             if not ready:
                 self._kill()
                 raise TimeoutError(f"rank(s) {sorted(waiting.values())} of {function.__name__} did not end")
@@ -84,15 +92,30 @@ class WorkerPool:
                 except EOFError:
                     self._kill()
                     raise RuntimeError(f"rank {rank} of {function.__name__} died") from None
-        return [outcomes[rank] for rank in range(workers)]
+        return outcomes
+
+    def _replace_those_that_are_stuck(self, workers: int) -> None:
+        """Where a collective was under way when a test ended, gloo waits for its timeout before it closes."""
+        deadline = time.monotonic() + SECONDS_TO_CLOSE
+        for rank in range(workers):
+            closed = self._connections[rank].poll(max(0.0, deadline - time.monotonic()))
+            if closed and self._connections[rank].recv() == CLOSED:
+                continue
+            self._processes[rank].kill()
+            self._processes[rank].join()
+            self._processes[rank], self._connections[rank] = self._new_process()
 
     def _start_one(self) -> None:
+        process, connection = self._new_process()
+        self._processes.append(process)
+        self._connections.append(connection)
+
+    def _new_process(self) -> tuple[Any, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs,), daemon=False)
         process.start()
         theirs.close()
-        self._processes.append(process)
-        self._connections.append(ours)
+        return process, ours
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -119,13 +142,15 @@ def _serve(connection: Connection) -> None:
             outcome = Outcome(function(*args), None, None)
         except BaseException as error:
             outcome = Outcome(None, traceback.format_exc(), type(error).__name__)
-        finally:
-            if dist.is_initialized():
-                # A gloo group that is destroyed right after its last collective can wait for its own threads for ever
-                # (seen with torch 2.4).
-                time.sleep(0.05)
-                dist.destroy_process_group()
         connection.send(outcome)
+        if dist.is_initialized():
+            # A gloo group that is destroyed right after its last collective can wait for its own threads for ever
+            # (seen with torch 2.4).
+            time.sleep(0.05)
+            dist.destroy_process_group()
+        del outcome
+        gc.collect()  # otherwise groups that an error has left open would be closed in the middle of another test
+        connection.send(CLOSED)
     os._exit(0)  # an interpreter with PyTorch in it takes seconds to end, and nothing is left to be done
 
 
