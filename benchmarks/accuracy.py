@@ -44,7 +44,7 @@ from benchmarks.machine import connect, free_port, this_machine
 from benchmarks.ranks import Parent, RankFailedError, Ranks, ranks, serve
 from benchmarks.report import number, one_of, several
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy
-from lightning_adpsgd.averaging import ring_bytes
+from lightning_adpsgd.rounds.record import ring_bytes
 
 REFERENCE = "plain"
 OPTIONS: dict[str, dict[str, Any]] = {

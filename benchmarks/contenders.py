@@ -55,7 +55,7 @@ from benchmarks.baselines import EvenRounds, HookedDDP, QSGDStrategy
 from benchmarks.ranks import ADDRESS
 from benchmarks.training import Recipe, Record, Recorder, Sent, Task, loss_of, new_loader, new_network, new_optimizer
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, LocalSGD
-from lightning_adpsgd.averaging import ring_bytes
+from lightning_adpsgd.rounds.record import ring_bytes
 
 POWERSGD_RANK = 2  # what its paper uses for images
 FIRST_POWERSGD_STEP = 2  # the least that PyTorch allows

@@ -79,7 +79,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.baselines import QSGDStrategy
 from benchmarks.hosts import INTERFACE, Host, HostsUnavailableError, hosts, read_counters, read_retransmitted
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingRound, CommunicationMonitor
-from lightning_adpsgd.averaging import ring_bytes
+from lightning_adpsgd.rounds.record import ring_bytes
 
 RUNS = ("adpsgd", "ddp", "qsgd", "control")
 HEADER_BYTES = 66  # of one packet: Ethernet, IPv4, TCP with time stamps
@@ -172,7 +172,7 @@ class Network(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-class Meeting:
+class Handshake:
     """Where ranks wait for each other without a network: a file that all of them map into memory.
 
     Args:
@@ -209,7 +209,7 @@ class InterfaceReader(Callback):
         settle_seconds: how long to wait for the last acknowledgements of communication that is meant to be.
     """
 
-    def __init__(self, meeting: Meeting, settle_seconds: float) -> None:
+    def __init__(self, meeting: Handshake, settle_seconds: float) -> None:
         self.rounds: list[Traffic] = []
         """Of each averaging round; under DDP and QSGD, of each step's forward and backward pass."""
         self.between: list[Traffic] = []
@@ -277,12 +277,12 @@ class BarrierAtEveryStep(Callback):
 def run_rank(options: argparse.Namespace) -> None:
     """All runs, on this rank; leaves its accounts in the folder of the run."""
     rank = int(os.environ["RANK"])
-    meeting = Meeting(options.rank_folder / "meeting", rank)
+    meeting = Handshake(options.rank_folder / "meeting", rank)
     accounts = {run: measure(run, rank, meeting, options) for run in options.strategy}
     (options.rank_folder / f"{rank}.json").write_text(json.dumps(accounts))
 
 
-def measure(run: str, rank: int, meeting: Meeting, options: argparse.Namespace) -> Account:
+def measure(run: str, rank: int, meeting: Handshake, options: argparse.Namespace) -> Account:
     """Fit, and account for what this rank's interface has sent meanwhile."""
     torch.manual_seed(0)
     reader, monitor = InterfaceReader(meeting, options.settle), CommunicationMonitor()

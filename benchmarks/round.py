@@ -92,21 +92,21 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "payload": Part("lightning_adpsgd.payload", "Payloads.current"),
+    "payload": Part("lightning_adpsgd.averaging.tensors", "TensorTracker.current"),
     "fingerprint": Part("lightning_adpsgd.averaging.layout", "FlatLayout.fingerprint"),
     "finite?": Part("lightning_adpsgd.averaging.layout", "FlatLayout.are_finite"),
-    "meeting: send": Part("lightning_adpsgd.averaging.workers", "Workers.launch_table", whole=True),
-    "numbers: wait": Part("lightning_adpsgd.averaging.workers", "Numbers.wait", whole=True),
+    "meeting: send": Part("lightning_adpsgd.workers.group", "Workers.launch_table", whole=True),
+    "numbers: wait": Part("lightning_adpsgd.workers.group", "Numbers.wait", whole=True),
     "cut": Part("lightning_adpsgd.averaging.layout", "FlatLayout.cut"),
     "new buffer": Part("lightning_adpsgd.averaging.layout", "FlatLayout.new_buffer"),
     "pack and divide": Part("lightning_adpsgd.averaging.layout", "FlatLayout.pack"),
-    "send": Part("lightning_adpsgd.averaging.workers", "Workers.sum_"),
-    "wait for mean": Part("lightning_adpsgd.averaging.workers", "Reduction.wait"),
+    "send": Part("lightning_adpsgd.workers.group", "Workers.sum_"),
+    "wait for mean": Part("lightning_adpsgd.workers.group", "Reduction.wait"),
     "difference": Part("lightning_adpsgd.averaging.layout", "Chunk.difference"),
     "unpack": Part("lightning_adpsgd.averaging.layout", "Chunk.unpack"),
     "square and add up": Part("lightning_adpsgd.averaging.averager", "ParameterAverager.finish"),
     "rest of averaging": Part("lightning_adpsgd.averaging.averager", "ParameterAverager.average"),
-    "small mean: send": Part("lightning_adpsgd.averaging.workers", "Workers.launch_mean", whole=True),
+    "small mean: send": Part("lightning_adpsgd.workers.group", "Workers.launch_mean", whole=True),
     "optimizer state": Part("lightning_adpsgd.local_sgd", "LocalSGD._treat_optimizer_state", whole=True),
     "rule and record": Part("lightning_adpsgd.local_sgd", "LocalSGD._finish", whole=True),
 }

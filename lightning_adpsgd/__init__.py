@@ -1,15 +1,24 @@
 """Adaptive periodic parameter averaging (ADPSGD, arXiv:2007.06134) for PyTorch Lightning.
 
 Importing this package registers the strategy names "adpsgd", "adpsgd_spawn", "adpsgd_fork", "adpsgd_notebook" and the
-alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works.
+alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works. Without Lightning, :class:`LocalSGD`
+works in a plain PyTorch loop.
 """
 
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Workers
+import importlib
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.local_sgd import LocalSGD
-from lightning_adpsgd.monitor import CommunicationMonitor
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
-from lightning_adpsgd.strategy import ADPSGDStrategy
+from lightning_adpsgd.rounds.record import AveragingRound
+from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
+
+if TYPE_CHECKING:
+    from lightning_adpsgd.trainer.monitor import CommunicationMonitor
+    from lightning_adpsgd.trainer.strategy import ADPSGDStrategy
 
 __all__ = [
     "ADPSGDStrategy",
@@ -19,12 +28,27 @@ __all__ = [
     "CommunicationMonitor",
     "ConstantPeriod",
     "LocalSGD",
-    "NodeWorkers",
+    "NodeWorkerGroup",
+    "WorkerGroup",
     "WorkerLostError",
-    "Workers",
     "WorkersDisagreeError",
     "WorkersDivergedError",
 ]
 __version__ = "0.1.0"
 
-ADPSGDStrategy.register_strategies()
+_NEED_LIGHTNING = {"ADPSGDStrategy": "trainer.strategy", "CommunicationMonitor": "trainer.monitor"}
+_FORMER_NAMES = {"Workers": "WorkerGroup", "NodeWorkers": "NodeWorkerGroup"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_LIGHTNING:
+        return getattr(importlib.import_module(f"{__name__}.{_NEED_LIGHTNING[name]}"), name)
+    if name in _FORMER_NAMES:
+        new = _FORMER_NAMES[name]
+        warnings.warn(f"{__name__}.{name} is now called {new}; use that name.", DeprecationWarning, stacklevel=2)
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if importlib.util.find_spec("lightning") is not None:
+    __getattr__("ADPSGDStrategy").register_strategies()

@@ -12,7 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.arguments import (
+from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.averaging.momentum import LookAhead, check_known_moments
+from lightning_adpsgd.averaging.optimizer_state import (
+    average_moments,
+    forget,
+    has_state,
+    moments,
+    reset_moments,
+    share_state,
+    state_at_start,
+)
+from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker, all_finite, squared_norm
+from lightning_adpsgd.errors import WorkersDivergedError
+from lightning_adpsgd.periods import AveragingPeriod
+from lightning_adpsgd.periods.checks import check_state
+from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, check_module, lost, naming_lost_workers
+from lightning_adpsgd.rounds.pipeline import Cycles, Diverged
+from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, Trigger, ring_bytes
+from lightning_adpsgd.rounds.stopwatch import Stopwatch
+from lightning_adpsgd.validation import (
     REDUCE_DTYPES,
     OnDivergence,
     OptimizerState,
@@ -32,40 +52,13 @@ from lightning_adpsgd.arguments import (
     check_reduce_dtype,
     check_total_steps,
 )
-from lightning_adpsgd.averaging import (
-    TRIGGERS,
-    AveragingRound,
-    CollectiveError,
-    FlatLayout,
-    LookAhead,
-    Numbers,
-    ParameterAverager,
-    Share,
-    Stopwatch,
-    Trigger,
-    Workers,
-    average_moments,
-    check_known_moments,
-    forget,
-    has_state,
-    moments,
-    reset_moments,
-    ring_bytes,
-    share_state,
-    state_at_start,
-)
-from lightning_adpsgd.cycles import Cycles, Diverged
-from lightning_adpsgd.errors import WorkersDivergedError
-from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, lost, naming_lost_workers
-from lightning_adpsgd.payload import Payload, Payloads, all_finite, squared_norm
-from lightning_adpsgd.periods import AveragingPeriod
-from lightning_adpsgd.periods.checks import check_state
+from lightning_adpsgd.workers.group import CollectiveError, Contribution, Numbers, WorkerGroup
 
 _READS_LATER: bool | None = None
 """Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
 
 
-class Notice:
+class SignalFlags:
     """Bits that any worker may raise at any time, and that all workers know after the next averaging round.
 
     They ride with the round, so they cost no collective of their own.
@@ -142,9 +135,9 @@ class LocalSGD:
         stagger: bool = False,
         overlap: int = 0,
         reduce_dtype: ReduceDtype | None = None,
-        workers: Workers | None = None,
-        carrier: Workers | None = None,
-        notice: Notice | None = None,
+        workers: WorkerGroup | None = None,
+        carrier: WorkerGroup | None = None,
+        notice: SignalFlags | None = None,
         owners: dict[int, Any] | None = None,
         index: int = 0,
     ) -> None:
@@ -154,7 +147,7 @@ class LocalSGD:
         self.optimizer_state = check_optimizer_state(optimizer_state)
         self.on_divergence = check_on_divergence(on_divergence)
         self.index = check_index(index)
-        self.workers = check_optional("workers", workers, Workers) or Workers()
+        self.workers = check_optional("workers", workers, WorkerGroup) or WorkerGroup()
         self.stagger = check_flag("stagger", stagger)
         self.overlap = check_overlap(overlap)
         self.reduce_dtype = check_reduce_dtype(reduce_dtype)
@@ -164,7 +157,7 @@ class LocalSGD:
         self._module = check_optional("module", module, nn.Module)
         self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
         owners = check_optional("owners", owners, dict)
-        self._payloads = Payloads(
+        self._payloads = TensorTracker(
             optimizer,
             buffers_of=module if check_flag("average_buffers", average_buffers) else None,
             exclude_buffers=check_patterns("exclude_buffers", exclude_buffers),
@@ -175,8 +168,8 @@ class LocalSGD:
             # Two corrections of one parameter that are under way at the same time would add up.
             owners=owners if self.overlap > 0 else None,
         )
-        carrier = check_optional("carrier", carrier, Workers)
-        self._notice = check_optional("notice", notice, Notice) or Notice()
+        carrier = check_optional("carrier", carrier, WorkerGroup)
+        self._notice = check_optional("notice", notice, SignalFlags) or SignalFlags()
         self._listeners: list[Callable[[AveragingRound], None]] = []
 
         # State
@@ -206,7 +199,7 @@ class LocalSGD:
         if (self.stagger or self.overlap) and self.workers.count > 1:
             if carrier is None:
                 with naming_lost_workers(self.workers, f"opening connections for optimizer {self.index}"):
-                    carrier = self.workers.on_connections_of_their_own()
+                    carrier = self.workers.new_async_group()
             self._cycles = Cycles(
                 stagger=self.stagger,
                 overlap=self.overlap,
@@ -250,7 +243,7 @@ class LocalSGD:
             tensors |= {id(tensor): tensor for tensor in (*self._module.parameters(), *self._module.buffers())}
         with naming_lost_workers(self.workers, f"the broadcast of the parameters of optimizer {self.index}"):
             self.workers.broadcast_(tensors.values())
-        self.start_from_the_same()
+        self.mark_synchronized()
 
     def step(self) -> AveragingRound | None:
         """Count a step that the optimizer has attempted, and average if the period is over.
@@ -353,7 +346,7 @@ class LocalSGD:
         """Whether no step was taken since a checkpoint's round: all that is saved now is that of all workers."""
         return not self.has_trained and (self._state_shared_at == self.steps or not self._anybody_has_state)
 
-    def start_from_the_same(self) -> None:
+    def mark_synchronized(self) -> None:
         """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
         self.local_steps = 0
         self._state_shared_at = self.steps
@@ -362,7 +355,7 @@ class LocalSGD:
         if self._cycles is not None:
             self._cycles.restart()
         if self.workers.count > 1:
-            self._payloads.start_from_the_same()
+            self._payloads.mark_synchronized()
 
     # Rounds that are under way while training goes on
 
@@ -412,7 +405,7 @@ class LocalSGD:
                 self._in_reserve = round_
         return round_
 
-    def _take_note(self, meetings: Sequence[Meeting]) -> None:
+    def _take_note(self, meetings: Sequence[Handshake]) -> None:
         for meeting in meetings:
             self._warn_of_different_rates(meeting.learning_rates)
             self._notice.agreed |= meeting.notice
@@ -451,9 +444,9 @@ class LocalSGD:
         self._bytes_booked, self._seconds_booked = 0, 0.0
         return round_
 
-    def _call(self, kind: Kind, trigger: Trigger, period: int, **about: Any) -> Call:
+    def _call(self, kind: Kind, trigger: Trigger, period: int, **about: Any) -> RankState:
         """What this worker states now."""
-        return Call(
+        return RankState(
             KINDS.index(kind),
             self.steps,
             TRIGGERS.index(trigger),
@@ -522,7 +515,7 @@ class LocalSGD:
         if not self.has_trained:
             self._payloads.note_averaged()
 
-    def _average_all(self, trigger: Trigger, payload: Payload, also: Sequence[Tensor]) -> tuple[Numbers, int]:
+    def _average_all(self, trigger: Trigger, payload: AveragedTensors, also: Sequence[Tensor]) -> tuple[Numbers, int]:
         """Average all there is; return what was measured, which is under way, and how many workers were left out."""
         more = FlatLayout(also, [None] * len(also)) if also else None
         further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
@@ -536,7 +529,7 @@ class LocalSGD:
             known=stated["known"],
             finite=self.workers.size == 1 or payload.layout.are_finite(self.workers.device) & all_finite(further),
         )
-        meeting = Meeting(self.workers, call).hold()
+        meeting = Handshake(self.workers, call).hold()
         self.handshakes += 1
         try:
             self._conclude(meeting, payload, more, also, watched)
@@ -550,8 +543,8 @@ class LocalSGD:
 
     def _conclude(
         self,
-        meeting: Meeting,
-        payload: Payload,
+        meeting: Handshake,
+        payload: AveragedTensors,
         more: FlatLayout | None,
         also: Sequence[Tensor],
         watched: list[Tensor],
@@ -573,7 +566,7 @@ class LocalSGD:
         self._notice.agreed = meeting.notice
         self._anybody_has_state = meeting.anybody_has_state
 
-    def _average_and_measure(self, trigger: Trigger, payload: Payload, share: Share) -> Numbers:
+    def _average_and_measure(self, trigger: Trigger, payload: AveragedTensors, share: Contribution) -> Numbers:
         """Replace all tensors by their means; begin to find out S_g and γ_g of all groups, means over the workers."""
         rates = _learning_rates(self.optimizer, self.workers.device)
         deviations: list[float | Tensor] = [0.0] * len(rates)
@@ -582,7 +575,7 @@ class LocalSGD:
             deviations = [*payload.averager.average(share, as_it_is)]
         return self.workers.launch_mean([*deviations, *rates], share)
 
-    def _treat_optimizer_state(self, trigger: Trigger, share: Share) -> None:
+    def _treat_optimizer_state(self, trigger: Trigger, share: Contribution) -> None:
         if not share.contributes:
             forget(self.optimizer, self._state_at_start)
             self._forgot_at = self.steps
@@ -601,7 +594,7 @@ class LocalSGD:
         reset_moments(self.optimizer)
         self._reset_at = self.steps
 
-    def _finish(self, round_: AveragingRound, payload: Payload, shown: bool) -> None:
+    def _finish(self, round_: AveragingRound, payload: AveragedTensors, shown: bool) -> None:
         if not math.isfinite(round_.ratio):
             raise WorkersDivergedError(
                 f"The variance of the parameters among the workers is not finite (S_k = {round_.variance}, S_k/γ_k ="
@@ -623,7 +616,7 @@ class LocalSGD:
 
     # What can go wrong
 
-    def _deal_with_divergence(self, meeting: Meeting, watched: list[Tensor]) -> None:
+    def _deal_with_divergence(self, meeting: Handshake, watched: list[Tensor]) -> None:
         ranks = meeting.diverged
         mine = [self._payloads.name_of(tensor) for tensor in watched if not all_finite([tensor])]
         names = self.workers.gather_objects(mine)
@@ -660,7 +653,7 @@ class LocalSGD:
                 stacklevel=2,
             )
 
-    def _warn_of_no_drift(self, round_: AveragingRound, payload: Payload) -> None:
+    def _warn_of_no_drift(self, round_: AveragingRound, payload: AveragedTensors) -> None:
         if self._warned_of_no_drift or round_.learning_rate == 0.0 or round_.local_steps == 0 or not payload.parameters:
             return
         if self.workers.count - round_.dropped == 1 or self._has_drifted:
@@ -691,7 +684,7 @@ class _Unread(NamedTuple):
     dropped: int
     numbers: Numbers
     """S_g of each parameter group, then γ_g of each."""
-    payload: Payload
+    payload: AveragedTensors
     stopwatch: Stopwatch
 
 

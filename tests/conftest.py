@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.workers import WorkerPool
+from tests.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")

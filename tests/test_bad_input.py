@@ -33,11 +33,11 @@ from lightning_adpsgd import (
     CommunicationMonitor,
     ConstantPeriod,
     LocalSGD,
-    Workers,
+    WorkerGroup,
 )
 from lightning_adpsgd.cli import main
-from lightning_adpsgd.local_sgd import Notice
-from lightning_adpsgd.monitor import draw
+from lightning_adpsgd.local_sgd import SignalFlags
+from lightning_adpsgd.trainer.monitor import draw
 
 quick = settings(
     deadline=None,
@@ -72,7 +72,7 @@ def optimizer():
     return torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
 
 
-MODULE, OPTIMIZER, WORKERS, NOTICE = nn.Linear(2, 2), optimizer(), Workers(), Notice()
+MODULE, OPTIMIZER, WORKERS, NOTICE = nn.Linear(2, 2), optimizer(), WorkerGroup(), SignalFlags()
 LIGHTNINGS_OWN = (CPUAccelerator(), LightningEnvironment(), TorchCheckpointIO(), Precision())
 ODD = (
     Unshowable(),
@@ -306,9 +306,9 @@ CONSTRUCTORS = {
             "stagger": flag,
             "overlap": lambda value: whole(value, 0, 7),  # less than the period
             "reduce_dtype": lambda value: value is None or one_of("bf16", "fp16")(value),
-            "carrier": instance_or_none(Workers),
-            "workers": instance_or_none(Workers),
-            "notice": instance_or_none(Notice),
+            "carrier": instance_or_none(WorkerGroup),
+            "workers": instance_or_none(WorkerGroup),
+            "notice": instance_or_none(SignalFlags),
             "owners": instance_or_none(dict),
             "index": whole,
         },

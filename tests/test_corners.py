@@ -314,7 +314,7 @@ def go_on(resumed: bool) -> list[float]:
         local_sgd = build(parameter.detach().clone())
         local_sgd.optimizer.load_state_dict(optimizer_state)
         local_sgd.load_state_dict(state)
-        local_sgd.start_from_the_same()
+        local_sgd.mark_synchronized()
     return train(local_sgd, range(7, 16)).tolist()
 
 

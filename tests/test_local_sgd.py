@@ -10,9 +10,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD, Workers, WorkersDivergedError
-from lightning_adpsgd.local_sgd import Notice
-from lightning_adpsgd.meeting import Call
+from lightning_adpsgd import (
+    AdaptivePeriod,
+    AveragingPeriod,
+    ConstantPeriod,
+    LocalSGD,
+    WorkerGroup,
+    WorkersDivergedError,
+)
+from lightning_adpsgd.local_sgd import SignalFlags
+from lightning_adpsgd.rounds.handshake import RankState
 
 pytestmark = pytest.mark.workers
 
@@ -134,7 +141,7 @@ def test_payload_is_parameters_buffers_and_the_exchange_around_them(pool):
     round_ = pool.run(one_round, 64.0, True, workers=4)[0]["round"]
     parameters = 16 + 4 + 4 + 16 + 4
     buffers = 4 + 4
-    table, means = 4 * len(Call._fields) * 8, 2 * 8
+    table, means = 4 * len(RankState._fields) * 8, 2 * 8
     assert round_.payload_bytes == 4 * (parameters + buffers) + table + means
     assert round_.sent_bytes == round(2 * 3 / 4 * round_.payload_bytes)
 
@@ -369,7 +376,7 @@ def add_a_group() -> dict:
 def test_a_group_added_in_mid_training_joins_the_next_round(pool):
     first, second = pool.run(add_a_group, workers=2)
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
-    assert first["payload"] == 4 * (16 + 20) + 2 * len(Call._fields) * 8 + 4 * 8
+    assert first["payload"] == 4 * (16 + 20) + 2 * len(RankState._fields) * 8 + 4 * 8
 
 
 def freeze_after_drift() -> dict:
@@ -605,7 +612,7 @@ def one_is_gone(word: bool) -> None:
     local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4, module=model)
     if dist.get_rank() == 1:
         if word:
-            local_sgd.workers.leave_word("had failed at step 2: ValueError: boom")
+            local_sgd.workers.post_status("had failed at step 2: ValueError: boom")
         return  # and its connections are closed
     train(local_sgd, model, 4)
 
@@ -668,7 +675,7 @@ def test_workers_that_see_the_same_data_are_warned_once_on_the_first_rank(pool):
 
 
 def raise_notices() -> list[int]:
-    model, rank, notice = net(), dist.get_rank(), Notice()
+    model, rank, notice = net(), dist.get_rank(), SignalFlags()
     local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 2, module=model, notice=notice)
     agreed = []
     for step, _ in enumerate(range(6)):
@@ -728,7 +735,7 @@ def test_an_optimizer_without_learning_rates_is_refused():
 
 
 def test_an_unknown_trigger_is_refused():
-    local_sgd = LocalSGD(torch.optim.SGD(net().parameters(), lr=0.1), 2, workers=Workers())
+    local_sgd = LocalSGD(torch.optim.SGD(net().parameters(), lr=0.1), 2, workers=WorkerGroup())
     with pytest.raises(ValueError, match="'period', 'validation', 'checkpoint', 'train_end'"):
         local_sgd.average("later")
 

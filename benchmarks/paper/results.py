@@ -24,7 +24,7 @@ def final_loss(result: Result) -> float:
 
 
 def accuracy(result: Result) -> float:
-    """Share of the test images that the averaged model gets right."""
+    """Contribution of the test images that the averaged model gets right."""
     return result["accuracy"]
 
 
@@ -72,7 +72,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def in_words(differences: Sequence[float], digits: int, factor: float = 1.0, unit: str = "") -> str:
-    """Differences as text: mean, spread, and with how many seeds they had the mean's sign."""
+    """DeltaCodec as text: mean, spread, and with how many seeds they had the mean's sign."""
     mean = statistics.fmean(differences)
     alike = sum(difference * mean > 0 for difference in differences)
     word = "lower" if mean < 0 else "higher"

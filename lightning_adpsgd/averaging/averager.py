@@ -7,19 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.alike import Alike, Blocks, Comparison, is_exact
-from lightning_adpsgd.averaging.layout import Chunk, FlatLayout, Range, extremes, finite
-from lightning_adpsgd.averaging.transport import Differences
-from lightning_adpsgd.averaging.workers import Reduction, Share, Workers
+from lightning_adpsgd.averaging.codec import DeltaCodec
+from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_exact
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
+from lightning_adpsgd.workers.group import Contribution, Reduction, WorkerGroup
 
 # On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
 
 
-class InFlight(NamedTuple):
+class BucketInFlight(NamedTuple):
     """A range whose mean is on its way."""
 
-    range: Range
+    range: Bucket
     reduction: Reduction
     cut_off: Tensor | None = None
     """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
@@ -53,21 +53,21 @@ class ParameterAverager:
         self,
         layout: FlatLayout,
         groups: int,
-        workers: Workers,
+        workers: WorkerGroup,
         bucket_bytes: int,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        self.differences = None if reduce_dtype is None else Differences(layout, reduce_dtype, workers.device)
+        self.differences = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers.device)
         self.layout = layout
         self.groups = groups
         """Number of parameter groups."""
         self._workers = workers
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
-        self._blocks: dict[Range, Blocks] = {}
+        self._blocks: dict[Bucket, Blocks] = {}
         self._buffers: list[Tensor] | None = [] if on_cpu else None  # the system takes its time to hand out memory
 
-    def average(self, share: Share | None = None, as_it_is: bool = True) -> Tensor:
+    def average(self, share: Contribution | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
 
         Args:
@@ -79,16 +79,16 @@ class ParameterAverager:
             on the workers' device, which nobody waits for.
         """
         deviations: list[Tensor] = []
-        in_flight: deque[InFlight] = deque()
+        in_flight: deque[BucketInFlight] = deque()
         buffers: deque[Tensor] = deque()  # of what is in flight
         spare = [] if self._buffers is None else self._buffers
         try:
-            for range_ in self.layout.cut(self._bucket_bytes):
+            for bucket in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
                     deviations.append(self.finish(in_flight.popleft()))
                     spare.append(buffers.popleft())
-                buffers.append(self._buffer_for(range_, spare))
-                in_flight.append(self.launch(range_, buffers[-1][: len(range_)], share, as_it_is))
+                buffers.append(self._buffer_for(bucket, spare))
+                in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], share, as_it_is))
             deviations += [self.finish(oldest) for oldest in in_flight]
             spare += buffers
         finally:
@@ -100,60 +100,64 @@ class ParameterAverager:
             total += part.to(total.device)
         return total
 
-    def launch(self, range_: Range, buffer: Tensor, share: Share | None = None, as_it_is: bool = True) -> InFlight:
+    def launch(
+        self, bucket: Bucket, buffer: Tensor, share: Contribution | None = None, as_it_is: bool = True
+    ) -> BucketInFlight:
         """Pack a range into ``buffer`` and begin to average it."""
         share = share or self._workers.everybody
         if self.differences is None and is_exact(share.contributors):
             # Dividing first keeps the sum within the range of the workers' own values.
-            packed = self.layout.pack(range_, buffer, divisor=share.contributors)
-            return InFlight(range_, self._workers.sum_(packed if share.contributes else packed.zero_()))
-        return self._launch(range_, self.layout.pack(range_, buffer), self._workers, share, as_it_is)
+            packed = self.layout.pack(bucket, buffer, divisor=share.contributors)
+            return BucketInFlight(bucket, self._workers.sum_(packed if share.contributes else packed.zero_()))
+        return self._launch(bucket, self.layout.pack(bucket, buffer), self._workers, share, as_it_is)
 
-    def finish(self, in_flight: InFlight) -> Tensor:
+    def finish(self, in_flight: BucketInFlight) -> Tensor:
         """Wait for a range's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
             Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
         """
         mean, alike = self._mean(in_flight)
-        chunks = self.layout.chunks(in_flight.range)
+        tiles = self.layout.tiles(in_flight.range)
         squares = _Squares(self.groups)
-        scratch = mean.new_empty(max(map(len, chunks)))
-        for chunk in chunks:
-            arrived = mean[chunk.start : chunk.stop]
+        scratch = mean.new_empty(max(map(len, tiles)))
+        for tile in tiles:
+            arrived = mean[tile.start : tile.stop]
             if alike is not None:
-                alike.keep(chunk.pack(scratch[: len(chunk)]), arrived, chunk.start, chunk.stop)
-            if chunk.runs:
+                alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
+            if tile.runs:
                 # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-                squares.add(chunk, chunk.difference(arrived, scratch[: len(chunk)]))
-            chunk.unpack(arrived)
+                squares.add(tile, tile.difference(arrived, scratch[: len(tile)]))
+            tile.unpack(arrived)
         self._note(in_flight, mean)
         return squares.sums(mean.device)
 
-    def _buffer_for(self, range_: Range, spare: list[Tensor]) -> Tensor:
+    def _buffer_for(self, bucket: Bucket, spare: list[Tensor]) -> Tensor:
         """A spare buffer that fits, or a new one: two of the longest range are enough."""
         while spare:
             buffer = spare.pop()
-            if self.layout.fits(range_, buffer, self._workers.device):
+            if self.layout.fits(bucket, buffer, self._workers.device):
                 return buffer
-        return self.layout.new_buffer(range_, self._workers.device)
+        return self.layout.new_buffer(bucket, self._workers.device)
 
-    def _launch(self, range_: Range, values: Tensor, workers: Workers, share: Share | None, as_it_is: bool) -> InFlight:
+    def _launch(
+        self, bucket: Bucket, values: Tensor, workers: WorkerGroup, share: Contribution | None, as_it_is: bool
+    ) -> BucketInFlight:
         """Begin to average the values of a range, which are overwritten."""
-        if self.differences is not None and not as_it_is and self.differences.knows(range_):
-            return InFlight(range_, *self.differences.send(range_, values, workers))
-        owed = None if self.differences is None else self.differences.owed(range_)
+        if self.differences is not None and not as_it_is and self.differences.knows(bucket):
+            return BucketInFlight(bucket, *self.differences.send(bucket, values, workers))
+        owed = None if self.differences is None else self.differences.owed(bucket)
         exact = is_exact((share or workers.everybody).contributors)
         alike = None
         if not exact:
-            if range_ not in self._blocks:
-                self._blocks[range_] = Blocks(len(range_), self.layout.boundaries(range_), values.device)
-            alike = self._blocks[range_].compare(values, owed, workers)
+            if bucket not in self._blocks:
+                self._blocks[bucket] = Blocks(len(bucket), self.layout.boundaries(bucket), values.device)
+            alike = self._blocks[bucket].compare(values, owed, workers)
         if owed is not None:
             values.add_(owed)
-        return InFlight(range_, workers.mean_(values, share), exact=exact, alike=alike)
+        return BucketInFlight(bucket, workers.mean_(values, share), exact=exact, alike=alike)
 
-    def _mean(self, in_flight: InFlight) -> tuple[Tensor, Alike | None]:
+    def _mean(self, in_flight: BucketInFlight) -> tuple[Tensor, Alike | None]:
         """A range's mean, and what of it all workers hold alike, so that its mean is what it is."""
         arrived = in_flight.reduction.wait()
         if self.differences is not None and in_flight.cut_off is not None:
@@ -165,23 +169,23 @@ class ParameterAverager:
                 arrived[start:stop].clamp_(-largest, largest)
         return arrived, None if in_flight.alike is None else in_flight.alike.wait()
 
-    def _note(self, in_flight: InFlight, mean: Tensor) -> None:
+    def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
         if self.differences is not None and in_flight.cut_off is None:
             self.differences.note(in_flight.range, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
         """A copy of one of ``parts`` equal parts of the layout, range by range."""
         ranges = self.layout.cut(self._bucket_bytes, part, parts)
-        return [self.layout.pack(range_, self.layout.new_buffer(range_, self._workers.device)) for range_ in ranges]
+        return [self.layout.pack(bucket, self.layout.new_buffer(bucket, self._workers.device)) for bucket in ranges]
 
     def send(
         self,
         part: int,
         parts: int,
-        carrier: Workers,
+        carrier: WorkerGroup,
         before: Sequence[Tensor] | None = None,
         ahead: Sequence[float | Tensor] = (),
-    ) -> tuple[list[InFlight], Tensor]:
+    ) -> tuple[list[BucketInFlight], Tensor]:
         """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
 
         Args:
@@ -195,23 +199,23 @@ class ParameterAverager:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
-        for place, range_ in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
-            snapshot, values = (self.layout.new_buffer(range_, self._workers.device) for _ in range(2))
-            for chunk in self.layout.chunks(range_):
-                mine = chunk.pack(snapshot[chunk.start : chunk.stop])
+        for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
+            snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
+            for tile in self.layout.tiles(bucket):
+                mine = tile.pack(snapshot[tile.start : tile.stop])
                 if before is not None:
-                    earlier = before[place][chunk.start : chunk.stop]
-                    for group, start, stop in chunk.runs:
+                    earlier = before[place][tile.start : tile.stop]
+                    for group, start, stop in tile.runs:
                         here = slice(start, stop)
                         weight = torch.as_tensor(1.0 + ahead[group], dtype=mine.dtype)
                         torch.lerp(earlier[here], mine[here], weight, out=mine[here])
-                values[chunk.start : chunk.stop].copy_(mine)
-                found += [extremes(mine[start:stop]) for _, start, stop in chunk.runs]
-            launched = self._launch(range_, values, carrier, None, as_it_is=False)
+                values[tile.start : tile.stop].copy_(mine)
+                found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
+            launched = self._launch(bucket, values, carrier, None, as_it_is=False)
             in_flight.append(launched._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
-    def adopt(self, in_flight: Sequence[InFlight], moved: bool) -> Tensor:
+    def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
 
         Tensors of no parameter group (BatchNorm statistics) take the mean as it is: they are moving averages, and a
@@ -232,16 +236,16 @@ class ParameterAverager:
             assert snapshot is not None
             mean, alike = self._mean(part)
             squares = _Squares(self.groups)
-            for chunk in self.layout.chunks(part.range):
-                here = slice(chunk.start, chunk.stop)
+            for tile in self.layout.tiles(part.range):
+                here = slice(tile.start, tile.stop)
                 if alike is not None:
-                    alike.keep(snapshot[here], mean[here], chunk.start, chunk.stop)
+                    alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
                 difference = torch.sub(mean[here], snapshot[here], out=snapshot[here])
-                squares.add(chunk, difference)
+                squares.add(tile, difference)
                 if moved:
-                    chunk.move(mean[here], difference)
+                    tile.move(mean[here], difference)
                 else:
-                    chunk.unpack(mean[here])
+                    tile.unpack(mean[here])
             self._note(part, mean)
             deviations += squares.sums(mean.device).to(device)
         return deviations
@@ -253,9 +257,9 @@ class _Squares:
     def __init__(self, groups: int) -> None:
         self._found: list[list[Tensor]] = [[] for _ in range(groups)]
 
-    def add(self, chunk: Chunk, values: Tensor) -> None:
-        """Add the squares of a chunk's values that belong to parameter groups."""
-        for group, start, stop in chunk.runs:
+    def add(self, tile: Tile, values: Tensor) -> None:
+        """Add the squares of a tile's values that belong to parameter groups."""
+        for group, start, stop in tile.runs:
             part = values[start:stop]
             self._found[group].append(torch.dot(part, part))
 

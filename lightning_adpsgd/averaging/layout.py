@@ -14,14 +14,14 @@ from torch import Tensor
 _AT_ONCE = {"cpu": 1 << 16}
 _AT_ONCE_ELSEWHERE = 1 << 22
 
-_REMEMBERED = 256  # ranges whose chunks are kept: up to 4 GiB of parameters on a CPU
+_REMEMBERED = 256  # ranges whose tiles are kept: up to 4 GiB of parameters on a CPU
 
 
 Order = tuple[int, ...] | None
 """A tensor's dimensions of more than one element, from outermost to innermost; None: in the order of its indices."""
 
 
-class Range(NamedTuple):
+class Bucket(NamedTuple):
     """Elements ``start`` to ``stop`` (exclusive) of one index space of a :class:`FlatLayout`."""
 
     space: int
@@ -31,21 +31,21 @@ class Range(NamedTuple):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def split(self, length: int) -> "Iterator[Range]":
+    def split(self, length: int) -> "Iterator[Bucket]":
         """This range in pieces of at most ``length`` elements, in order."""
         for start in range(self.start, self.stop, length):
-            yield Range(self.space, start, min(start + length, self.stop))
+            yield Bucket(self.space, start, min(start + length, self.stop))
 
-    def overlaps(self, other: "Range") -> bool:
+    def overlaps(self, other: "Bucket") -> bool:
         """Whether they have elements in common."""
         return self.space == other.space and self.start < other.stop and other.start < self.stop
 
-    def without(self, other: "Range") -> "list[Range]":
+    def without(self, other: "Bucket") -> "list[Bucket]":
         """What is left of this range, in order, where another one is taken out of it."""
         if not self.overlaps(other):
             return [self]
-        left = Range(self.space, self.start, max(self.start, other.start))
-        right = Range(self.space, min(self.stop, other.stop), self.stop)
+        left = Bucket(self.space, self.start, max(self.start, other.start))
+        right = Bucket(self.space, min(self.stop, other.stop), self.stop)
         return [rest for rest in (left, right) if len(rest) > 0]
 
 
@@ -111,7 +111,7 @@ class FlatLayout:
         self._places = [(numbers[key], place) for key, place in places]
         self._groups = [*groups]
         self._fingerprint = hash48(repr(self._signature).encode())
-        self._chunks: dict[Range, list[Chunk]] = {}
+        self._tiles: dict[Bucket, list[Tile]] = {}
 
     def rebind(self, tensors: Sequence[Tensor]) -> bool:
         """Find the elements in ``tensors`` from now on: the same tensors as before, perhaps in storage of their own.
@@ -135,7 +135,7 @@ class FlatLayout:
                 entries[place] = found.pop(index)
             else:
                 unbound.append(index)
-        self._chunks.clear()
+        self._tiles.clear()
         vars(self).pop("_looked_at_together", None)
         return not found and len(unbound) == 0
 
@@ -158,12 +158,12 @@ class FlatLayout:
         return [cast(Order, entry[-1]) for entry in self._signature]
 
     @property
-    def places(self) -> "list[Range]":
+    def places(self) -> "list[Bucket]":
         """Where the elements of each entry of the signature are."""
         ranges = []
         for space, place in self._places:
             stop = self._spaces[space].ends[place]
-            ranges.append(Range(space, stop - self._spaces[space].entries[place].tensor.numel(), stop))
+            ranges.append(Bucket(space, stop - self._spaces[space].entries[place].tensor.numel(), stop))
         return ranges
 
     def is_of_groups(self, space: int) -> bool:
@@ -180,7 +180,7 @@ class FlatLayout:
         """Number of elements in all index spaces; a complex element counts twice."""
         return sum(space.length for space in self._spaces)
 
-    def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Range]:
+    def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Bucket]:
         """The layout, or one part of it, as ranges of nearly equal length, each at most ``max_bytes`` when packed.
 
         Args:
@@ -189,61 +189,61 @@ class FlatLayout:
             parts: into how many the layout is divided; of each index space they have the same length, give or take one
                 element, whatever the tensors.
         """
-        ranges: list[Range] = []
+        ranges: list[Bucket] = []
         for index, space in enumerate(self._spaces):
-            slice_ = Range(index, space.length * part // parts, space.length * (part + 1) // parts)
+            slice_ = Bucket(index, space.length * part // parts, space.length * (part + 1) // parts)
             if len(slice_) > 0:
                 longest = max(1, max_bytes // space.packed_dtype.itemsize)
                 pieces = -(-len(slice_) // longest)
                 ranges += slice_.split(-(-len(slice_) // pieces))
         return ranges
 
-    def cut_into_spaces(self) -> list[Range]:
+    def cut_into_spaces(self) -> list[Bucket]:
         """Each index space as one range."""
-        return [Range(index, 0, space.length) for index, space in enumerate(self._spaces)]
+        return [Bucket(index, 0, space.length) for index, space in enumerate(self._spaces)]
 
-    def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> Tensor:
+    def new_buffer(self, bucket: Bucket, device: torch.device | str = "cpu") -> Tensor:
         """An uninitialized buffer that a range can be packed into: fp64 for 64-bit elements, otherwise fp32.
 
         Args:
-            range_: the range.
+            bucket: the range.
             device: where to make it for tensors on the CPU; for others it is made on their own device.
         """
-        space = self._spaces[range_.space]
-        return torch.empty(len(range_), dtype=space.packed_dtype, device=space.buffers_on(device))
+        space = self._spaces[bucket.space]
+        return torch.empty(len(bucket), dtype=space.packed_dtype, device=space.buffers_on(device))
 
-    def fits(self, range_: Range, buffer: Tensor, device: torch.device | str = "cpu") -> bool:
+    def fits(self, bucket: Bucket, buffer: Tensor, device: torch.device | str = "cpu") -> bool:
         """Whether ``buffer`` can take the place of a :meth:`new_buffer` for the range."""
-        space = self._spaces[range_.space]
+        space = self._spaces[bucket.space]
         here = buffer.device == space.buffers_on(device)
-        return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(range_)
+        return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(bucket)
 
-    def pack(self, range_: Range, out: Tensor, divisor: int = 1) -> Tensor:
-        """Copy a range of the tensors, divided by ``divisor``, into ``out`` (shape: (len(range_),)), and return it."""
-        for chunk in self.chunks(range_):
-            chunk.pack(out[chunk.start : chunk.stop], divisor)
+    def pack(self, bucket: Bucket, out: Tensor, divisor: int = 1) -> Tensor:
+        """Copy a range of the tensors, divided by ``divisor``, into ``out`` (shape: (len(bucket),)), and return it."""
+        for tile in self.tiles(bucket):
+            tile.pack(out[tile.start : tile.stop], divisor)
         return out
 
-    def unpack(self, range_: Range, buffer: Tensor) -> None:
-        """Write ``buffer`` (shape: (len(range_),)) into a range of the tensors, in place."""
-        for chunk in self.chunks(range_):
-            chunk.unpack(buffer[chunk.start : chunk.stop])
+    def unpack(self, bucket: Bucket, buffer: Tensor) -> None:
+        """Write ``buffer`` (shape: (len(bucket),)) into a range of the tensors, in place."""
+        for tile in self.tiles(bucket):
+            tile.unpack(buffer[tile.start : tile.stop])
 
-    def chunks(self, range_: Range) -> "list[Chunk]":
+    def tiles(self, bucket: Bucket) -> "list[Tile]":
         """A range in pieces that are short enough to stay in a cache between one operation and the next, in order.
 
         They are kept for the next time: to find the pieces of many small tensors takes longer than to copy them.
         """
-        if range_ not in self._chunks:
-            if len(self._chunks) >= _REMEMBERED:
-                self._chunks.clear()
-            space = self._spaces[range_.space]
-            start, chunks = 0, []
-            for pieces in _in_chunks(space.pieces(range_), _AT_ONCE.get(space.device.type, _AT_ONCE_ELSEWHERE)):
-                chunks.append(Chunk(start, pieces))
-                start = chunks[-1].stop
-            self._chunks[range_] = chunks
-        return self._chunks[range_]
+        if bucket not in self._tiles:
+            if len(self._tiles) >= _REMEMBERED:
+                self._tiles.clear()
+            space = self._spaces[bucket.space]
+            start, tiles = 0, []
+            for pieces in _in_tiles(space.pieces(bucket), _AT_ONCE.get(space.device.type, _AT_ONCE_ELSEWHERE)):
+                tiles.append(Tile(start, pieces))
+                start = tiles[-1].stop
+            self._tiles[bucket] = tiles
+        return self._tiles[bucket]
 
     def are_finite(self, device: torch.device | str = "cpu") -> Tensor:
         """Whether no element that belongs to a parameter group is NaN or infinite; a bool tensor of one element.
@@ -271,18 +271,18 @@ class FlatLayout:
                 together[-1].append(entry.tensor if entry.flat is None else entry.flat)
         return together
 
-    def boundaries(self, range_: Range) -> list[int]:
+    def boundaries(self, bucket: Bucket) -> list[int]:
         """Where in a range a tensor begins, or goes on; relative to the range, ascending from 0."""
-        lengths = [stop - start for _, start, stop in self._spaces[range_.space].pieces(range_)]
+        lengths = [stop - start for _, start, stop in self._spaces[bucket.space].pieces(bucket)]
         return [0, *accumulate(lengths[:-1])]
 
-    def groups(self, range_: Range) -> list[tuple[int, int, int]]:
+    def groups(self, bucket: Bucket) -> list[tuple[int, int, int]]:
         """The runs of a range that belong to one parameter group: (group, start, stop), relative to the range."""
-        return _runs(self._spaces[range_.space].pieces(range_))
+        return _runs(self._spaces[bucket.space].pieces(bucket))
 
 
-class Chunk:
-    """A short part of a :class:`Range`: what is done to it in turn finds it in a cache.
+class Tile:
+    """A short part of a :class:`Bucket`: what is done to it in turn finds it in a cache.
 
     Args:
         start: its first element, relative to the range.
@@ -297,7 +297,7 @@ class Chunk:
         self.start = start
         self.stop = start + sum(self._lengths)
         self.runs = _runs(pieces)
-        """Its parts that belong to one parameter group: (group, start, stop), relative to the chunk."""
+        """Its parts that belong to one parameter group: (group, start, stop), relative to the tile."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -367,7 +367,7 @@ def _alike(tensor: Tensor, other: Tensor) -> bool:
     return tensor.dtype == other.dtype and tensor.device == other.device
 
 
-def _in_chunks(pieces: "list[_Piece]", at_once: int) -> "Iterator[list[_Piece]]":
+def _in_tiles(pieces: "list[_Piece]", at_once: int) -> "Iterator[list[_Piece]]":
     """Parts of tensors, in lots of at most so many elements; a part that has no flat view is a lot of its own."""
     lot: list[_Piece] = []
     room = at_once
@@ -495,15 +495,15 @@ class _Space:
         """Where to pack: CPU tensors on the workers' device, for NCCL cannot reduce on the CPU; others on their own."""
         return torch.device(device) if self.device.type == "cpu" else self.device
 
-    def pieces(self, range_: Range) -> list[_Piece]:
+    def pieces(self, bucket: Bucket) -> list[_Piece]:
         """The parts of tensors that a range covers: (entry, start, stop) within the tensor, in order."""
         pieces = []
-        position = range_.start
+        position = bucket.start
         index = bisect_right(self.ends, position)
-        while position < range_.stop:
+        while position < bucket.stop:
             entry, end = self.entries[index], self.ends[index]
             begin = end - entry.tensor.numel()
-            stop = min(end, range_.stop)
+            stop = min(end, bucket.stop)
             pieces.append((entry, position - begin, stop - begin))
             position = stop
             index += 1

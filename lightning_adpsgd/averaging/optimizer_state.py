@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout, has_mean, hash48
 from lightning_adpsgd.averaging.momentum import known
-from lightning_adpsgd.averaging.workers import Share, Workers
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 
 Key = tuple[int, str]
 """Of one entry: the parameter's place in the optimizer's groups, and the entry's name."""
@@ -81,7 +81,9 @@ def forget(optimizer: Optimizer, at_start: Mapping[Any, Any]) -> None:
         optimizer.state[key] = _map(state, torch.clone)
 
 
-def average_moments(optimizer: Optimizer, workers: Workers, bucket_bytes: int, share: Share | None = None) -> None:
+def average_moments(
+    optimizer: Optimizer, workers: WorkerGroup, bucket_bytes: int, share: Contribution | None = None
+) -> None:
     """Replace momentum and moments by their mean over the workers; step counters stay each worker's own.
 
     A worker that has none for a parameter (which has had no gradient there, or whose steps were all skipped) takes the
@@ -100,10 +102,10 @@ def average_moments(optimizer: Optimizer, workers: Workers, bucket_bytes: int, s
 
 def share_state(
     optimizer: Optimizer,
-    workers: Workers,
+    workers: WorkerGroup,
     bucket_bytes: int,
     shared: Collection[int] = (),
-    share: Share | None = None,
+    share: Contribution | None = None,
 ) -> None:
     """Give all workers the same optimizer state, for a checkpoint that all of them could go on from.
 
@@ -124,9 +126,9 @@ def share_state(
 
 def _share(
     optimizer: Optimizer,
-    workers: Workers,
+    workers: WorkerGroup,
     bucket_bytes: int,
-    share: Share,
+    share: Contribution,
     only_moments: bool = False,
     shared: Collection[int] = (),
 ) -> None:
@@ -266,8 +268,8 @@ def _complete(
     averaged: dict[Key, Tensor],
     offered: list[dict[Key, Any]],
     whole: Collection[int],
-    workers: Workers,
-    share: Share,
+    workers: WorkerGroup,
+    share: Contribution,
 ) -> dict[Key, Tensor]:
     """Entries that any worker has, weighted so that their mean over all workers is that over those that have them."""
     ranks_per_worker = workers.size // workers.count
@@ -284,7 +286,12 @@ def _complete(
 
 
 def _adopt(
-    state: _State, rest: dict[Key, Any], whole: Collection[int], workers: Workers, share: Share, only_missing: bool
+    state: _State,
+    rest: dict[Key, Any],
+    whole: Collection[int],
+    workers: WorkerGroup,
+    share: Contribution,
+    only_missing: bool,
 ) -> None:
     """Give every worker what is not averaged, each entry (or a whole place) from the first worker that has it.
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_adpsgd.averaging import FlatLayout, ParameterAverager, Range, Workers
+from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
+from lightning_adpsgd.workers.group import WorkerGroup
 
 pytestmark = pytest.mark.workers
 
@@ -20,7 +22,7 @@ def tensors_of(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def average(dtype: torch.dtype, bucket_bytes: int) -> dict:
     tensors = tensors_of(dist.get_rank(), dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
-    averager = ParameterAverager(FlatLayout(tensors, GROUPS), 2, Workers(), bucket_bytes)
+    averager = ParameterAverager(FlatLayout(tensors, GROUPS), 2, WorkerGroup(), bucket_bytes)
     deviations = averager.average()
     return {
         "tensors": tensors,
@@ -58,7 +60,7 @@ def small_drift() -> dict:
     generator.manual_seed(dist.get_rank() + 1)
     tensor = common + 1e-4 * torch.randn(2_000_000, generator=generator)
     before = tensor.double()
-    deviations = ParameterAverager(FlatLayout([tensor], [0]), 1, Workers(), 2**20).average()
+    deviations = ParameterAverager(FlatLayout([tensor], [0]), 1, WorkerGroup(), 2**20).average()
     return {"before": before, "deviation": deviations.item()}
 
 
@@ -76,15 +78,15 @@ class CountingLayout(FlatLayout):
         super().__init__(*args)
         self.made: list[int] = []
 
-    def new_buffer(self, range_: Range, device: torch.device | str = "cpu") -> torch.Tensor:
-        self.made.append(len(range_))
-        return super().new_buffer(range_, device)
+    def new_buffer(self, bucket: Bucket, device: torch.device | str = "cpu") -> torch.Tensor:
+        self.made.append(len(bucket))
+        return super().new_buffer(bucket, device)
 
 
 def count_buffers(elements: int) -> list[int]:
     tensors = [torch.randn(elements // 4) for _ in range(4)]
     layout = CountingLayout(tensors, [0] * len(tensors))
-    ParameterAverager(layout, 1, Workers(), 400).average()
+    ParameterAverager(layout, 1, WorkerGroup(), 400).average()
     return layout.made
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging import FlatLayout, Range, layout
+from lightning_adpsgd.averaging import layout
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 
 quick = settings(deadline=None, max_examples=80)
 
@@ -112,9 +113,9 @@ def test_packed_range_is_that_range_of_the_flattened_tensors(made, data):
     for index, space in enumerate(spaces_of(made)):
         reference = flattened(space)
         start, stop = any_range(data, len(reference))
-        range_ = Range(index, start, stop)
-        buffer = flat_layout.new_buffer(range_)
-        assert flat_layout.pack(range_, buffer) is buffer
+        bucket = Bucket(index, start, stop)
+        buffer = flat_layout.new_buffer(bucket)
+        assert flat_layout.pack(bucket, buffer) is buffer
         assert buffer.dtype == packed_dtype(space[0])
         assert torch.equal(buffer, reference[start:stop])
 
@@ -138,7 +139,7 @@ def test_unpacking_a_range_writes_its_elements_and_nothing_else(made, data):
             number = next(i for i, other in enumerate(made) if other is each)
             expected[number][places[taken]] = values[mine[taken]].to(each.storage.dtype)
             position += len(places)
-        flat_layout.unpack(Range(index, start, stop), values[start:stop].clone())
+        flat_layout.unpack(Bucket(index, start, stop), values[start:stop].clone())
 
     for each, storage, pointer, version in zip(made, expected, pointers, versions, strict=True):
         assert torch.equal(each.storage, storage)
@@ -151,9 +152,9 @@ def test_unpacking_a_range_writes_its_elements_and_nothing_else(made, data):
 def test_range_by_range_every_element_is_changed_once(made, max_bytes):
     before = [each.tensor.detach().clone() for each in made]
     flat_layout = layout_of(made)
-    for range_ in flat_layout.cut(max_bytes):
-        buffer = flat_layout.pack(range_, flat_layout.new_buffer(range_))
-        flat_layout.unpack(range_, buffer + 7)
+    for bucket in flat_layout.cut(max_bytes):
+        buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
+        flat_layout.unpack(bucket, buffer + 7)
     for each, old in zip(made, before, strict=True):
         added = 7 + 7j if old.is_complex() else 7
         assert torch.equal(each.tensor.detach(), old + added)
@@ -163,10 +164,10 @@ def test_range_by_range_every_element_is_changed_once(made, max_bytes):
 @given(windows(dtypes=(torch.bfloat16, torch.float16)))
 def test_16_bit_elements_are_packed_as_fp32_and_come_back_rounded(made):
     flat_layout = layout_of(made)
-    for range_ in flat_layout.cut(1 << 20):
-        buffer = flat_layout.pack(range_, flat_layout.new_buffer(range_))
+    for bucket in flat_layout.cut(1 << 20):
+        buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
         assert buffer.dtype == torch.float32
-        flat_layout.unpack(range_, buffer + 1 / 3)
+        flat_layout.unpack(bucket, buffer + 1 / 3)
     for each in made:
         if each.tensor.numel() > 0:
             places = each.places()
@@ -178,20 +179,20 @@ def test_16_bit_elements_are_packed_as_fp32_and_come_back_rounded(made):
 def test_tensor_of_one_element_without_dimensions_is_laid_out(dtype):
     tensor = torch.tensor(3, dtype=dtype)
     flat_layout = FlatLayout([tensor], [None])
-    (range_,) = flat_layout.cut(1 << 20)
-    buffer = flat_layout.pack(range_, flat_layout.new_buffer(range_))
+    (bucket,) = flat_layout.cut(1 << 20)
+    buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
     assert buffer.tolist() == ([3.0, 0.0] if dtype.is_complex else [3.0])
-    flat_layout.unpack(range_, buffer + 1)
+    flat_layout.unpack(bucket, buffer + 1)
     assert tensor.item() == (4 + 1j if dtype.is_complex else 4)
 
 
 def test_channels_last_tensor_is_laid_out_in_the_order_of_its_memory():
     tensor = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last)
     flat_layout = FlatLayout([tensor], [0])
-    range_ = Range(0, 0, 24)
-    buffer = flat_layout.pack(range_, flat_layout.new_buffer(range_))
+    bucket = Bucket(0, 0, 24)
+    buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
     assert torch.equal(buffer, tensor.permute(0, 2, 3, 1).flatten())
-    flat_layout.unpack(range_, -buffer)
+    flat_layout.unpack(bucket, -buffer)
     assert torch.equal(tensor, -torch.arange(24.0).view(2, 3, 2, 2))
     assert tensor.is_contiguous(memory_format=torch.channels_last)
 
@@ -199,8 +200,8 @@ def test_channels_last_tensor_is_laid_out_in_the_order_of_its_memory():
 def test_transposed_view_is_laid_out_as_the_matrix_it_is_a_view_of():
     matrix = torch.arange(6.0).view(2, 3)
     flat_layout = FlatLayout([matrix.t()], [0])
-    assert flat_layout.pack(Range(0, 0, 6), torch.empty(6)).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    flat_layout.unpack(Range(0, 1, 3), torch.tensor([8.0, 9.0]))
+    assert flat_layout.pack(Bucket(0, 0, 6), torch.empty(6)).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    flat_layout.unpack(Bucket(0, 1, 3), torch.tensor([8.0, 9.0]))
     assert matrix.tolist() == [[0.0, 8.0, 9.0], [3.0, 4.0, 5.0]]
 
 
@@ -208,29 +209,29 @@ def test_column_of_a_matrix_is_read_and_written_in_place():
     matrix = torch.zeros(3, 4)
     matrix[:, 1] = torch.tensor([1.0, 2.0, 3.0])
     flat_layout = FlatLayout([matrix[:, 1]], [0])
-    assert flat_layout.pack(Range(0, 0, 3), torch.empty(3)).tolist() == [1.0, 2.0, 3.0]
-    flat_layout.unpack(Range(0, 1, 3), torch.tensor([8.0, 9.0]))
+    assert flat_layout.pack(Bucket(0, 0, 3), torch.empty(3)).tolist() == [1.0, 2.0, 3.0]
+    flat_layout.unpack(Bucket(0, 1, 3), torch.tensor([8.0, 9.0]))
     assert matrix[:, 1].tolist() == [1.0, 8.0, 9.0]
     assert matrix.sum() == 18.0
 
 
 def test_buffer_longer_than_the_range_fits_and_one_of_another_kind_does_not():
     flat_layout = FlatLayout([torch.zeros(5), torch.zeros(5, dtype=torch.float64)], [0, 0])
-    assert flat_layout.fits(Range(0, 1, 4), torch.empty(3))
-    assert flat_layout.fits(Range(0, 1, 4), torch.empty(9))
-    assert not flat_layout.fits(Range(0, 1, 4), torch.empty(2))
-    assert not flat_layout.fits(Range(0, 1, 4), torch.empty(3, dtype=torch.float64))
-    assert not flat_layout.fits(Range(1, 1, 4), torch.empty(3))
-    assert flat_layout.fits(Range(1, 1, 4), torch.empty(3, dtype=torch.float64))
-    assert not flat_layout.fits(Range(0, 1, 4), torch.empty(3, device="meta"))
+    assert flat_layout.fits(Bucket(0, 1, 4), torch.empty(3))
+    assert flat_layout.fits(Bucket(0, 1, 4), torch.empty(9))
+    assert not flat_layout.fits(Bucket(0, 1, 4), torch.empty(2))
+    assert not flat_layout.fits(Bucket(0, 1, 4), torch.empty(3, dtype=torch.float64))
+    assert not flat_layout.fits(Bucket(1, 1, 4), torch.empty(3))
+    assert flat_layout.fits(Bucket(1, 1, 4), torch.empty(3, dtype=torch.float64))
+    assert not flat_layout.fits(Bucket(0, 1, 4), torch.empty(3, device="meta"))
 
 
 def test_tensors_on_the_cpu_are_packed_where_the_workers_can_reduce_them():
     flat_layout = FlatLayout([torch.randn(5)], [0])
-    buffer = flat_layout.new_buffer(Range(0, 1, 4), "meta")  # stands in for a GPU
+    buffer = flat_layout.new_buffer(Bucket(0, 1, 4), "meta")  # stands in for a GPU
     assert buffer.device.type == "meta"
-    assert flat_layout.fits(Range(0, 1, 4), buffer, "meta")
-    assert not flat_layout.fits(Range(0, 1, 4), torch.empty(3), "meta")
+    assert flat_layout.fits(Bucket(0, 1, 4), buffer, "meta")
+    assert not flat_layout.fits(Bucket(0, 1, 4), torch.empty(3), "meta")
 
 
 # Index spaces
@@ -242,16 +243,16 @@ def test_each_dtype_has_its_own_index_space_with_every_element_in_it(made):
     flat_layout = layout_of(made)
     spaces = spaces_of(made)
     whole = flat_layout.cut(1 << 30)
-    assert [(range_.space, range_.start, range_.stop) for range_ in whole] == [
+    assert [(bucket.space, bucket.start, bucket.stop) for bucket in whole] == [
         (index, 0, sum(each.places().numel() for each in space)) for index, space in enumerate(spaces)
     ]
-    assert [flat_layout.new_buffer(range_).dtype for range_ in whole] == [packed_dtype(space[0]) for space in spaces]
+    assert [flat_layout.new_buffer(bucket).dtype for bucket in whole] == [packed_dtype(space[0]) for space in spaces]
     assert flat_layout.numel == sum(map(len, whole))
 
 
 def test_every_dtype_is_in_a_space_of_its_own():
     flat_layout = FlatLayout([torch.zeros(3, dtype=dtype) for dtype in DTYPES], [0] * len(DTYPES))
-    assert [len(range_) for range_ in flat_layout.cut(1 << 20)] == [3, 3, 3, 3, 6, 6]
+    assert [len(bucket) for bucket in flat_layout.cut(1 << 20)] == [3, 3, 3, 3, 6, 6]
 
 
 @quick
@@ -275,10 +276,10 @@ def test_tensors_that_share_storage_are_laid_out_once():
     flat_layout = FlatLayout([tied, other, tied, nn.Parameter(tied.data)], [0, 0, 1, 1])
     assert flat_layout.indices == [0, 1]
     assert flat_layout.numel == 5
-    (range_,) = flat_layout.cut(1024)
-    buffer = flat_layout.pack(range_, flat_layout.new_buffer(range_))
+    (bucket,) = flat_layout.cut(1024)
+    buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
     assert buffer.tolist() == [0.0, 1.0, 2.0, 3.0, 9.0]
-    assert flat_layout.groups(range_) == [(0, 0, 5)]
+    assert flat_layout.groups(bucket) == [(0, 0, 5)]
 
 
 def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
@@ -291,9 +292,9 @@ def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
 def test_an_expanded_tensor_is_its_one_element_repeated():
     base = torch.tensor([[1.0], [2.0]])
     flat_layout = FlatLayout([base.expand(2, 5), torch.tensor(7.0).expand(3)], [None, None])
-    (range_,) = flat_layout.cut(1024)
-    assert flat_layout.pack(range_, flat_layout.new_buffer(range_)).tolist() == [1.0, 2.0, 7.0]
-    flat_layout.unpack(range_, torch.tensor([3.0, 4.0, 8.0]))
+    (bucket,) = flat_layout.cut(1024)
+    assert flat_layout.pack(bucket, flat_layout.new_buffer(bucket)).tolist() == [1.0, 2.0, 7.0]
+    flat_layout.unpack(bucket, torch.tensor([3.0, 4.0, 8.0]))
     assert base.tolist() == [[3.0], [4.0]]
 
 
@@ -301,7 +302,7 @@ def test_slices_of_one_storage_are_all_laid_out():
     storage = torch.arange(12.0)
     flat_layout = FlatLayout([storage[:4], storage[4:8], storage[8:]], [0, 0, 0])
     assert flat_layout.indices == [0, 1, 2]
-    assert torch.equal(flat_layout.pack(Range(0, 0, 12), torch.empty(12)), storage)
+    assert torch.equal(flat_layout.pack(Bucket(0, 0, 12), torch.empty(12)), storage)
 
 
 def test_tensors_without_a_group_each_are_refused():
@@ -318,14 +319,14 @@ def test_cut_covers_every_element_once_in_ranges_no_longer_than_asked_for(made, 
     flat_layout = layout_of(made)
     ranges = flat_layout.cut(max_bytes)
     for index, space in enumerate(spaces_of(made)):
-        own = [range_ for range_ in ranges if range_.space == index]
+        own = [bucket for bucket in ranges if bucket.space == index]
         itemsize = packed_dtype(space[0]).itemsize
         longest = max(1, max_bytes // itemsize)
         length = len(flattened(space))
-        assert [position for range_ in own for position in range(range_.start, range_.stop)] == list(range(length))
-        assert all(0 < len(range_) <= longest for range_ in own)
+        assert [position for bucket in own for position in range(bucket.start, bucket.stop)] == list(range(length))
+        assert all(0 < len(bucket) <= longest for bucket in own)
         assert len(own) == math.ceil(length / longest)
-    assert {range_.space for range_ in ranges} == set(range(len(spaces_of(made))))
+    assert {bucket.space for bucket in ranges} == set(range(len(spaces_of(made))))
 
 
 @quick
@@ -336,33 +337,33 @@ def test_cut_does_not_depend_on_where_tensors_end(sizes, dtype, max_bytes):
     assert many.cut(max_bytes) == one.cut(max_bytes)
     assert many.numel == one.numel == sum(map(len, many.cut(max_bytes)))
     itemsize = 8 if dtype in (torch.float64, torch.complex128) else 4
-    assert all(len(range_) * itemsize <= max_bytes for range_ in many.cut(max_bytes))
+    assert all(len(bucket) * itemsize <= max_bytes for bucket in many.cut(max_bytes))
 
 
 def test_tensor_larger_than_a_range_and_sizes_that_do_not_divide_are_cut_anywhere():
     flat_layout = FlatLayout([torch.arange(7.0), torch.arange(7.0, 10.0)], [0, 0])
     ranges = flat_layout.cut(16)
-    assert [(range_.start, range_.stop) for range_ in ranges] == [(0, 4), (4, 8), (8, 10)]
-    packed = [flat_layout.pack(range_, flat_layout.new_buffer(range_)) for range_ in ranges]
+    assert [(bucket.start, bucket.stop) for bucket in ranges] == [(0, 4), (4, 8), (8, 10)]
+    packed = [flat_layout.pack(bucket, flat_layout.new_buffer(bucket)) for bucket in ranges]
     assert torch.equal(torch.cat(packed), torch.arange(10.0))
 
 
 def test_ranges_are_of_nearly_equal_length():
-    lengths = [len(range_) for range_ in FlatLayout([torch.zeros(1001)], [0]).cut(4 * 1000)]
+    lengths = [len(bucket) for bucket in FlatLayout([torch.zeros(1001)], [0]).cut(4 * 1000)]
     assert lengths == [501, 500]
 
 
 @quick
 @given(st.integers(0, 50), st.integers(1, 200), st.integers(1, 70))
-def test_chunks_of_a_range_are_the_range_in_pieces(start, length, longest):
-    range_ = Range(3, start, start + length)
-    chunks = list(range_.split(longest))
-    assert [position for chunk in chunks for position in range(chunk.start, chunk.stop)] == list(
+def test_tiles_of_a_range_are_the_range_in_pieces(start, length, longest):
+    bucket = Bucket(3, start, start + length)
+    tiles = list(bucket.split(longest))
+    assert [position for tile in tiles for position in range(tile.start, tile.stop)] == list(
         range(start, start + length)
     )
-    assert {chunk.space for chunk in chunks} == {3}
-    assert {len(chunk) for chunk in chunks[:-1]} <= {longest}
-    assert 0 < len(chunks[-1]) <= longest
+    assert {tile.space for tile in tiles} == {3}
+    assert {len(tile) for tile in tiles[:-1]} <= {longest}
+    assert 0 < len(tiles[-1]) <= longest
 
 
 # Parameter groups
@@ -382,15 +383,15 @@ def test_groups_of_a_range_are_its_runs_of_elements_of_one_group(made, data):
             if group is not None:
                 expected.append((group, position, end))
             position = end
-        assert flat_layout.groups(Range(index, start, stop)) == expected
+        assert flat_layout.groups(Bucket(index, start, stop)) == expected
 
 
 def test_runs_of_one_group_are_joined_if_nothing_lies_between_them():
     groups = [0, 0, None, 0, 1, 1, None]
     flat_layout = FlatLayout([torch.zeros(2) for _ in groups], groups)
-    assert flat_layout.groups(Range(0, 0, 14)) == [(0, 0, 4), (0, 6, 8), (1, 8, 12)]
-    assert flat_layout.groups(Range(0, 3, 11)) == [(0, 0, 1), (0, 3, 5), (1, 5, 8)]
-    assert flat_layout.groups(Range(0, 4, 6)) == []
+    assert flat_layout.groups(Bucket(0, 0, 14)) == [(0, 0, 4), (0, 6, 8), (1, 8, 12)]
+    assert flat_layout.groups(Bucket(0, 3, 11)) == [(0, 0, 1), (0, 3, 5), (1, 5, 8)]
+    assert flat_layout.groups(Bucket(0, 4, 6)) == []
 
 
 # Chunks
@@ -402,21 +403,21 @@ def at_most(elements):
 
 @quick
 @given(windows(), st.integers(1, 7), st.data())
-def test_chunks_of_any_length_cover_a_range_once_and_know_its_groups(made, at_once, data):
+def test_tiles_of_any_length_cover_a_range_once_and_know_its_groups(made, at_once, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         for index, space in enumerate(spaces_of(made)):
             start, stop = any_range(data, len(flattened(space)))
-            range_ = Range(index, start, stop)
-            chunks = flat_layout.chunks(range_)
-            assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
-            assert chunks[-1].stop == len(range_)
+            bucket = Bucket(index, start, stop)
+            tiles = flat_layout.tiles(bucket)
+            assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+            assert tiles[-1].stop == len(bucket)
             # What has no flat view is copied whole to get at any of it: not in pieces, then.
-            assert all(len(chunk) <= at_once or (len(chunk._pieces) == 1 and not chunk._dense) for chunk in chunks)
-            in_chunks = [
-                (group, place) for c in chunks for group, a, b in c.runs for place in range(c.start + a, c.start + b)
+            assert all(len(tile) <= at_once or (len(tile._pieces) == 1 and not tile._dense) for tile in tiles)
+            in_tiles = [
+                (group, place) for c in tiles for group, a, b in c.runs for place in range(c.start + a, c.start + b)
             ]
-            assert in_chunks == [(group, place) for group, a, b in flat_layout.groups(range_) for place in range(a, b)]
+            assert in_tiles == [(group, place) for group, a, b in flat_layout.groups(bucket) for place in range(a, b)]
 
 
 @quick
@@ -429,24 +430,24 @@ def test_a_chunk_is_compared_with_values_and_moved_by_them(made, at_once, data):
             groups = [each.group for each in space for _ in range(len(each.places()))]
             start, stop = any_range(data, len(flat))
             expected = flat.clone()
-            for chunk in flat_layout.chunks(Range(index, start, stop)):
-                here = slice(start + chunk.start, start + chunk.stop)
-                values = torch.full((len(chunk),), 3.0, dtype=flat.dtype)
-                assert torch.equal(chunk.difference(values, torch.empty_like(values)), flat[here] - 3.0)
-                chunk.move(mean=values, difference=values + 4.0)
+            for tile in flat_layout.tiles(Bucket(index, start, stop)):
+                here = slice(start + tile.start, start + tile.stop)
+                values = torch.full((len(tile),), 3.0, dtype=flat.dtype)
+                assert torch.equal(tile.difference(values, torch.empty_like(values)), flat[here] - 3.0)
+                tile.move(mean=values, difference=values + 4.0)
                 moved = torch.tensor([group is not None for group in groups[here]])
                 expected[here] = torch.where(moved, flat[here] + 7.0, values)
             assert torch.equal(flattened(space), expected)
 
 
-def test_chunks_are_found_once_and_not_kept_without_end(monkeypatch):
+def test_tiles_are_found_once_and_not_kept_without_end(monkeypatch):
     monkeypatch.setattr(layout, "_REMEMBERED", 3)
     flat_layout = FlatLayout([torch.zeros(10)], [0])
-    first = Range(0, 0, 2)
-    assert flat_layout.chunks(first) is flat_layout.chunks(first)
+    first = Bucket(0, 0, 2)
+    assert flat_layout.tiles(first) is flat_layout.tiles(first)
     for start in range(1, 8):
-        flat_layout.chunks(Range(0, start, start + 2))
-        assert len(flat_layout._chunks) <= 3
+        flat_layout.tiles(Bucket(0, start, start + 2))
+        assert len(flat_layout._tiles) <= 3
 
 
 @quick
@@ -579,7 +580,7 @@ def test_graph_that_saved_a_tensor_still_runs_backward_after_it_was_unpacked(mak
 
     flat_layout = FlatLayout([weight, buffer], [0, None])
     versions = (weight._version, buffer._version)
-    flat_layout.unpack(Range(0, 0, 12), torch.full((12,), 5.0))
+    flat_layout.unpack(Bucket(0, 0, 12), torch.full((12,), 5.0))
 
     assert (weight._version, buffer._version) == versions
     assert weight.tolist() == buffer.tolist() == [[5.0, 5.0]] * 3
@@ -590,7 +591,7 @@ def test_graph_that_saved_a_tensor_still_runs_backward_after_it_was_unpacked(mak
 def test_packing_a_parameter_records_no_history():
     weight = nn.Parameter(torch.ones(4))
     flat_layout = FlatLayout([weight], [0])
-    buffer = flat_layout.pack(Range(0, 0, 4), flat_layout.new_buffer(Range(0, 0, 4)))
+    buffer = flat_layout.pack(Bucket(0, 0, 4), flat_layout.new_buffer(Bucket(0, 0, 4)))
     assert not buffer.requires_grad
     assert weight.requires_grad
     assert weight.is_leaf

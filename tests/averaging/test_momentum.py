@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import LookAhead
+from lightning_adpsgd.averaging.momentum import LookAhead
 
 DELAYS = (1, 2, 4)
 STEPS = (1, 2, 3, 8, 30)

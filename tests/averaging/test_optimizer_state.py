@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adpsgd import LocalSGD
-from lightning_adpsgd.averaging import Workers, forget, share_state, state_at_start
+from lightning_adpsgd.averaging.optimizer_state import forget, share_state, state_at_start
+from lightning_adpsgd.workers.group import WorkerGroup
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -65,7 +66,7 @@ def share(name: str) -> dict:
     pointers = {
         id(value) for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)
     }
-    workers = Workers()
+    workers = WorkerGroup()
     share_state(optimizer, workers, 20)
     kept = {id(value) for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)}
     after = state(optimizer)
@@ -115,7 +116,7 @@ def share_with_gaps() -> dict:
         train(net, optimizer, 3, seed=rank)
         net[0].requires_grad_(True)
     before = state(optimizer)
-    share_state(optimizer, Workers(), 2**20)
+    share_state(optimizer, WorkerGroup(), 2**20)
     return {"before": before, "after": state(optimizer)}
 
 
@@ -139,7 +140,7 @@ def share_laid_out_differently() -> dict:
     if dist.get_rank() == 1:
         momentum = momentum.t().contiguous().t()
     optimizer.state[parameter]["momentum_buffer"] = momentum
-    share_state(optimizer, Workers(), 2**20)
+    share_state(optimizer, WorkerGroup(), 2**20)
     return state(optimizer)
 
 
@@ -153,7 +154,7 @@ def share_what_is_the_same() -> int:
     net = model()
     optimizer = OPTIMIZERS["Adam"](net.parameters())
     train(net, optimizer, 2, seed=dist.get_rank())
-    workers = Workers()
+    workers = WorkerGroup()
     share_state(optimizer, workers, 2**20, {id(v) for entry in optimizer.state.values() for v in entry.values()})
     return workers.payload_bytes
 

@@ -35,8 +35,8 @@ import torch.distributed as dist  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
 from lightning_adpsgd import ADPSGDStrategy, _lightning  # noqa: E402
+from tests.pool import announce, free_port  # noqa: E402
 from tests.training import Classifier, loader  # noqa: E402
-from tests.workers import announce, free_port  # noqa: E402
 
 AT_ONCE = 2
 """How many runs go on side by side where one case is run many times."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tests.workers import PRELOADED, announce, free_port
+from tests.pool import PRELOADED, announce, free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("job.py")

@@ -1,19 +1,12 @@
-import ast
 from fractions import Fraction
-from importlib.util import resolve_name
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import lightning_adpsgd
 from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD
 from lightning_adpsgd.periods.base import Steps, check_int
-
-PACKAGE = Path(lightning_adpsgd.__file__).parent
-LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 quick = settings(deadline=None, max_examples=100)
 
@@ -126,57 +119,3 @@ def test_int_is_taken_if_it_is_large_enough_and_named_otherwise(value, at_least)
         return
     with pytest.raises(ValueError, match=rf"^Owner\(name={value}\): expected an int of at least {at_least}\.$"):
         check_int("Owner", "name", value, at_least=at_least)
-
-
-# What may import what
-
-
-def module_of(path):
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def names_used_by(path):
-    """Dotted names of everything that a file imports, and of every ``torch.something`` that it mentions."""
-    module = module_of(path)
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            origin = resolve_name("." * node.level + (node.module or ""), package)
-            names |= {f"{origin}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            names.add(f"torch.{node.attr}")
-    return names
-
-
-def forbidden_in(part, forbidden):
-    files = sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]
-    assert files
-    return [
-        f"{file.relative_to(PACKAGE)}: {name}"
-        for file in files
-        for name in sorted(names_used_by(file))
-        if any(name == other or name.startswith(f"{other}.") for other in forbidden)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("part", "forbidden"),
-    [
-        ("periods", (*LIGHTNING, "torch.distributed", "lightning_adpsgd.averaging", "lightning_adpsgd.local_sgd")),
-        ("averaging", (*LIGHTNING, "lightning_adpsgd.periods", "lightning_adpsgd.local_sgd")),
-        ("local_sgd.py", (*LIGHTNING, "torch.distributed", "lightning_adpsgd.strategy", "lightning_adpsgd.monitor")),
-        ("monitor.py", ("torch.distributed", "lightning_adpsgd.periods", "lightning_adpsgd.local_sgd")),
-        ("strategy.py", ("torch.distributed", "lightning_adpsgd.monitor")),
-    ],
-)
-def test_part_of_the_package_imports_nothing_it_must_not_know(part, forbidden):
-    assert forbidden_in(part, forbidden) == []
-
-
-def test_workers_is_the_one_file_that_uses_torch_distributed():
-    users = {file.name for file in PACKAGE.rglob("*.py") if forbidden_in(file, ("torch.distributed",))}
-    assert users == {"workers.py"}

@@ -1,4 +1,4 @@
-"""Differences from the last average in 16 bits, on real processes."""
+"""DeltaCodec from the last average in 16 bits, on real processes."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import LocalSGD
-from lightning_adpsgd.averaging import FlatLayout, NodeWorkers, ParameterAverager, Workers
+from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
 
 pytestmark = pytest.mark.workers
 
@@ -52,20 +54,20 @@ def test_without_the_errors_small_parts_would_be_lost(pool):
 
 
 def push_forgetfully() -> dict:
-    from lightning_adpsgd.averaging.transport import Differences
+    from lightning_adpsgd.averaging.codec import DeltaCodec
 
-    send = Differences.send
+    send = DeltaCodec.send
 
-    def forgetting(self: Differences, *args: object) -> tuple:
+    def forgetting(self: DeltaCodec, *args: object) -> tuple:
         for error in self._errors.values():
             error.zero_()
         return send(self, *args)
 
-    Differences.send = forgetting
+    DeltaCodec.send = forgetting
     try:
         return push("bf16", 1.0 + 2.0**-11 + 2.0**-13, 200, 1000.0, False, {})
     finally:
-        Differences.send = send
+        DeltaCodec.send = send
 
 
 def test_what_is_too_large_for_the_type_travels_in_several_rounds(pool):
@@ -120,7 +122,7 @@ def start_apart() -> list[int]:
 
 def settle(kind: str, cycles: list[int]) -> float:
     """How far a round that travels as it is ends from the mean of all changes, after cycles of so many parts."""
-    workers = NodeWorkers(2) if kind == "nodes" else Workers()
+    workers = NodeWorkerGroup(2) if kind == "nodes" else WorkerGroup()
     mine = workers.worker_of(dist.get_rank())
     tensor = torch.zeros(24)
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, torch.bfloat16)

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging import CollectiveError, InFlight, Numbers, Workers
+from lightning_adpsgd.averaging.averager import BucketInFlight
+from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
 from lightning_adpsgd.errors import WorkerLostError
-from lightning_adpsgd.meeting import Call, Meeting, lost
-from lightning_adpsgd.payload import Payload, Payloads
+from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
+from lightning_adpsgd.workers.group import CollectiveError, Numbers, WorkerGroup
 
 Drift = Literal["a period", "at least a period", "less"]
 """For how long everything that a cycle has sent had drifted.
@@ -60,10 +61,10 @@ class _Part(NamedTuple):
     """What is under way of a cycle."""
 
     cycle: _Cycle
-    payload: Payload
-    call: Call
-    meeting: Meeting
-    in_flight: list[InFlight]
+    payload: AveragedTensors
+    call: RankState
+    meeting: Handshake
+    in_flight: list[BucketInFlight]
     step: int
     looked_ahead: bool
     """Whether what was sent is what the part was expected to become."""
@@ -72,12 +73,12 @@ class _Part(NamedTuple):
 class _Before(NamedTuple):
     """What a part held before the step after which it is sent."""
 
-    payload: Payload
+    payload: AveragedTensors
     part: int
     parts: int
     values: list[Tensor]
 
-    def is_of(self, payload: Payload, cycle: _Cycle) -> bool:
+    def is_of(self, payload: AveragedTensors, cycle: _Cycle) -> bool:
         """Whether it is of the next part of a cycle."""
         return self.payload is payload and (self.part, self.parts) == (cycle.sent, cycle.parts)
 
@@ -96,7 +97,7 @@ class Cycles:
     apart while a mean is under way, and the workers' mean moves as it would by itself, whatever they expect, because
     w̄ − (what was sent) adds up to 0 over the workers.
 
-    What the workers state (see :class:`Call`) travels beside each part, and is looked at before anything is adopted.
+    What the workers state (see :class:`RankState`) travels beside each part, and is read before anything is adopted.
     Parts have connections of their own: a worker that is somewhere else instead is met there, and noticed.
 
     Args:
@@ -116,10 +117,10 @@ class Cycles:
         *,
         stagger: bool,
         overlap: int,
-        payloads: Payloads,
-        workers: Workers,
-        carrier: Workers,
-        call: Callable[..., Call],
+        payloads: TensorTracker,
+        workers: WorkerGroup,
+        carrier: WorkerGroup,
+        call: Callable[..., RankState],
         learning_rates: Callable[[], list[float | Tensor]],
         look_ahead: Callable[[int], list[float]],
     ) -> None:
@@ -140,7 +141,7 @@ class Cycles:
         self._cycle: _Cycle | None = None  # the one that is being sent
         self._parts: deque[_Part] = deque()  # under way, oldest first
         self._unsettled: deque[_Cycle] = deque()
-        self._known: Payload | None = None  # what all workers are known to average
+        self._known: AveragedTensors | None = None  # what all workers are known to average
         self._before: _Before | None = None  # of what is sent after the next step
 
     @property
@@ -157,7 +158,7 @@ class Cycles:
         """Take note of a local step."""
         self._steps += 1
 
-    def send(self, step: int, period: int) -> list[Meeting]:
+    def send(self, step: int, period: int) -> list[Handshake]:
         """Send a part if one is due.
 
         Args:
@@ -167,7 +168,7 @@ class Cycles:
         Returns:
             The meetings that were held of parts that had to be adopted for that.
         """
-        held: list[Meeting] = []
+        held: list[Handshake] = []
         if not self._is_due(self._steps, period):
             return held
         parts = period if self.stagger else 1
@@ -187,7 +188,7 @@ class Cycles:
         self._launch(cycle, payload, step)
         return held
 
-    def finish(self, step: int) -> list[Meeting]:
+    def finish(self, step: int) -> list[Handshake]:
         """Send and adopt what is left of a cycle, if all of it has drifted for a period already.
 
         A cycle that began when all workers were the same would otherwise come to nothing where somebody asks for a
@@ -203,7 +204,7 @@ class Cycles:
             Diverged: if some worker has sent what is not finite. Nothing is under way any more then.
         """
         cycle, payload = self._cycle, self._payloads.current()
-        held: list[Meeting] = []
+        held: list[Handshake] = []
         if cycle is None or cycle.drift != "at least a period" or payload is not self._known:
             return held
         self._before = None
@@ -227,7 +228,7 @@ class Cycles:
             part, parts = cycle.sent, cycle.parts
         self._before = _Before(payload, part, parts, payload.averager.keep(part, parts))
 
-    def receive(self, step: int, everything: bool = False) -> tuple[list[Meeting], list[Measured]]:
+    def receive(self, step: int, everything: bool = False) -> tuple[list[Handshake], list[Measured]]:
         """Adopt the means that are due now, and return what was measured in cycles that have ended.
 
         Args:
@@ -263,7 +264,7 @@ class Cycles:
             return True
         return steps - self._sent_at >= period
 
-    def _new_cycle(self, payload: Payload, parts: int, period: int, drift: Drift) -> _Cycle:
+    def _new_cycle(self, payload: AveragedTensors, parts: int, period: int, drift: Drift) -> _Cycle:
         return _Cycle(
             parts=parts,
             delay=min(self.overlap, period - 1),
@@ -272,11 +273,11 @@ class Cycles:
             deviations=torch.zeros(payload.averager.groups, dtype=torch.float64, device=self._carrier.device),
         )
 
-    def _make_known(self, payload: Payload, period: int) -> None:
+    def _make_known(self, payload: AveragedTensors, period: int) -> None:
         """Compare what is averaged, which is new, before parts of different sizes can meet."""
         payload.take_over()
         call = self._call("a change of what is averaged", "period", period, **payload.stated)
-        meeting = Meeting(self._workers, call).hold()
+        meeting = Handshake(self._workers, call).hold()
         meeting.check_tensors(
             "The workers do not average the same tensors.",
             lambda: self._payloads.describe(payload.layout, payload.tensors),
@@ -284,7 +285,7 @@ class Cycles:
         payload.agree(meeting.know_the_same)
         self._known = payload
 
-    def _launch(self, cycle: _Cycle, payload: Payload, step: int) -> None:
+    def _launch(self, cycle: _Cycle, payload: AveragedTensors, step: int) -> None:
         call = self._call("a part of an averaging round", "period", cycle.period)
         ahead = self._ahead(cycle.delay)
         before = self._before
@@ -293,13 +294,13 @@ class Cycles:
             in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
         except CollectiveError as error:
             raise self._lost(call, error) from error
-        meeting = Meeting(self._workers, call._replace(finite=finite))
+        meeting = Handshake(self._workers, call._replace(finite=finite))
         self._parts.append(_Part(cycle, payload, call, meeting, in_flight, self._steps, values is not None))
         cycle.sent += 1
         cycle.step = step
         self._sent_at = self._steps
 
-    def _adopt(self, step: int, everything: bool = False) -> list[Meeting]:
+    def _adopt(self, step: int, everything: bool = False) -> list[Handshake]:
         held = []
         for part in self._parts:
             if self._steps - part.step >= -(-part.cycle.delay // 2):
@@ -367,7 +368,7 @@ class Cycles:
             raise self._lost(part.call, error) from error
         raise Diverged
 
-    def _lost(self, call: Call, error: CollectiveError) -> WorkerLostError:
+    def _lost(self, call: RankState, error: CollectiveError) -> WorkerLostError:
         """Say that a worker is gone, unless it is known already that it has gone because workers disagree."""
         for part in self._parts:
             part.meeting.look()

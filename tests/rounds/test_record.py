@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_adpsgd import AveragingRound
-from lightning_adpsgd.averaging import TRIGGERS, Trigger, ring_bytes
+from lightning_adpsgd.rounds.record import TRIGGERS, Trigger, ring_bytes
 
 quick = settings(deadline=None, max_examples=100)
 

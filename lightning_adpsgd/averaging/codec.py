@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.layout import FlatLayout, Range, hash48
-from lightning_adpsgd.averaging.workers import Reduction, Workers
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, hash48
+from lightning_adpsgd.workers.group import Reduction, WorkerGroup
 
 
-class Differences:
+class DeltaCodec:
     """Sends what has changed since the last average, rounded to 16 bits, and what rounding cut off the next time.
 
     All workers know the last average w̄. Worker i sends q_i = Q((w_i − w̄ + e_i) / n) and keeps the error of rounding,
@@ -47,9 +47,9 @@ class Differences:
         """A 48-bit hash of the elements of which the last average is known; workers have to agree on it."""
         return hash48(repr(self._unknown).encode())
 
-    def knows(self, range_: Range) -> bool:
+    def knows(self, bucket: Bucket) -> bool:
         """Whether the last average of a whole range is known. If not, the range has to travel as it is."""
-        return range_.space in self._spaces and not any(range_.overlaps(unknown) for unknown in self._unknown)
+        return bucket.space in self._spaces and not any(bucket.overlaps(unknown) for unknown in self._unknown)
 
     def start(self) -> None:
         """Take what the tensors hold now, which is the same on all workers, for the last average."""
@@ -62,7 +62,7 @@ class Differences:
         """Take note that workers do not know the same average: everything travels as it is once."""
         self._unknown = [*self._spaces.values()]
 
-    def take_over(self, other: "Differences", places: Iterable[tuple[Range, Range]]) -> None:
+    def take_over(self, other: "DeltaCodec", places: Iterable[tuple[Bucket, Bucket]]) -> None:
         """Go on from what another layout's average and errors were.
 
         Args:
@@ -77,37 +77,37 @@ class Differences:
                     self._note_known(now)
         self.owes = other.owes
 
-    def send(self, range_: Range, values: Tensor, workers: Workers) -> tuple[Reduction, Tensor]:
+    def send(self, bucket: Bucket, values: Tensor, workers: WorkerGroup) -> tuple[Reduction, Tensor]:
         """Begin to find out the average's change from the workers' ``values`` of a range.
 
         Returns:
             What is under way, and what rounding cuts off of it, for :meth:`receive`; in the storage of ``values``.
         """
         self.owes = True
-        average, error = self._of(range_)
+        average, error = self._of(bucket)
         change = values.sub_(average).add_(error).div_(workers.count)
         rounded = self._rounded(change)
         cut_off = change.sub_(rounded).mul_(workers.count)
         round_sum = partial(self._round_sum, cut_off, workers.count)
         return workers.sum_rounded(rounded, round_sum, average.dtype, cut_off), cut_off
 
-    def receive(self, range_: Range, change: Tensor, cut_off: Tensor) -> Tensor:
+    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor) -> Tensor:
         """The new average of a range, as a buffer of its own."""
-        average, error = self._of(range_)
+        average, error = self._of(bucket)
         error.copy_(cut_off)
         return average.add_(change).clone()
 
-    def owed(self, range_: Range) -> Tensor | None:
+    def owed(self, bucket: Bucket) -> Tensor | None:
         """What values that are about to travel as they are have not told yet: to be added to them."""
-        return self._of(range_)[1] if range_.space in self._spaces else None
+        return self._of(bucket)[1] if bucket.space in self._spaces else None
 
-    def note(self, range_: Range, mean: Tensor) -> None:
+    def note(self, bucket: Bucket, mean: Tensor) -> None:
         """Take note of an average that travelled as it is."""
-        if range_.space in self._spaces:
-            average, error = self._of(range_)
+        if bucket.space in self._spaces:
+            average, error = self._of(bucket)
             average.copy_(mean)
             error.zero_()
-            self._note_known(range_)
+            self._note_known(bucket)
 
     def note_all(self) -> None:
         """Take note that everything has travelled as it is."""
@@ -122,9 +122,9 @@ class Differences:
         largest = torch.finfo(self.dtype).max
         return values.clamp(-largest, largest).to(self.dtype)  # what is cut off here travels later, too
 
-    def _note_known(self, range_: Range) -> None:
-        self._unknown = [rest for unknown in self._unknown for rest in unknown.without(range_)]
+    def _note_known(self, bucket: Bucket) -> None:
+        self._unknown = [rest for unknown in self._unknown for rest in unknown.without(bucket)]
 
-    def _of(self, range_: Range) -> tuple[Tensor, Tensor]:
-        here = slice(range_.start, range_.stop)
-        return self._averages[range_.space][here], self._errors[range_.space][here]
+    def _of(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        here = slice(bucket.start, bucket.stop)
+        return self._averages[bucket.space][here], self._errors[bucket.space][here]

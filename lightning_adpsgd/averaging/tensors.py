@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging import FlatLayout, Order, ParameterAverager, Range, Workers, has_mean
-from lightning_adpsgd.meeting import Described
+from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Order, has_mean
+from lightning_adpsgd.rounds.handshake import Described
+from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class _Member(NamedTuple):
@@ -32,7 +34,7 @@ def _places(tensors: list[Tensor]) -> list[_Place]:
     return [(id(tensor), tensor.data_ptr(), tensor.stride(), tensor.numel()) for tensor in tensors]
 
 
-class Payload:
+class AveragedTensors:
     """The tensors of a round, and the machinery built for them.
 
     Args:
@@ -41,7 +43,7 @@ class Payload:
         before: what was averaged before it.
     """
 
-    def __init__(self, members: list[_Member], averager: ParameterAverager, before: "Payload | None") -> None:
+    def __init__(self, members: list[_Member], averager: ParameterAverager, before: "AveragedTensors | None") -> None:
         self.layout = averager.layout
         self.averager = averager
         self._members = members
@@ -120,7 +122,7 @@ class Payload:
 
     @property
     def stated(self) -> dict[str, int]:
-        """What workers state of it when they meet (see :class:`Call`)."""
+        """What workers state of it when they meet (see :class:`RankState`)."""
         differences = self.averager.differences
         known = 0 if differences is None else differences.fingerprint
         return {"fingerprint": self.layout.fingerprint, "known": known}
@@ -135,21 +137,21 @@ class Payload:
         """What was laid out, by what it is known by."""
         laid_out = zip(self.layout.indices, self.layout.signature, self.layout.places, strict=True)
         return {
-            self._members[index].key: _Entry(range_, (dtype, shape), cast(Order, order))
-            for index, (dtype, shape, _, order), range_ in laid_out
+            self._members[index].key: _Entry(bucket, (dtype, shape), cast(Order, order))
+            for index, (dtype, shape, _, order), bucket in laid_out
         }
 
 
 class _Entry(NamedTuple):
     """Where a tensor was laid out."""
 
-    range: Range
+    range: Bucket
     kind: tuple[object, object]
     """Its dtype and shape."""
     order: Order
 
 
-class Payloads:
+class TensorTracker:
     """Knows what a round averages, and builds that anew when parameter groups or ``requires_grad`` have changed.
 
     Args:
@@ -170,11 +172,11 @@ class Payloads:
         *,
         buffers_of: nn.Module | None,
         names_of: nn.Module | None,
-        workers: Workers,
+        workers: WorkerGroup,
         bucket_bytes: int,
         exclude_buffers: Sequence[str] = (),
         reduce_dtype: torch.dtype | None = None,
-        owners: "MutableMapping[int, tuple[Payloads, nn.Parameter]] | None" = None,
+        owners: "MutableMapping[int, tuple[TensorTracker, nn.Parameter]] | None" = None,
     ) -> None:
         # Configuration
         self._optimizer = optimizer
@@ -187,13 +189,13 @@ class Payloads:
         self._owners = owners
 
         # State
-        self._latest: Payload | None = None
+        self._latest: AveragedTensors | None = None
         self._stepped: dict[int, nn.Parameter] = {}
         self._not_stepped: list[nn.Parameter] = []
         self._counted = 0
         self._included: dict[tuple[nn.Module, str], bool] = {}
         self._steps = 0  # since all workers were the same
-        self._owned_by_others: dict[int, tuple[Payloads, nn.Parameter]] = {}
+        self._owned_by_others: dict[int, tuple[TensorTracker, nn.Parameter]] = {}
         self.moved_by_others = False
         """Whether an optimizer that has left a parameter to this one has stepped since all workers were the same."""
         self.note_averaged()
@@ -203,7 +205,7 @@ class Payloads:
         for group in self._optimizer.param_groups:
             yield from group["params"]
 
-    def current(self) -> Payload:
+    def current(self) -> AveragedTensors:
         """What a round averages now, where it is now."""
         tensors, groups = self._found()
         before = self._latest
@@ -226,11 +228,11 @@ class Payloads:
             )
             group_count = len(self._optimizer.param_groups)
             averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes, self._reduce_dtype)
-            self._latest = Payload(members, averager, before)
+            self._latest = AveragedTensors(members, averager, before)
         assert self._latest is not None
         return self._latest
 
-    def rebind(self, payload: Payload) -> None:
+    def rebind(self, payload: AveragedTensors) -> None:
         """Find the elements of a payload, which may not be the current one any more, where they are now."""
         if payload is not self.current():
             payload.rebind({} if self._buffers_of is None else dict(averaged_buffers(self._buffers_of)))
@@ -240,7 +242,7 @@ class Payloads:
         """Whether workers still owe each other what rounding has cut off."""
         return self._latest is not None and getattr(self._latest.averager.differences, "owes", False)
 
-    def start_from_the_same(self) -> None:
+    def mark_synchronized(self) -> None:
         """Take note that what is averaged is the same on all workers."""
         self.current().start()
 

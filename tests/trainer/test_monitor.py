@@ -15,9 +15,9 @@ from matplotlib.image import imread
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_adpsgd.monitor
+import lightning_adpsgd.trainer.monitor
 from lightning_adpsgd import ADPSGDStrategy, AveragingRound, CommunicationMonitor
-from lightning_adpsgd.monitor import draw
+from lightning_adpsgd.trainer.monitor import draw
 
 METRICS = {
     "adpsgd/variance",
@@ -498,7 +498,7 @@ def test_empty_prefix_is_refused():
 
 
 def test_plot_without_matplotlib_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(lightning_adpsgd.monitor, "find_spec", lambda name: None)
+    monkeypatch.setattr(lightning_adpsgd.trainer.monitor, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"plot=True.*pip install matplotlib.*plot=False"):
         CommunicationMonitor(plot=True)
     assert CommunicationMonitor(plot=False).plot is False

@@ -32,7 +32,14 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_adpsgd._lightning import (
+from lightning_adpsgd.averaging.layout import hash48
+from lightning_adpsgd.averaging.tensors import averaged_buffers
+from lightning_adpsgd.errors import WorkerLostError
+from lightning_adpsgd.local_sgd import LocalSGD, SignalFlags
+from lightning_adpsgd.periods import AveragingPeriod
+from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, check_module, naming_lost_workers
+from lightning_adpsgd.rounds.record import AveragingRound, Trigger
+from lightning_adpsgd.trainer.compat import (
     REQUEUE,
     SIGTERM,
     DeferredSignals,
@@ -51,7 +58,7 @@ from lightning_adpsgd._lightning import (
     validates_by_the_clock,
     wrap_for_gradients_of,
 )
-from lightning_adpsgd.arguments import (
+from lightning_adpsgd.validation import (
     as_period,
     check_backend,
     check_bucket_size,
@@ -69,12 +76,7 @@ from lightning_adpsgd.arguments import (
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.averaging import AveragingRound, NodeWorkers, Trigger, Workers, closed_at_exit, hash48
-from lightning_adpsgd.errors import WorkerLostError
-from lightning_adpsgd.local_sgd import LocalSGD, Notice
-from lightning_adpsgd.meeting import KINDS, Call, Kind, Meeting, check_module, naming_lost_workers
-from lightning_adpsgd.payload import averaged_buffers
-from lightning_adpsgd.periods import AveragingPeriod
+from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup, closed_at_exit
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
@@ -188,13 +190,13 @@ class ADPSGDStrategy(DDPStrategy):
 
         # State of one fit
         self._early_listeners: list[Callable[[AveragingRound], None]] = []
-        self._workers: Workers | None = None
-        self._carriers: list[Workers] = []
-        self._node_workers: NodeWorkers | None = None
+        self._workers: WorkerGroup | None = None
+        self._carriers: list[WorkerGroup] = []
+        self._node_workers: NodeWorkerGroup | None = None
         self._local_sgd: list[LocalSGD] = []
         self._wrapped_for: set[int] = set()
         self._fitted: Module | None = None
-        self._notice = Notice()
+        self._notice = SignalFlags()
         self._signals: DeferredSignals | None = None
         self._fitting = False
         self._step_hooks: list[RemovableHandle] = []
@@ -265,7 +267,7 @@ class ADPSGDStrategy(DDPStrategy):
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
         self._workers = self._new_workers()
-        self._workers.forget_word()
+        self._workers.clear_status()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
         if self._workers.size > 1:
@@ -289,14 +291,18 @@ class ADPSGDStrategy(DDPStrategy):
         """
         assert self.model is not None
         sync_module_states(self.model)
-        if isinstance(self._workers, NodeWorkers) and self._workers.size > 1:
+        if isinstance(self._workers, NodeWorkerGroup) and self._workers.size > 1:
             self._wrap(self._workers)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Wrap again where layers have been frozen or unfrozen: a wrapper knows those that were trained at first."""
         super().on_train_batch_start(batch, batch_idx)
-        if isinstance(self._workers, NodeWorkers) and self._workers.size > 1 and self._trained() != self._wrapped_for:
+        if (
+            isinstance(self._workers, NodeWorkerGroup)
+            and self._workers.size > 1
+            and self._trained() != self._wrapped_for
+        ):
             self.meet("a change of what is trained")
             self._wrap(self._workers)
 
@@ -310,7 +316,7 @@ class ADPSGDStrategy(DDPStrategy):
             return  # the latter was lost by the others as well, and has been told
         steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._workers.leave_word(f"had failed at {steps or 'setup'}: {what}", failed=True)
+        self._workers.post_status(f"had failed at {steps or 'setup'}: {what}", failed=True)
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             _log.error(f"Rank {self.global_rank} failed at {steps or 'setup'}: {what}")
 
@@ -345,7 +351,7 @@ class ADPSGDStrategy(DDPStrategy):
             total_steps = self._workers.broadcast_object(total_steps, 0)
         for local_sgd in self._local_sgd:
             local_sgd.setup(total_steps)
-            local_sgd.start_from_the_same()
+            local_sgd.mark_synchronized()
 
     def on_training_begins(self) -> None:
         """Put off what looks at the clock at every batch."""
@@ -366,7 +372,7 @@ class ADPSGDStrategy(DDPStrategy):
         """Leave word for ranks that go on, although they should have ended too."""
         if self._workers is not None:
             steps = ", ".join(f"step {local_sgd.steps}" for local_sgd in self._local_sgd)
-            self._workers.leave_word(f"had ended training at {steps}")
+            self._workers.post_status(f"had ended training at {steps}")
 
     # Local steps and rounds
 
@@ -453,7 +459,7 @@ class ADPSGDStrategy(DDPStrategy):
         self._warn_of_communication()
         hook = None if self.lightning_module is None else current_hook(self.lightning_module)
         step = sum(local_sgd.steps for local_sgd in self._local_sgd)
-        Meeting(self._workers, Call(KINDS.index(kind), step), f"`{hook}`" if hook else "").hold()
+        Handshake(self._workers, RankState(KINDS.index(kind), step), f"`{hook}`" if hook else "").hold()
 
     def act_on_notice(self) -> int:
         """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
@@ -553,7 +559,7 @@ class ADPSGDStrategy(DDPStrategy):
             return
         for local_sgd, saved in zip(self._local_sgd, state["optimizers"], strict=False):
             local_sgd.load_state_dict(saved)
-            local_sgd.start_from_the_same()
+            local_sgd.mark_synchronized()
         count = self._local_sgd[0].workers.count if self._local_sgd else state["workers"]
         if state["workers"] != count:
             rank_zero_warn(
@@ -586,7 +592,7 @@ class ADPSGDStrategy(DDPStrategy):
 
     # Details
 
-    def _set_up_fit(self, trainer: "pl.Trainer", workers: Workers) -> None:
+    def _set_up_fit(self, trainer: "pl.Trainer", workers: WorkerGroup) -> None:
         assert self.lightning_module is not None
         self._fitting = True
         if any(isinstance(module, SyncBatchNorm) for module in self.lightning_module.modules()):
@@ -595,7 +601,7 @@ class ADPSGDStrategy(DDPStrategy):
                 " averaging rarely is to save. Leave out Trainer(sync_batchnorm=True): running statistics are averaged"
                 " in each round."
             )
-        self._notice = Notice()
+        self._notice = SignalFlags()
         self._signals = DeferredSignals(trainer, self._raise_notice)
         self._signals.install()
         callbacks_of(trainer).insert(0, self._first_callback)
@@ -620,20 +626,20 @@ class ADPSGDStrategy(DDPStrategy):
         if len(previous) == len(self._local_sgd):
             for local_sgd, former in zip(self._local_sgd, previous, strict=True):
                 local_sgd.load_state_dict(former.state_dict())
-                local_sgd.start_from_the_same()
+                local_sgd.mark_synchronized()
 
-    def _new_workers(self) -> Workers:
+    def _new_workers(self) -> WorkerGroup:
         if self._worker == "device":
-            return Workers(device=self.root_device)
-        with naming_lost_workers(Workers(device=self.root_device), "finding out about nodes"):
+            return WorkerGroup(device=self.root_device)
+        with naming_lost_workers(WorkerGroup(device=self.root_device), "finding out about nodes"):
             if self._node_workers is None:
                 self._node_workers = self._new_node_workers()
             self._node_workers.open()
         return self._node_workers
 
-    def _new_node_workers(self) -> NodeWorkers:
+    def _new_node_workers(self) -> NodeWorkerGroup:
         """The nodes as workers, as the Trainer was told and the cluster has placed the ranks."""
-        everybody = Workers(device=self.root_device)
+        everybody = WorkerGroup(device=self.root_device)
         places = everybody.table([self.node_rank, self.local_rank]).long().tolist()
         nodes = [node for node, _ in places]
         sizes = {node: nodes.count(node) for node in sorted(set(nodes))}
@@ -652,9 +658,9 @@ class ADPSGDStrategy(DDPStrategy):
                 " trains as DDP does, with a gradient all-reduce at every step. For workers inside of a node leave out"
                 ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
             )
-        return NodeWorkers(ranks_per_node, self.root_device)
+        return NodeWorkerGroup(ranks_per_node, self.root_device)
 
-    def _wrap(self, workers: NodeWorkers) -> None:
+    def _wrap(self, workers: NodeWorkerGroup) -> None:
         self._wrapped_for = self._trained()
         wrap_for_gradients_of(self, workers.node)
 
@@ -663,7 +669,7 @@ class ADPSGDStrategy(DDPStrategy):
         assert self.lightning_module is not None
         return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
 
-    def _new_local_sgd(self, workers: Workers) -> list[LocalSGD]:
+    def _new_local_sgd(self, workers: WorkerGroup) -> list[LocalSGD]:
         owners: dict[int, Any] = {}
         return [
             LocalSGD(
@@ -689,7 +695,7 @@ class ADPSGDStrategy(DDPStrategy):
             if optimizer.param_groups  # Lightning stands in for an optimizer where configure_optimizers returns none
         ]
 
-    def _carrier_of(self, index: int, workers: Workers) -> Workers | None:
+    def _carrier_of(self, index: int, workers: WorkerGroup) -> WorkerGroup | None:
         """Connections for what travels while training goes on, until the end of this fit; one set per optimizer.
 
         Where ranks step their optimizers in different orders, parts of different sizes would meet on shared ones, for
@@ -699,7 +705,7 @@ class ADPSGDStrategy(DDPStrategy):
             return None
         while len(self._carriers) <= index:
             with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
-                self._carriers.append(workers.on_connections_of_their_own())
+                self._carriers.append(workers.new_async_group())
         return self._carriers[index]
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -863,7 +869,7 @@ def _check_materialized(module: Module) -> None:
         )
 
 
-def _warn_of_uneven_loaders(trainer: "pl.Trainer", workers: Workers) -> None:
+def _warn_of_uneven_loaders(trainer: "pl.Trainer", workers: WorkerGroup) -> None:
     batches = workers.table([min(trainer.num_training_batches, 2**52)])[:, 0].long().tolist()
     if len(set(batches)) > 1:
         each = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(batches))

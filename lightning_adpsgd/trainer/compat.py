@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_adpsgd.averaging import Workers, has_mean
+from lightning_adpsgd.averaging.layout import has_mean
+from lightning_adpsgd.workers.group import WorkerGroup
 
 # Bits of a notice
 SIGTERM = 1
@@ -146,10 +147,10 @@ def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> 
         strategy.model = strategy._setup_model(strategy.model)
 
 
-_failed: "list[tuple[pl.strategies.DDPStrategy, Workers, BaseException]]" = []
+_failed: "list[tuple[pl.strategies.DDPStrategy, WorkerGroup, BaseException]]" = []
 
 
-def end_others_at_exit(strategy: "pl.strategies.DDPStrategy", workers: Workers, exception: BaseException) -> None:
+def end_others_at_exit(strategy: "pl.strategies.DDPStrategy", workers: WorkerGroup, exception: BaseException) -> None:
     """After a failure on this rank: if the process ends because of it, see that the others do not wait for it.
 
     Lightning leaves the processes that its launcher has started to themselves. They find out in their next collective,
@@ -176,7 +177,7 @@ def _end_others() -> None:
             # Lightning's own watch would kill this process, with another exit code, as soon as a child has ended.
             vars(thread)["_run"] = _nothing_to_observe
     for strategy, workers, _ in _failed:
-        workers.hang_up()
+        workers.abort()
         workers.stay(seconds=_SECONDS_TO_STAY)
         started = getattr(strategy.launcher, "procs", None) or []
         deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS

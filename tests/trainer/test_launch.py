@@ -42,4 +42,4 @@ def test_a_name_starts_its_processes_and_returns_the_average(tmp_path, name):
     assert done.returncode == 0, done.stderr
     first, second, after = ((tmp_path / name).read_text() for name in ("rank0", "rank1", "after"))
     assert first == second == after
-    assert "lightning_adpsgd.strategy.ADPSGDStrategy" in done.stdout
+    assert "lightning_adpsgd.trainer.strategy.ADPSGDStrategy" in done.stdout

@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging import TRIGGERS, CollectiveError, Share, Workers, hash48
+from lightning_adpsgd.averaging.layout import hash48
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
+from lightning_adpsgd.rounds.record import TRIGGERS
+from lightning_adpsgd.workers.group import CollectiveError, Contribution, WorkerGroup
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class Call(NamedTuple):
+class RankState(NamedTuple):
     """What one worker states; all of it are numbers that a float64 holds exactly.
 
     The same number of them for every kind of meeting: collectives of different sizes that meet would end a process.
@@ -85,7 +87,7 @@ class Call(NamedTuple):
         return KINDS[int(self.kind)] == "a part of an averaging round"
 
 
-class Meeting:
+class Handshake:
     """The calls of all workers for one thing that they do together. They are sent at once, and read when it is held.
 
     Args:
@@ -94,15 +96,15 @@ class Meeting:
         where: what this worker is doing, for error messages.
     """
 
-    def __init__(self, workers: Workers, call: Call, where: str = "") -> None:
+    def __init__(self, workers: WorkerGroup, call: RankState, where: str = "") -> None:
         self._workers = workers
         self._call = call
         self._where = where
-        self.calls: list[Call] = []
+        self.calls: list[RankState] = []
         with naming_lost_workers(workers, call):
             self._table = workers.launch_table(call)
 
-    def hold(self) -> "Meeting":
+    def hold(self) -> "Handshake":
         """Wait for everybody's call.
 
         Raises:
@@ -119,7 +121,7 @@ class Meeting:
             self._read()
 
     def _read(self) -> None:
-        self.calls = [Call(*row) for row in self._table.wait().tolist()]
+        self.calls = [RankState(*row) for row in self._table.wait().tolist()]
         if len({(c.kind, c.step, c.trigger, c.optimizer, c.period) for c in self.calls}) > 1:
             raise WorkersDisagreeError(self._different_places())
 
@@ -161,11 +163,11 @@ class Meeting:
         return {self._workers.worker_of(rank) for rank in self.diverged}
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Contribution:
         """What this worker contributes to the mean over those whose parameters are finite."""
         diverged = self.diverged_workers
         contributes = self._workers.worker_of(self._workers.rank) not in diverged
-        return Share(self._workers.count - len(diverged), contributes)
+        return Contribution(self._workers.count - len(diverged), contributes)
 
     @property
     def notice(self) -> int:
@@ -189,7 +191,7 @@ class Meeting:
 
 
 @contextmanager
-def naming_lost_workers(workers: Workers, what: Call | str) -> Iterator[None]:
+def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator[None]:
     """Where workers do together what cannot be done without each of them: if one is missing, name it.
 
     Args:
@@ -205,7 +207,7 @@ def naming_lost_workers(workers: Workers, what: Call | str) -> Iterator[None]:
         raise lost(workers, what, error) from error
 
 
-def lost(workers: Workers, call: Call | str, error: CollectiveError) -> WorkerLostError:
+def lost(workers: WorkerGroup, call: RankState | str, error: CollectiveError) -> WorkerLostError:
     """Say what could not be finished, and find out whose fault it was.
 
     Args:
@@ -216,8 +218,8 @@ def lost(workers: Workers, call: Call | str, error: CollectiveError) -> WorkerLo
     failed = f"Rank {workers.rank} could not finish {call}: {error}"
     # At once, because a launcher that notices first ends this process without a word.
     _log.error(failed)
-    workers.leave_word(f"could not finish {call}", failed=True)
-    workers.hang_up()  # others may be waiting for this worker
+    workers.post_status(f"could not finish {call}", failed=True)
+    workers.abort()  # others may be waiting for this worker
     words, answered = workers.words(seconds=_ROLL_CALL_SECONDS)
     workers.stay(seconds=_STAY_SECONDS)
     told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
@@ -231,7 +233,7 @@ def lost(workers: Workers, call: Call | str, error: CollectiveError) -> WorkerLo
     )
 
 
-def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:
+def difference(workers: WorkerGroup, what: str, mine: Sequence[Described]) -> str:
     """Say where the workers' tensors differ, once it is known that they do; all workers have to ask.
 
     Args:
@@ -258,7 +260,7 @@ def difference(workers: Workers, what: str, mine: Sequence[Described]) -> str:
     )
 
 
-def check_module(workers: Workers, module: nn.Module) -> None:
+def check_module(workers: WorkerGroup, module: nn.Module) -> None:
     """Make sure that all workers have built the same module, before one worker's weights go to all.
 
     Raises:
@@ -270,7 +272,7 @@ def check_module(workers: Workers, module: nn.Module) -> None:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     fingerprint = hash48(repr(_nameless(mine)).encode())
-    meeting = Meeting(workers, Call(KINDS.index("the setup"), 0, fingerprint=fingerprint)).hold()
+    meeting = Handshake(workers, RankState(KINDS.index("the setup"), 0, fingerprint=fingerprint)).hold()
     meeting.check_tensors("The workers have built different models.", lambda: mine)
 
 

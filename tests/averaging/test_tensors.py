@@ -157,7 +157,7 @@ def know_apart(options: dict) -> list[float]:
     parameter = nn.Parameter(torch.full((300,), float(dist.get_rank())))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 2, reduce_dtype="bf16", **options)
     if dist.get_rank() == 0:
-        local_sgd.start_from_the_same()
+        local_sgd.mark_synchronized()
     for _ in range(8):
         parameter.grad = torch.full_like(parameter, -1.0 - dist.get_rank())
         local_sgd.optimizer.step()

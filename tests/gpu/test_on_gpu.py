@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adpsgd import LocalSGD, Workers
-from lightning_adpsgd.averaging import CollectiveError, Stopwatch
-from lightning_adpsgd.averaging.workers import HostRows
+from lightning_adpsgd import LocalSGD, WorkerGroup
+from lightning_adpsgd.rounds.stopwatch import Stopwatch
+from lightning_adpsgd.workers.group import CollectiveError, HostRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ LONG = 2 * 10**9
 
 
 def numbers_and_rows() -> dict:
-    workers = Workers(device=DEVICE)
+    workers = WorkerGroup(device=DEVICE)
     rank = torch.tensor(float(workers.rank), device=DEVICE)
     tables = [workers.launch_table([rank, step, rank * step]) for step in range(50)]
     torch.cuda._sleep(LONG // 10)
@@ -61,9 +61,9 @@ def test_seconds_are_the_devices_and_counted_once():
 
 
 def wait_for_one_that_has_failed() -> str:
-    workers, event = Workers(device=DEVICE), torch.cuda.Event()
+    workers, event = WorkerGroup(device=DEVICE), torch.cuda.Event()
     if workers.rank == 1:
-        workers.leave_word("had failed at step 2: ValueError: boom", failed=True)
+        workers.post_status("had failed at step 2: ValueError: boom", failed=True)
         return ""
     torch.cuda._sleep(10 * LONG)
     event.record()
@@ -81,7 +81,7 @@ def train(options: dict) -> dict:
     model = nn.Linear(64, 64).to(DEVICE)
     rate = torch.tensor(0.01, device=DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, capturable=True)
-    local_sgd = LocalSGD(optimizer, 4, module=model, total_steps=40, workers=Workers(device=DEVICE), **options)
+    local_sgd = LocalSGD(optimizer, 4, module=model, total_steps=40, workers=WorkerGroup(device=DEVICE), **options)
     local_sgd.broadcast()
     rounds: list[Any] = []
     local_sgd.subscribe(rounds.append)
@@ -103,7 +103,7 @@ def test_ranks_on_one_gpu_end_with_the_same_weights_and_rates_that_are_tensors_a
 
 
 def fail_on_the_device() -> tuple[str, str]:
-    workers = Workers(device=DEVICE)
+    workers = WorkerGroup(device=DEVICE)
     torch.zeros(3, device=DEVICE)[torch.tensor([5], device=DEVICE)]
     try:
         workers.launch_table([1.0]).wait()

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_adpsgd.arguments import check_flag, check_prefix, given, type_of
-from lightning_adpsgd.averaging.round import TRIGGERS, AveragingRound, ring_bytes
+from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
+from lightning_adpsgd.validation import check_flag, check_prefix, given, type_of
 
 
 class CommunicationMonitor(Callback):

@@ -11,17 +11,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor
-from lightning_adpsgd.averaging import FlatLayout, NodeWorkers, ParameterAverager, Share
+from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.workers.group import Contribution, NodeWorkerGroup
 from tests.training import Classifier, fit, floats, identical, loader, weights
 
 pytestmark = pytest.mark.workers
 
 
 def average_over_nodes(length: int, dropped: bool) -> dict:
-    workers = NodeWorkers(2)
+    workers = NodeWorkerGroup(2)
     node = workers.worker_of(workers.rank)
     tensor = torch.arange(length, dtype=torch.float32) * (node + 1)
-    share = Share(1, node == 0) if dropped else None
+    share = Contribution(1, node == 0) if dropped else None
     before = workers.payload_bytes
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 40)
     deviation = averager.average(share)

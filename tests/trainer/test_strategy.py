@@ -452,12 +452,12 @@ def test_the_rule_is_told_how_many_optimizer_steps_there_will_be(pool, options, 
 
 
 def total_steps_that_differ() -> int | None:
-    original = lightning_adpsgd.strategy._total_steps
-    lightning_adpsgd.strategy._total_steps = lambda trainer: original(trainer) + 100 * trainer.global_rank
+    original = lightning_adpsgd.trainer.strategy._total_steps
+    lightning_adpsgd.trainer.strategy._total_steps = lambda trainer: original(trainer) + 100 * trainer.global_rank
     try:
         return known_total_steps({"max_epochs": 3})
     finally:
-        lightning_adpsgd.strategy._total_steps = original
+        lightning_adpsgd.trainer.strategy._total_steps = original
 
 
 @pytest.mark.workers

@@ -10,15 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adpsgd import Workers
-from lightning_adpsgd.averaging import CollectiveError, Reduction
-from lightning_adpsgd.averaging.workers import HostRows, Patience
+from lightning_adpsgd import WorkerGroup
+from lightning_adpsgd.workers.group import CollectiveError, HostRows, Patience, Reduction
 
 pytestmark = pytest.mark.workers
 
 
 def mean_of_ranks() -> dict:
-    workers = Workers()
+    workers = WorkerGroup()
     buffer = torch.arange(5.0) * (workers.rank + 1)
     storage = buffer.data_ptr()
     result = workers.mean_(buffer).wait()
@@ -47,7 +46,7 @@ def test_every_byte_put_into_a_collective_is_counted(pool):
 
 def largest_values() -> torch.Tensor:
     largest = torch.finfo(torch.float32).max
-    return Workers().mean_(torch.full((3,), largest)).wait() / largest
+    return WorkerGroup().mean_(torch.full((3,), largest)).wait() / largest
 
 
 def test_mean_of_the_largest_numbers_does_not_overflow(pool):
@@ -57,7 +56,7 @@ def test_mean_of_the_largest_numbers_does_not_overflow(pool):
 
 def table_of_ranks() -> torch.Tensor:
     rank = dist.get_rank()
-    return Workers().table([rank, 2**48 - rank, float(rank == 1)])
+    return WorkerGroup().table([rank, 2**48 - rank, float(rank == 1)])
 
 
 def test_table_holds_every_ranks_row_exactly(pool):
@@ -69,7 +68,7 @@ def broadcast_from_first() -> list:
     rank = dist.get_rank()
     tensors = [torch.full((2, 3), float(rank)), torch.full((3, 2), float(rank)).t()]
     pointers = [tensor.data_ptr() for tensor in tensors]
-    Workers().broadcast_(tensors)
+    WorkerGroup().broadcast_(tensors)
     return [tensors, pointers == [tensor.data_ptr() for tensor in tensors]]
 
 
@@ -80,11 +79,11 @@ def test_broadcast_overwrites_in_place_with_the_first_workers_tensors(pool):
 
 
 def words_left_behind() -> dict:
-    workers = Workers()
+    workers = WorkerGroup()
     if workers.rank > 0:
-        workers.leave_word(f"had enough of rank {workers.rank}")
+        workers.post_status(f"had enough of rank {workers.rank}")
     dist.barrier()
-    workers.hang_up()
+    workers.abort()
     words, answered = workers.words(seconds=0.2)
     stayed = []
     for _ in range(2):
@@ -104,7 +103,7 @@ def test_words_are_found_once_the_connections_are_closed_and_nobody_waits_for_th
 
 
 def silence_of_the_others() -> list[float]:
-    workers = Workers()
+    workers = WorkerGroup()
     stayed = []
     for _ in range(2 if workers.rank == 0 else 0):
         begun = time.monotonic()
@@ -119,7 +118,7 @@ def test_first_worker_stays_once_for_those_who_say_nothing(pool):
 
 
 def test_a_single_process_sends_nothing():
-    workers = Workers()
+    workers = WorkerGroup()
     buffer = torch.ones(3)
     assert workers.size == 1
     assert workers.mean_(buffer).wait() is buffer
@@ -156,7 +155,7 @@ def tensors_of_all_types(rank: int) -> dict[str, torch.Tensor]:
 def broadcast_all_types() -> tuple[list[str], list[str]]:
     mine, first = tensors_of_all_types(dist.get_rank()), tensors_of_all_types(0)
     pointers = {name: tensor.data_ptr() for name, tensor in mine.items()}
-    Workers().broadcast_(mine.values())
+    WorkerGroup().broadcast_(mine.values())
     assert pointers == {name: tensor.data_ptr() for name, tensor in mine.items()}
     return sorted(mine), [name for name, tensor in mine.items() if as_bytes(tensor) != as_bytes(first[name])]
 
@@ -177,12 +176,12 @@ def test_broadcast_carries_whatever_torch_can_make(pool):
 
 def hang_up_without_a_name() -> dict:
     dist.init_process_group(timeout=timedelta(seconds=30))
-    workers = Workers()
+    workers = WorkerGroup()
     rounded = torch.ones(5, dtype=torch.bfloat16)
     total = workers.sum_rounded(rounded, lambda _, total: total.bfloat16(), torch.float32, torch.zeros(5)).wait()
     begun = time.monotonic()
     if workers.rank == 0:
-        workers.hang_up()
+        workers.abort()
     else:
         with pytest.raises(CollectiveError):
             workers.table([0.0])
@@ -199,16 +198,16 @@ def test_connections_of_a_group_that_was_made_without_naming_a_backend_are_close
 def test_with_nccl_connections_are_aborted(monkeypatch):
     # There is no GPU to do it with: what torch is asked for.
     done = []
-    workers = Workers(device="cuda")
+    workers = WorkerGroup(device="cuda")
     workers.size = 2
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cpu:gloo,cuda:nccl")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
-    workers.hang_up()
+    workers.abort()
     assert done == ["aborted"]
     workers.device = torch.device("cpu")
-    workers.hang_up()
+    workers.abort()
     assert done == ["aborted", "destroyed"]
 
 
@@ -216,10 +215,10 @@ def test_with_nccl_connections_are_aborted(monkeypatch):
 
 
 def close_what_was_opened() -> dict:
-    workers = Workers()
+    workers = WorkerGroup()
     groups = dist.distributed_c10d._world.pg_map
     before = len(groups)
-    carrier = workers.on_connections_of_their_own()
+    carrier = workers.new_async_group()
     opened = len(groups)
     carrier.table([1.0])
     carrier.close()
@@ -324,15 +323,15 @@ class Work:
 
 
 def wait_for_one_that_has_failed() -> tuple[str, float]:
-    workers = Workers()
-    workers.leave_word("failed in another run", failed=True)
+    workers = WorkerGroup()
+    workers.post_status("failed in another run", failed=True)
     dist.barrier()
-    workers.forget_word()
+    workers.clear_status()
     begun = time.monotonic()
     if workers.rank == 1:
-        workers.leave_word("had ended training")
+        workers.post_status("had ended training")
         time.sleep(1.5)  # who has ended well, or failed in another run, is waited for
-        workers.leave_word("had failed at step 2: ValueError: boom", failed=True)
+        workers.post_status("had failed at step 2: ValueError: boom", failed=True)
         return "", 0.0
     with pytest.raises(CollectiveError) as caught:
         workers.patience.wait_for(Device(), begun)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.workers import Reduction, Workers
+from lightning_adpsgd.workers.group import Reduction, WorkerGroup
 
 _LENGTH = 4096  # elements that are compared at once: 16 bytes travel for as many
 _AT_ONCE = {"cpu": 1 << 16}
@@ -43,7 +43,7 @@ class Blocks:
         at_once = _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
         self._slices = [self._slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
 
-    def compare(self, values: Tensor, owed: Tensor | None, workers: Workers) -> "Comparison":
+    def compare(self, values: Tensor, owed: Tensor | None, workers: WorkerGroup) -> "Comparison":
         """Begin to find out which blocks all ranks hold alike.
 
         Args:

@@ -29,7 +29,7 @@ class CollectiveError(RuntimeError):
     """A collective failed or timed out: some worker is not there any more, or never came."""
 
 
-class Share(NamedTuple):
+class Contribution(NamedTuple):
     """What this worker contributes to a mean over the workers."""
 
     contributors: int
@@ -221,8 +221,8 @@ class Numbers:
         return self._reduction.wait().cpu()
 
 
-class Workers:
-    """The workers whose replicas are averaged, one per rank of a process group (see :class:`NodeWorkers` for others).
+class WorkerGroup:
+    """The workers whose replicas are averaged: one per rank, or one per node (:class:`NodeWorkerGroup`).
 
     Without an initialized process group there is one worker, and nothing is ever sent.
 
@@ -249,7 +249,7 @@ class Workers:
         """Bytes of all tensors that this rank has put into collectives since the start."""
         return self._counted.payload_bytes
 
-    def on_connections_of_their_own(self) -> "Workers":
+    def new_async_group(self) -> "WorkerGroup":
         """The same workers, on connections where nothing else travels; bytes are counted together. All have to ask.
 
         What is under way there cannot meet what is sent here in the meantime.
@@ -257,7 +257,7 @@ class Workers:
         if self.size == 1:
             return self
         group = _new_group([self._global_rank(rank) for rank in range(self.size)], self.device)
-        other = Workers(group, self.device)
+        other = WorkerGroup(group, self.device)
         other._counted = self._counted
         other._opened = [group]
         return other
@@ -283,11 +283,11 @@ class Workers:
         return rank
 
     @property
-    def everybody(self) -> Share:
+    def everybody(self) -> Contribution:
         """The share of a mean that all workers contribute to."""
-        return Share(self.count, True)
+        return Contribution(self.count, True)
 
-    def mean_(self, buffer: Tensor, share: Share | None = None) -> Reduction:
+    def mean_(self, buffer: Tensor, share: Contribution | None = None) -> Reduction:
         """Begin to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
         if self.count == 1:
             return Reduction(buffer, None)
@@ -324,11 +324,11 @@ class Workers:
         with _as_collective_error():
             return RoundedReduction(rounded, round_sum, dtype, self._group)
 
-    def mean(self, values: "Sequence[float | Tensor] | Tensor", share: Share | None = None) -> Tensor:
+    def mean(self, values: "Sequence[float | Tensor] | Tensor", share: Contribution | None = None) -> Tensor:
         """The mean of a few numbers over the workers that contribute, as float64 on the CPU."""
         return self.launch_mean(values, share).wait()
 
-    def launch_mean(self, values: "Sequence[float | Tensor] | Tensor", share: Share | None = None) -> Numbers:
+    def launch_mean(self, values: "Sequence[float | Tensor] | Tensor", share: Contribution | None = None) -> Numbers:
         """Begin to find out a :meth:`mean`; values may be tensors of one element, which the host need not know."""
         share = share or self.everybody
         # Over all ranks, so that ranks of one worker, too, have the same numbers, bit for bit.
@@ -391,7 +391,7 @@ class Workers:
 
     # What can be said when collectives cannot be relied on any more
 
-    def leave_word(self, text: str, failed: bool = False) -> None:
+    def post_status(self, text: str, failed: bool = False) -> None:
         """Leave a line for the other workers to find in :meth:`words`. Waits for nobody, and never fails.
 
         Args:
@@ -444,7 +444,7 @@ class Workers:
             return self._store is not None and any(self._store.check([_key(kind, rank)]) for kind in ("word", "heard"))
         return False
 
-    def forget_word(self) -> None:
+    def clear_status(self) -> None:
         """Take back what this worker has left, and what others have failed in; all workers have to."""
         self._has_stayed = False
         _Session.number += 1
@@ -453,7 +453,7 @@ class Workers:
                 self._store.delete_key(_key("word", self.rank))
                 self._store.delete_key(_key("heard", self.rank))
 
-    def hang_up(self) -> None:
+    def abort(self) -> None:
         """Close this worker's connections, so that whoever waits for it notices; :meth:`words` still work.
 
         With NCCL, closing would wait for what is under way: there, it is aborted.
@@ -508,7 +508,7 @@ class Workers:
         self._counted.payload_bytes += tensor.numel() * tensor.element_size()
 
 
-class NodeWorkers(Workers):
+class NodeWorkerGroup(WorkerGroup):
     """Workers each of which is a node: the ranks of one node hold the same replica, and send it once.
 
     Of every buffer, each rank of a node averages its own slice with its counterparts in the other nodes; then the
@@ -562,10 +562,10 @@ class NodeWorkers(Workers):
         return self._node_of_rank[rank]
 
     @override
-    def on_connections_of_their_own(self) -> Workers:
+    def new_async_group(self) -> WorkerGroup:
         if self.size == 1:
             return self
-        other = NodeWorkers(self.ranks_per_node, self.device)
+        other = NodeWorkerGroup(self.ranks_per_node, self.device)
         other._counted = self._counted
         other._group = _new_group([*range(self.size)], self.device)
         other.open().append(other._group)
@@ -653,7 +653,7 @@ class _Closed:
     """Stands in for a process group that was closed."""
 
     def __getattr__(self, name: str) -> Any:
-        raise CollectiveError("these connections were closed (Workers.close)")
+        raise CollectiveError("these connections were closed (WorkerGroup.close)")
 
 
 class _Session:

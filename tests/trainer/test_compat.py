@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO, async_plugin
 
 import lightning_adpsgd
-from lightning_adpsgd._lightning import snapshot
+from lightning_adpsgd.trainer.compat import snapshot
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
-ONE_PLACE = "_lightning.py"
+ONE_PLACE = "compat.py"
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
 OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
@@ -147,14 +147,14 @@ def test_one_file_has_all_private_names_of_lightning():
     places = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {what}"
         for path, tree in trees.items()
-        if path != PACKAGE / ONE_PLACE
+        if path != PACKAGE / "trainer" / ONE_PLACE
         for line, what in (*imports(tree), *attributes(tree, known))
     ]
     assert places == []
 
 
 def test_the_one_file_has_some():
-    tree = modules()[PACKAGE / ONE_PLACE]
+    tree = modules()[PACKAGE / "trainer" / ONE_PLACE]
     assert list(imports(tree))
     assert list(attributes(tree, classes([tree])))
 
@@ -185,7 +185,7 @@ def test_private_name_of_somebody_else_is_found(source, found):
     "source",
     [
         "from lightning.pytorch import Trainer\nTrainer.__init__.__name__",
-        "from lightning_adpsgd._lightning import current_hook",
+        "from lightning_adpsgd.trainer.compat import current_hook",
         "from torch.x import _y\nimport torch\ntorch._foreach_norm([])\nimport torch.distributed as dist\ndist.a._b()",
         "from __future__ import annotations\nimport _thread",
         "AveragingRound._fields",

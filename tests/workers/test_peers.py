@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_adpsgd import ADPSGDStrategy, LocalSGD, Workers
-from lightning_adpsgd.meeting import KINDS, Call, Meeting, check_module
-from tests.test_nodes import announce_nodes
+from lightning_adpsgd import ADPSGDStrategy, LocalSGD, WorkerGroup
+from lightning_adpsgd.rounds.handshake import KINDS, Handshake, RankState, check_module
 from tests.training import Classifier, fit, identical, loader, weights
+from tests.workers.test_nodes import announce_nodes
 
 pytestmark = pytest.mark.workers
 
@@ -46,9 +46,9 @@ def broadcast_the_weights(model: nn.Module, goes: bool) -> None:
 
 def compare_the_models(model: nn.Module, goes: bool) -> None:
     if goes:
-        Meeting(Workers(), Call(KINDS.index("the setup"), 0, fingerprint=1)).hold()
+        Handshake(WorkerGroup(), RankState(KINDS.index("the setup"), 0, fingerprint=1)).hold()
     else:
-        check_module(Workers(), model)
+        check_module(WorkerGroup(), model)
 
 
 def find_out_about_nodes(model: nn.Module, goes: bool) -> None:
@@ -60,7 +60,7 @@ def find_out_about_nodes(model: nn.Module, goes: bool) -> None:
 
 def connect_the_nodes(model: nn.Module, goes: bool) -> None:
     if goes:
-        Workers().table([0, 1])
+        WorkerGroup().table([0, 1])
     else:
         find_out_about_nodes(model, goes)
 
@@ -74,7 +74,7 @@ def compare_what_is_averaged(model: nn.Module, goes: bool) -> None:
     local_sgd = local_sgd_of(model, stagger=True)
     if goes:
         call = local_sgd._call("a change of what is averaged", "period", 4, fingerprint=1)
-        Meeting(local_sgd.workers, call._replace(step=4)).hold()
+        Handshake(local_sgd.workers, call._replace(step=4)).hold()
     else:
         for _ in range(4):
             local_sgd.step()
@@ -95,14 +95,14 @@ def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
     for place in PLACES:
         store = dist.FileStore(f"{folder}/{place.__name__}", 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
-        workers = Workers()
+        workers = WorkerGroup()
         try:
             place(nn.Linear(3, 2), goes=rank == 1)
             if rank == 1:
-                workers.leave_word(f"had no wish to {place.__name__}")
+                workers.post_status(f"had no wish to {place.__name__}")
         except Exception as error:
             told[place.__name__] = type(error).__name__, str(error)
-        workers.hang_up()
+        workers.abort()
         if rank == 0:
             store.set("next", "")
         else:

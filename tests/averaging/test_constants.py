@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adpsgd import LocalSGD, NodeWorkers
-from lightning_adpsgd.averaging.alike import Blocks
-from lightning_adpsgd.averaging.workers import Workers
+from lightning_adpsgd import LocalSGD, NodeWorkerGroup
+from lightning_adpsgd.averaging.constants import Blocks
+from lightning_adpsgd.workers.group import WorkerGroup
 
 pytestmark = pytest.mark.workers
 
@@ -35,7 +35,7 @@ class Masked(nn.Module):
 def hold(ranks_per_node: int = 1) -> list[list[str]]:
     """The names of what has changed, for each transport."""
     changed = []
-    workers = NodeWorkers(ranks_per_node) if ranks_per_node > 1 else Workers()
+    workers = NodeWorkerGroup(ranks_per_node) if ranks_per_node > 1 else WorkerGroup()
     for options in TRANSPORTS:
         model = Masked()
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -133,7 +133,7 @@ def test_what_is_alike_stays_also_where_a_worker_is_dropped(pool):
 def test_blocks_end_where_tensors_do_and_are_told_apart_by_a_single_bit(dtype):
     values = torch.randn(200_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
     blocks = Blocks(len(values), [0, 5, 4096, 100_000], values.device)
-    plain = Workers()
+    plain = WorkerGroup()
     before = blocks.fingerprints(values).view(2, -1)
     for place in (0, 4, 5, 4095, 4096, 99_999, 100_000, 199_999):
         changed = values.clone()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_adpsgd.averaging import CollectiveError, Stopwatch
-from lightning_adpsgd.averaging.workers import Patience
+from lightning_adpsgd.rounds.stopwatch import Stopwatch
+from lightning_adpsgd.workers.group import CollectiveError, Patience
 
 
 def test_it_runs_from_when_it_is_made_until_it_is_stopped():

@@ -1,0 +1,1 @@
+"""The door to Lightning; the only package here that imports it."""

@@ -1,0 +1,131 @@
+"""The package's rooms: who may import whom, and how large anything may grow."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import lightning_adpsgd
+
+PACKAGE = Path(lightning_adpsgd.__file__).parent
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+BELOW = {  # each room, and the rooms that it must not know
+    "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", "trainer"),
+    "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", "trainer"),
+    "averaging": ("periods", "rounds", "options", "local_sgd", "session", "trainer"),
+    "rounds": ("periods", "options", "local_sgd", "session", "trainer"),
+    "options.py": ("averaging", "rounds", "workers", "local_sgd", "session", "trainer"),
+    "local_sgd.py": ("session", "trainer"),
+    "session.py": ("trainer",),
+    "trainer/monitor.py": ("periods", "local_sgd", "trainer.strategy"),
+    "trainer/strategy.py": ("trainer.monitor",),
+}
+
+
+def files_of(part):
+    path = PACKAGE / part
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def names_used_by(path, when_imported=False):
+    """Dotted names of all that a file imports (perhaps only while it is imported), and of every ``torch.something``."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body if when_imported else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            names.add(f"torch.{node.attr}")
+    return names
+
+
+def forbidden_in(files, forbidden):
+    return [
+        f"{file.relative_to(PACKAGE)}: {name}"
+        for file in files
+        for name in sorted(names_used_by(file))
+        if any(name == other or name.startswith(f"{other}.") for other in forbidden)
+    ]
+
+
+@pytest.mark.parametrize("part", BELOW)
+def test_a_room_imports_nothing_it_must_not_know(part):
+    assert forbidden_in(files_of(part), [f"lightning_adpsgd.{room}" for room in BELOW[part]]) == []
+
+
+def test_nothing_below_trainer_imports_lightning():
+    files = [file for file in files_of(".") if file.parent.name != "trainer" and file.name not in ("cli.py",)]
+    assert forbidden_in(files, LIGHTNING) == []
+
+
+def test_the_workers_are_the_one_room_that_uses_torch_distributed():
+    users = {file.parent.name for file in files_of(".") if forbidden_in([file], ("torch.distributed",))}
+    assert users == {"workers"}
+
+
+def test_no_two_modules_import_each_other():
+    modules = {module_of(file): file for file in files_of(".")}
+    imports = {
+        module: {other for other in modules if any(name == other or name.startswith(f"{other}.") for name in names)}
+        - {module}
+        for module, file in modules.items()
+        for names in [names_used_by(file, when_imported=True)]
+    }
+    packages = {module for module, file in modules.items() if file.name == "__init__.py"}
+    imports = {module: found - packages for module, found in imports.items() if module not in packages}
+    while True:
+        leaves = {module for module, found in imports.items() if not found}
+        if not leaves:
+            break
+        imports = {module: found - leaves for module, found in imports.items() if module not in leaves}
+    assert imports == {}
+
+
+def test_local_sgd_works_where_lightning_is_not_installed():
+    script = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning") else (
+            PathFinder.find_spec(name, path, target)
+        )
+
+sys.meta_path = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
+import torch
+from lightning_adpsgd import AdaptivePeriod, LocalSGD
+
+optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+local_sgd = LocalSGD(optimizer, AdaptivePeriod(), total_steps=4)
+for _ in range(4):
+    local_sgd.step()
+assert not any(name.startswith("lightning.") or name == "lightning" for name in sys.modules)
+try:
+    from lightning_adpsgd import ADPSGDStrategy
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "lightning" in done.stdout
+
+
+def test_former_public_names_still_work_and_say_what_they_are_called_now():
+    for former, new in (("Workers", "WorkerGroup"), ("NodeWorkers", "NodeWorkerGroup")):
+        with pytest.warns(DeprecationWarning, match=f"is now called {new}"):
+            assert getattr(lightning_adpsgd, former) is getattr(lightning_adpsgd, new)
