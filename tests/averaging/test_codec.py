@@ -126,7 +126,7 @@ def settle(kind: str, cycles: list[int]) -> float:
     mine = workers.worker_of(dist.get_rank())
     tensor = torch.zeros(24)
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, torch.bfloat16)
-    averager.differences.start()
+    averager.delta.start()
     total = torch.zeros(24, dtype=torch.float64)
     step = 0
     for parts in cycles:

@@ -608,7 +608,7 @@ class ReadLater(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         for local_sgd in trainer.strategy.local_sgd:
-            local_sgd._reads_later = True
+            local_sgd._engine._reads_later = True
 
 
 class Losses:

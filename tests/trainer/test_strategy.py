@@ -335,7 +335,7 @@ def rounds_read_later(later: bool) -> dict:
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             for local_sgd in trainer.strategy.local_sgd:
-                local_sgd._reads_later = later
+                local_sgd._engine._reads_later = later
 
     model = seeded(momentum=0.9)
     fitted, rounds = fit(

@@ -46,7 +46,7 @@ def broadcast_the_weights(model: nn.Module, goes: bool) -> None:
 
 def compare_the_models(model: nn.Module, goes: bool) -> None:
     if goes:
-        Handshake(WorkerGroup(), RankState(KINDS.index("the setup"), 0, fingerprint=1)).hold()
+        Handshake(WorkerGroup(), RankState(KINDS.index("the setup"), 0, fingerprint=1)).complete()
     else:
         check_module(WorkerGroup(), model)
 
@@ -73,8 +73,8 @@ def open_further_connections(model: nn.Module, goes: bool) -> None:
 def compare_what_is_averaged(model: nn.Module, goes: bool) -> None:
     local_sgd = local_sgd_of(model, stagger=True)
     if goes:
-        call = local_sgd._call("a change of what is averaged", "period", 4, fingerprint=1)
-        Handshake(local_sgd.workers, call._replace(step=4)).hold()
+        call = local_sgd._engine._state("a change of what is averaged", "period", 4, fingerprint=1)
+        Handshake(local_sgd.workers, call._replace(step=4)).complete()
     else:
         for _ in range(4):
             local_sgd.step()
