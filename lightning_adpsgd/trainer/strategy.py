@@ -40,13 +40,8 @@ from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.trainer.compat import (
-    REQUEUE,
-    SIGTERM,
-    DeferredSignals,
     callbacks_of,
     current_hook,
-    end_others_at_exit,
-    forget_failure,
     is_interrupted,
     pruned,
     prunes_after_training,
@@ -58,6 +53,8 @@ from lightning_adpsgd.trainer.compat import (
     validates_by_the_clock,
     wrap_for_gradients_of,
 )
+from lightning_adpsgd.trainer.lifecycle import end_others_at_exit, forget_failure
+from lightning_adpsgd.trainer.signals import REQUEUE, SIGTERM, DeferredSignals
 from lightning_adpsgd.validation import (
     as_period,
     check_backend,
