@@ -109,3 +109,10 @@ def test_plot_of_two_optimizers_keeps_their_rounds_apart(monkeypatch):
 def test_title_counts_the_rounds_and_says_how_they_travelled(monkeypatch, transport, suffix):
     (first, *_), _ = drawn(monkeypatch, RUN, transport=transport)
     assert first.get_title() == f"4 averaging rounds in 15 steps{suffix}"
+
+
+@pytest.mark.parametrize(("history", "scale"), [("adaptive", "log"), ("forced rounds only", "log"), ("none", "linear")])
+def test_variance_is_on_a_logarithmic_scale_where_there_is_any(monkeypatch, history, scale):
+    nothing = [round_._replace(variance=0.0, target=None) for round_ in RUN]
+    (_, below, *_), _ = drawn(monkeypatch, HISTORIES.get(history, nothing))
+    assert below.get_yscale() == scale
