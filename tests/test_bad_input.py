@@ -37,7 +37,7 @@ from lightning_adpsgd import (
 )
 from lightning_adpsgd.cli import main
 from lightning_adpsgd.local_sgd import SignalFlags
-from lightning_adpsgd.trainer.monitor import draw
+from lightning_adpsgd.trainer.plot import draw
 
 quick = settings(
     deadline=None,
