@@ -26,32 +26,13 @@ from lightning_adpsgd.averaging.optimizer_state import (
 )
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker, all_finite, squared_norm
 from lightning_adpsgd.errors import WorkersDivergedError
+from lightning_adpsgd.options import AveragingOptions, OnDivergence, OptimizerState, ReduceDtype, as_period, options_of
 from lightning_adpsgd.periods import AveragingPeriod
-from lightning_adpsgd.periods.checks import check_state
 from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, check_module, lost, naming_lost_workers
 from lightning_adpsgd.rounds.pipeline import Cycles, Diverged
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.validation import (
-    REDUCE_DTYPES,
-    OnDivergence,
-    OptimizerState,
-    ReduceDtype,
-    as_period,
-    check_bucket_size,
-    check_combination,
-    check_flag,
-    check_index,
-    check_listener,
-    check_on_divergence,
-    check_optimizer,
-    check_optimizer_state,
-    check_optional,
-    check_overlap,
-    check_patterns,
-    check_reduce_dtype,
-    check_total_steps,
-)
+from lightning_adpsgd.validation import check_instance, check_int, check_listener, check_state, check_total_steps
 from lightning_adpsgd.workers.group import CollectiveError, Contribution, Numbers, WorkerGroup
 
 _READS_LATER: bool | None = None
@@ -108,6 +89,7 @@ class LocalSGD:
         overlap: d, how many local steps go on while a round, or a part of it, travels; at most p − 1 are.
         reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
             that type, and what rounding cuts off travels in the next round. Takes two more copies of what is averaged.
+        options: all settings from ``average_buffers`` to ``reduce_dtype`` in one, in place of single ones.
         workers: whom to average with; None is the default process group.
         carrier: the same workers on connections of their own, for what travels while training goes on; made if needed.
         notice: bits for all workers to learn at the next round.
@@ -135,6 +117,7 @@ class LocalSGD:
         stagger: bool = False,
         overlap: int = 0,
         reduce_dtype: ReduceDtype | None = None,
+        options: AveragingOptions | None = None,
         workers: WorkerGroup | None = None,
         carrier: WorkerGroup | None = None,
         notice: SignalFlags | None = None,
@@ -142,34 +125,44 @@ class LocalSGD:
         index: int = 0,
     ) -> None:
         # Configuration
-        self.optimizer = check_optimizer(optimizer)
+        such_as = "a torch.optim.Optimizer, such as torch.optim.SGD(model.parameters(), lr=0.1)"
+        self.optimizer = check_instance(None, "optimizer", optimizer, Optimizer, such_as)
         self.period = as_period(period)
-        self.optimizer_state = check_optimizer_state(optimizer_state)
-        self.on_divergence = check_on_divergence(on_divergence)
-        self.index = check_index(index)
-        self.workers = check_optional("workers", workers, WorkerGroup) or WorkerGroup()
-        self.stagger = check_flag("stagger", stagger)
-        self.overlap = check_overlap(overlap)
-        self.reduce_dtype = check_reduce_dtype(reduce_dtype)
-        check_combination(self.stagger, self.overlap, self.optimizer_state, self.period)
+        self.options = options_of(
+            options,
+            average_buffers=average_buffers,
+            exclude_buffers=exclude_buffers,
+            optimizer_state=optimizer_state,
+            on_divergence=on_divergence,
+            bucket_size_mb=bucket_size_mb,
+            stagger=stagger,
+            overlap=overlap,
+            reduce_dtype=reduce_dtype,
+        )
+        self.options.check_with(self.period)
+        self.optimizer_state, self.on_divergence = self.options.optimizer_state, self.options.on_divergence
+        self.stagger, self.overlap = self.options.stagger, self.options.overlap
+        self.reduce_dtype = self.options.reduce_dtype
+        self.index = check_int(None, "index", index, at_least=0)
+        self.workers = check_instance(None, "workers", workers, WorkerGroup, optional=True) or WorkerGroup()
         if self.optimizer_state == "reset":
             check_known_moments(optimizer)
-        self._module = check_optional("module", module, nn.Module)
-        self._bucket_bytes = int(check_bucket_size(bucket_size_mb) * 2**20)
-        owners = check_optional("owners", owners, dict)
+        self._module = check_instance(None, "module", module, nn.Module, optional=True)
+        self._bucket_bytes = self.options.bucket_bytes
+        check_instance(None, "owners", owners, dict, optional=True)
+        check_instance(None, "carrier", carrier, WorkerGroup, optional=True)
         self._payloads = TensorTracker(
             optimizer,
-            buffers_of=module if check_flag("average_buffers", average_buffers) else None,
-            exclude_buffers=check_patterns("exclude_buffers", exclude_buffers),
+            buffers_of=module if self.options.average_buffers else None,
+            exclude_buffers=self.options.exclude_buffers,
             names_of=module,
             workers=self.workers,
             bucket_bytes=self._bucket_bytes,
-            reduce_dtype=None if self.reduce_dtype is None else REDUCE_DTYPES[self.reduce_dtype],
+            reduce_dtype=self.options.wire_dtype,
             # Two corrections of one parameter that are under way at the same time would add up.
             owners=owners if self.overlap > 0 else None,
         )
-        carrier = check_optional("carrier", carrier, WorkerGroup)
-        self._notice = check_optional("notice", notice, SignalFlags) or SignalFlags()
+        self._notice = check_instance(None, "notice", notice, SignalFlags, optional=True) or SignalFlags()
         self._listeners: list[Callable[[AveragingRound], None]] = []
 
         # State
@@ -196,7 +189,7 @@ class LocalSGD:
         self._reads_later = self.workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
         self._unread: _Unread | None = None
         self._cycles: Cycles | None = None
-        if (self.stagger or self.overlap) and self.workers.count > 1:
+        if self.options.is_spread and self.workers.count > 1:
             if carrier is None:
                 with naming_lost_workers(self.workers, f"opening connections for optimizer {self.index}"):
                     carrier = self.workers.new_async_group()

@@ -5,7 +5,7 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_number, given
+from lightning_adpsgd.validation import LARGEST_INT, check_int, check_number, wrong_value
 
 
 class AveragingPeriod(ABC):
@@ -83,17 +83,14 @@ class Steps:
         self.name = name
         self.amount: int | float
         if isinstance(amount, Integral) and not isinstance(amount, bool):
-            self.amount = check_int(owner, name, amount, at_least=0, at_most=LARGEST_INT)
+            self.amount = check_int(owner, name, amount, at_least=0)
             return
         expected = "a number of steps (int) or a share of the run (float between 0 and 1)"
-        share = check_number(owner, name, amount, what=expected)
-        if not 0.0 <= share <= 1.0:
-            meant = int(share) if 1.0 < share < LARGEST_INT else 1000
-            raise ValueError(
-                f"{given(name, amount, owner)}: expected {expected}. A number of steps has no decimal point, as in"
-                f" {name}={meant}."
-            )
-        self.amount = share
+        self.amount = check_number(owner, name, amount, expected, at_least=0.0)
+        if self.amount > 1.0:
+            meant = int(amount) if amount < LARGEST_INT else 1000
+            hint = f"A number of steps has no decimal point, as in {name}={meant}"
+            raise wrong_value(owner, name, amount, f"{expected}. {hint}")
 
     def of(self, total_steps: int | None) -> int:
         """The number of steps in a run of ``total_steps``; a part of a step does not count.

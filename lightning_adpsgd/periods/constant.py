@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_adpsgd.periods.base import AveragingPeriod, Steps
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_state, check_total_steps
+from lightning_adpsgd.validation import check_int, check_state, check_total_steps
 
 
 class ConstantPeriod(AveragingPeriod):
@@ -20,7 +20,7 @@ class ConstantPeriod(AveragingPeriod):
     """
 
     def __init__(self, period: int, warmup: int | float = 0) -> None:
-        self._period = check_int("ConstantPeriod", "period", period, at_least=1, at_most=LARGEST_INT)
+        self._period = check_int("ConstantPeriod", "period", period, at_least=1)
         self._warmup = Steps("ConstantPeriod", "warmup", warmup)
 
         # State

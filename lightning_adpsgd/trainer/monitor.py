@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
-from lightning_adpsgd.validation import check_flag, check_prefix, given, type_of
+from lightning_adpsgd.validation import check_instance, wrong_type, wrong_value
 
 
 class CommunicationMonitor(Callback):
@@ -45,8 +45,8 @@ class CommunicationMonitor(Callback):
 
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
         # Configuration
-        self.prefix = check_prefix(prefix)
-        self.plot = check_flag("plot", plot, "CommunicationMonitor")
+        self.prefix = _check_prefix(prefix)
+        self.plot = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
         if self.plot and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
@@ -214,6 +214,8 @@ class _Totals(NamedTuple):
     dropped: int
 
 
+_NOT_IN_A_FILE_NAME = r'\:*?"<>|'
+_LONGEST_PREFIX = 200  # bytes; most file systems take 255
 _FLOATS = ("learning_rate", "variance", "ratio", "target", "seconds")
 
 
@@ -245,9 +247,8 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
     """
     _check_rounds(rounds)
     if not isinstance(path, str | PathLike):
-        raise TypeError(f"{given('path', path, 'draw')}: expected a str or a Path, got {type_of(path)}.")
-    if not isinstance(transport, str):
-        raise TypeError(f"{given('transport', transport, 'draw')}: expected a str, got {type_of(transport)}.")
+        raise wrong_type("draw", "path", path, "a str or a Path")
+    check_instance("draw", "transport", transport, str, "a str")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -274,14 +275,25 @@ def _save(figure: Any, path: str) -> None:
 
 def _check_rounds(rounds: object) -> None:
     if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
-        raise TypeError(
-            f"{given('rounds', rounds, 'draw')}: expected a sequence of AveragingRound, got {type_of(rounds)}."
-        )
+        raise wrong_type("draw", "rounds", rounds, "a sequence of AveragingRound")
     if not rounds:
-        raise ValueError(
-            f"{given('rounds', rounds, 'draw')}: expected at least one AveragingRound; a CommunicationMonitor has them"
-            " once there was a round."
+        expected = "at least one AveragingRound; a CommunicationMonitor has them once there was a round"
+        raise wrong_value("draw", "rounds", rounds, expected)
+
+
+def _check_prefix(value: str) -> str:
+    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system."""
+    check_instance("CommunicationMonitor", "prefix", value, str, "a str")
+    complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
+    writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
+    if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
+        expected = (
+            f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
+            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
+            " every slash"
         )
+        raise wrong_value("CommunicationMonitor", "prefix", value, expected)
+    return value
 
 
 def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str, transport: str) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -36,6 +36,7 @@ from lightning_adpsgd.averaging.layout import hash48
 from lightning_adpsgd.averaging.tensors import averaged_buffers
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD, SignalFlags
+from lightning_adpsgd.options import AveragingOptions, WorkerKind, as_period, check_timeout
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
@@ -58,24 +59,7 @@ from lightning_adpsgd.trainer.compat import (
     validates_by_the_clock,
     wrap_for_gradients_of,
 )
-from lightning_adpsgd.validation import (
-    as_period,
-    check_backend,
-    check_bucket_size,
-    check_combination,
-    check_devices,
-    check_flag,
-    check_listener,
-    check_on_divergence,
-    check_optimizer_state,
-    check_optional,
-    check_overlap,
-    check_patterns,
-    check_reduce_dtype,
-    check_start_method,
-    check_timeout,
-    check_worker,
-)
+from lightning_adpsgd.validation import check_choice, check_instance, check_listener
 from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup, closed_at_exit
 
 CHECKPOINT_KEY = "adpsgd"
@@ -163,27 +147,34 @@ class ADPSGDStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
-            accelerator=check_optional("accelerator", accelerator, pl.accelerators.Accelerator),
-            parallel_devices=check_devices(parallel_devices),
-            cluster_environment=check_optional("cluster_environment", cluster_environment, ClusterEnvironment),
-            checkpoint_io=check_optional("checkpoint_io", checkpoint_io, CheckpointIO),
-            precision_plugin=check_optional("precision_plugin", precision_plugin, Precision),
-            process_group_backend=check_backend(process_group_backend),
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            # Checked here because Lightning would find out at the end of training, or never.
+            checkpoint_io=check_instance(None, "checkpoint_io", checkpoint_io, CheckpointIO, optional=True),
+            precision_plugin=check_instance(None, "precision_plugin", precision_plugin, Precision, optional=True),
+            process_group_backend=process_group_backend,
             timeout=check_timeout(timeout),
-            start_method=check_start_method(start_method),
+            start_method=start_method,
         )
         # Configuration
         self._period = as_period(period)
-        self._average_buffers = check_flag("average_buffers", average_buffers)
-        self._exclude_buffers = check_patterns("exclude_buffers", exclude_buffers)
-        self._optimizer_state = check_optimizer_state(optimizer_state)
-        self._bucket_size_mb = check_bucket_size(bucket_size_mb)
-        self._on_divergence = check_on_divergence(on_divergence)
-        self._stagger = check_flag("stagger", stagger)
-        self._overlap = check_overlap(overlap)
-        self._worker = check_worker(worker)
-        self._reduce_dtype = check_reduce_dtype(reduce_dtype)
-        check_combination(self._stagger, self._overlap, self._optimizer_state, self._period)
+        self._options = AveragingOptions(
+            average_buffers=average_buffers,
+            exclude_buffers=exclude_buffers,
+            optimizer_state=optimizer_state,
+            bucket_size_mb=bucket_size_mb,
+            on_divergence=on_divergence,
+            stagger=stagger,
+            overlap=overlap,
+            reduce_dtype=reduce_dtype,
+        )
+        self._options.check_with(self._period)
+        self._average_buffers, self._exclude_buffers = self._options.average_buffers, self._options.exclude_buffers
+        self._optimizer_state, self._on_divergence = self._options.optimizer_state, self._options.on_divergence
+        self._bucket_size_mb, self._reduce_dtype = self._options.bucket_size_mb, self._options.reduce_dtype
+        self._stagger, self._overlap = self._options.stagger, self._options.overlap
+        self._worker: WorkerKind = check_choice(None, "worker", worker, get_args(WorkerKind))
 
         # State of all fits
         self._listeners: list[Callable[[AveragingRound], None]] = []
