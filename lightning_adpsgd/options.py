@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from numbers import Integral
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -150,7 +150,7 @@ def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
     if isinstance(period, Integral) and not isinstance(period, bool):
         return ConstantPeriod(int(period))
     expected = "an AveragingPeriod, such as AdaptivePeriod(), or an int for a constant period"
-    return cast(AveragingPeriod, check_instance(None, "period", period, AveragingPeriod, expected))
+    return check_instance(None, "period", period, AveragingPeriod, expected)  # type: ignore[return-value]  # not int
 
 
 def check_timeout(value: timedelta | None) -> timedelta | None:

@@ -13,7 +13,10 @@ from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
 from lightning_adpsgd.trainer.plot import draw
-from lightning_adpsgd.validation import check_flag, check_prefix
+from lightning_adpsgd.validation import check_instance, wrong_value
+
+_NOT_IN_A_FILE_NAME = r'\:*?"<>|'
+_LONGEST_PREFIX = 200  # bytes; most file systems take 255
 
 
 class CommunicationMonitor(Callback):
@@ -42,8 +45,8 @@ class CommunicationMonitor(Callback):
 
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
         # Configuration
-        self.prefix = check_prefix(prefix)
-        self.plot = check_flag("plot", plot, "CommunicationMonitor")
+        self.prefix = _check_prefix(prefix)
+        self.plot = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
         if self.plot and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
@@ -196,3 +199,18 @@ def _readable(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def _check_prefix(value: str) -> str:
+    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system."""
+    check_instance("CommunicationMonitor", "prefix", value, str, "a str")
+    complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
+    writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
+    if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
+        expected = (
+            f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
+            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
+            " every slash"
+        )
+        raise wrong_value("CommunicationMonitor", "prefix", value, expected)
+    return value

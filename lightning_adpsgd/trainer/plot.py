@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_adpsgd.rounds.record import AveragingRound
-from lightning_adpsgd.validation import given, type_of
+from lightning_adpsgd.validation import check_instance, wrong_type, wrong_value
 
 
 def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
@@ -46,17 +46,13 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
 
 def _check(rounds: object, path: object, transport: object) -> None:
     if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
-        expected = f"expected a sequence of AveragingRound, got {type_of(rounds)}."
-        raise TypeError(f"{given('rounds', rounds, 'draw')}: {expected}")
+        raise wrong_type("draw", "rounds", rounds, "a sequence of AveragingRound")
     if not rounds:
-        raise ValueError(
-            f"{given('rounds', rounds, 'draw')}: expected at least one AveragingRound; a CommunicationMonitor has them"
-            " once there was a round."
-        )
+        expected = "at least one AveragingRound; a CommunicationMonitor has them once there was a round"
+        raise wrong_value("draw", "rounds", rounds, expected)
     if not isinstance(path, str | PathLike):
-        raise TypeError(f"{given('path', path, 'draw')}: expected a str or a Path, got {type_of(path)}.")
-    if not isinstance(transport, str):
-        raise TypeError(f"{given('transport', transport, 'draw')}: expected a str, got {type_of(transport)}.")
+        raise wrong_type("draw", "path", path, "a str or a Path")
+    check_instance("draw", "transport", transport, str, "a str")
 
 
 def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> None:
