@@ -7,17 +7,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.state_policy import StatePolicy
-from lightning_adpsgd.averaging.tensors import TensorTracker
 from lightning_adpsgd.options import AveragingOptions, OnDivergence, OptimizerState, ReduceDtype, as_period, options_of
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.base import report
 from lightning_adpsgd.rounds.engine import RoundEngine, RoundResult
-from lightning_adpsgd.rounds.guards import Guards
 from lightning_adpsgd.rounds.handshake import SignalFlags, check_module, naming_lost_workers
-from lightning_adpsgd.rounds.measures import learning_rates
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, Trigger
-from lightning_adpsgd.rounds.schedule import Schedule, StaggeredRounds, WholeRounds
 from lightning_adpsgd.validation import check_instance, check_int, check_listener, check_state, check_total_steps
 from lightning_adpsgd.workers.group import WorkerGroup
 
@@ -116,42 +111,14 @@ class LocalSGD:
         check_instance(None, "owners", owners, dict, optional=True)
         check_instance(None, "async_group", async_group, WorkerGroup, optional=True)
         flags = check_instance(None, "flags", flags, SignalFlags, optional=True)
-        learning_rates(optimizer, self.workers.device)  # of which every group has to have one
-
-        self._tracker = TensorTracker(
-            optimizer,
-            buffers_of=module if self.options.average_buffers else None,
-            exclude_buffers=self.options.exclude_buffers,
-            names_of=module,
-            workers=self.workers,
-            bucket_bytes=self.options.bucket_bytes,
-            reduce_dtype=self.options.wire_dtype,
-            # Two corrections of one parameter that are in flight at the same time would add up.
-            owners=owners if self.options.overlap > 0 else None,
-        )
-        drop = self.options.on_divergence == "drop"
-        self._policy = StatePolicy(
-            optimizer, self.options.optimizer_state, drop, self.workers, self.options.bucket_bytes
-        )
-        self._guards = Guards(self.workers, self.index, self._tracker.name_of)
-        schedule = self._schedule()
-        self._opened: WorkerGroup | None = None
-        if schedule is not None and async_group is None:
-            # One for each optimizer: where ranks step theirs in different orders, fragments of different sizes would
-            # meet in a common one, for which gloo ends the process before anybody has seen that the workers disagree.
-            with naming_lost_workers(self.workers, f"opening connections for optimizer {self.index}"):
-                async_group = self._opened = self.workers.new_async_group()
         self._engine = RoundEngine(
             optimizer,
-            tracker=self._tracker,
+            self.options,
+            module=module,
             workers=self.workers,
-            policy=self._policy,
-            guards=self._guards,
-            schedule=schedule,
             async_group=async_group,
-            drop=drop,
-            bucket_bytes=self.options.bucket_bytes,
             flags=flags or SignalFlags(),
+            owners=owners,
             index=self.index,
             scalars=self.period.scalars,
         )
@@ -187,7 +154,7 @@ class LocalSGD:
     @property
     def is_complete(self) -> bool:
         """Whether no step was taken since a checkpoint's round: all that is saved now is that of all workers."""
-        return not self.has_trained and self._policy.is_shared()
+        return not self.has_trained and self._engine.state_policy.is_shared()
 
     def setup(self, total_steps: int | None) -> None:
         """Tell the rule how long the run is; what it has learned, and has been restored, stays.
@@ -211,7 +178,7 @@ class LocalSGD:
             WorkersDisagreeError: on every worker, if they have built different modules.
             WorkerLostError: if a worker does not come.
         """
-        tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._tracker.parameters()}
+        tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._engine.tracker.parameters()}
         if self._module is not None:
             check_module(self.workers, self._module)
             tensors |= {id(tensor): tensor for tensor in (*self._module.parameters(), *self._module.buffers())}
@@ -263,14 +230,14 @@ class LocalSGD:
         arrived = self._emit(self._engine.land(self.period.value, everything=True))
         if self._in_reserve is not None:
             self._show(self._in_reserve)
-        if self.has_trained or also or (trigger == "checkpoint" and not self._policy.is_shared()):
+        if self.has_trained or also or (trigger == "checkpoint" and not self._engine.state_policy.is_shared()):
             self._engine.run(trigger, self.period.value, also)
             arrived = self._emit(self._engine.land(self.period.value)) or arrived
         return arrived
 
     def mark_synchronized(self) -> None:
         """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
-        self._policy.shared_at = self.steps
+        self._engine.state_policy.shared_at = self.steps
         self._in_reserve = None
         self._engine.mark_synchronized()
 
@@ -284,8 +251,8 @@ class LocalSGD:
         return {
             "steps": self.steps,
             "local_steps": self.local_steps,
-            "state_shared_at": self._policy.shared_at,
-            "moments_since": self._policy.reset_at,
+            "state_shared_at": self._engine.state_policy.shared_at,
+            "moments_since": self._engine.state_policy.reset_at,
             "rule": type(self.period).__name__,
             "period": self.period.state_dict(),
         }
@@ -298,7 +265,9 @@ class LocalSGD:
         """
         check_state("LocalSGD", state, ("steps", "local_steps", "state_shared_at", "rule", "period"))
         self._engine.restore(state["steps"], state["local_steps"])
-        self._policy.restored(state["state_shared_at"], state.get("moments_since", 0))  # early files do not say
+        self._engine.state_policy.restored(
+            state["state_shared_at"], state.get("moments_since", 0)
+        )  # early files do not say
         rule = type(self.period).__name__
         if rule == state["rule"]:
             self.period.load_state_dict(state["period"])
@@ -313,27 +282,19 @@ class LocalSGD:
 
     def close(self) -> None:
         """Close the connections that were opened for this optimizer; only rounds of everything may follow."""
-        if self._opened is not None:
-            self._opened.close()
+        self._engine.close()
 
     # Details
-
-    def _schedule(self) -> Schedule | None:
-        """How rounds are spread; None where they are of everything, and take place while nobody trains."""
-        if not self.options.is_spread or self.workers.count == 1:
-            return None
-        kind = StaggeredRounds if self.options.stagger else WholeRounds
-        return kind(self.options.overlap)
 
     def _emit(self, results: Sequence[RoundResult]) -> AveragingRound | None:
         """Let the rule and the listeners see what rounds came to; return the latest record."""
         record = None
         for result in results:
             record = result.record._replace(target=self.period.target)
-            self._guards.check_variance(record)
+            self._engine.guards.check_variance(record)
             if result.drift == "a period":
                 self._show(result)
-            self._guards.look_for_drift(record, result.parameters)
+            self._engine.guards.look_for_drift(record, result.parameters)
             for listener in self._listeners:
                 listener(record)
             if result.drift == "at least a period":

@@ -522,7 +522,7 @@ def drop(policy: str, ranks: tuple[int, ...], trigger: str) -> dict:
     model.zero_grad()
     before, means = snapshot(model), moments_of(optimizer)
     local_sgd._engine.local_steps += 1  # the fourth step, without an update
-    local_sgd._engine.steps += 1
+    local_sgd._engine._contact.steps += 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         round_ = local_sgd.average(trigger)

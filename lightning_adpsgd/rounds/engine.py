@@ -2,25 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.layout import FlatLayout
 from lightning_adpsgd.averaging.state_policy import StatePolicy
-from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
-from lightning_adpsgd.rounds.guards import Guards, all_finite
-from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, SignalFlags, lost
+from lightning_adpsgd.averaging.tensors import TensorTracker
+from lightning_adpsgd.options import AveragingOptions
+from lightning_adpsgd.rounds.contact import Contact
+from lightning_adpsgd.rounds.full_round import FullRound
+from lightning_adpsgd.rounds.guards import Guards
+from lightning_adpsgd.rounds.handshake import (
+    Handshake,
+    Kind,
+    RankState,
+    SignalFlags,
+    lost,
+    naming_lost_workers,
+)
 from lightning_adpsgd.rounds.measures import Measures, Measuring, learning_rates
 from lightning_adpsgd.rounds.pipeline import Diverged, Drift, Pipeline, SpreadRound
-from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, Trigger
-from lightning_adpsgd.rounds.schedule import Schedule
+from lightning_adpsgd.rounds.record import AveragingRound, Trigger
+from lightning_adpsgd.rounds.schedule import StaggeredRounds, WholeRounds
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import CollectiveError, Numbers, WorkerGroup
+from lightning_adpsgd.workers.group import CollectiveError, WorkerGroup
 
 _READS_LATER: bool | None = None
 """Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
@@ -46,15 +53,12 @@ class RoundEngine:
 
     Args:
         optimizer: its parameters are averaged.
-        tracker: knows which tensors are averaged.
+        options: how.
+        module: whose buffers join the rounds, and in which tensors have names; None if there is none.
         workers: with whom.
-        policy: what is done with the optimizer's state.
-        guards: look at handshakes.
-        schedule: of fragments; None where every round is of everything.
-        async_group: the same workers in a process group of its own, for fragments.
-        drop: whether workers that have diverged are left out, instead of an error.
-        bucket_bytes: the longest range averaged at once.
+        async_group: the same workers in a process group of its own, for fragments; made if needed.
         flags: bits that ride along.
+        owners: for each parameter's id, which optimizer averages it, where several have it.
         index: the optimizer's index.
         scalars: the numbers that the rule sends along, now.
     """
@@ -62,78 +66,103 @@ class RoundEngine:
     def __init__(
         self,
         optimizer: Optimizer,
+        options: AveragingOptions,
         *,
-        tracker: TensorTracker,
+        module: nn.Module | None,
         workers: WorkerGroup,
-        policy: StatePolicy,
-        guards: Guards,
-        schedule: Schedule | None,
         async_group: WorkerGroup | None,
-        drop: bool,
-        bucket_bytes: int,
         flags: SignalFlags,
+        owners: dict[int, Any] | None,
         index: int,
         scalars: Callable[[], Sequence[float | Tensor]],
     ) -> None:
+        learning_rates(optimizer, workers.device)  # of which every group has to have one
         # Configuration
-        self._optimizer = optimizer
-        self._tracker = tracker
         self._workers = workers
-        self._policy = policy
-        self._guards = guards
-        self._drop = drop
-        self._bucket_bytes = bucket_bytes
-        self._flags = flags
-        self._index = index
         self._measures = Measures(optimizer, workers, index, scalars)
+        self.tracker = TensorTracker(
+            optimizer,
+            buffers_of=module if options.average_buffers else None,
+            exclude_buffers=options.exclude_buffers,
+            names_of=module,
+            workers=workers,
+            bucket_bytes=options.bucket_bytes,
+            reduce_dtype=options.wire_dtype,
+            # Two corrections of one parameter that are in flight at the same time would add up.
+            owners=owners if options.overlap > 0 else None,
+        )
+        self.state_policy = StatePolicy(
+            optimizer, options.optimizer_state, options.on_divergence == "drop", workers, options.bucket_bytes
+        )
+        self.guards = Guards(workers, index, self.tracker.name_of)
+        self._contact = Contact(optimizer, workers, self.state_policy, self.guards, flags, index)
+        self._full_round = FullRound(
+            self._contact,
+            self.tracker,
+            workers,
+            self.state_policy,
+            self.guards,
+            self._measures,
+            drop=options.on_divergence == "drop",
+            bucket_bytes=options.bucket_bytes,
+        )
+        self._opened: WorkerGroup | None = None
         self._pipeline: Pipeline | None = None
-        if schedule is not None and async_group is not None:
+        if options.is_spread and workers.count > 1:
+            if async_group is None:
+                # One for each optimizer: where ranks step theirs in different orders, fragments of different sizes
+                # would meet in a common one, for which gloo ends the process before anybody sees that they disagree.
+                with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
+                    async_group = self._opened = workers.new_async_group()
             self._pipeline = Pipeline(
-                schedule,
-                tracker=tracker,
+                (StaggeredRounds if options.stagger else WholeRounds)(options.overlap),
+                tracker=self.tracker,
                 workers=workers,
                 async_group=async_group,
-                state=self._state,
-                look_ahead=policy.look_ahead,
+                state=self._contact.state,
+                look_ahead=self.state_policy.look_ahead,
             )
         # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
         self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
 
         # State
-        self.steps = 0
-        """Optimizer steps attempted so far."""
         self.local_steps = 0
         """Optimizer steps attempted since the latest round."""
         self.handshakes = 0
         """How many rounds of everything there were. A record may be read later than that."""
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps attempted so far."""
+        return self._contact.steps
+
+    @property
     def has_trained(self) -> bool:
         """Whether there is something to average: steps since all workers were the same, or residuals of rounding."""
-        if self.local_steps > 0 or self._tracker.has_residual or self._tracker.moved_by_others:
+        if self.local_steps > 0 or self.tracker.has_residual or self.tracker.moved_by_others:
             return True
         return self._pipeline is not None and self._pipeline.steps > 0
 
     def restore(self, steps: int, local_steps: int) -> None:
         """Go on from a checkpoint's counters."""
-        self.steps, self.local_steps = steps, local_steps
-        self._policy.count(steps)
+        self._contact.steps, self.local_steps = steps, local_steps
+        self.state_policy.count(steps)
 
     def mark_synchronized(self) -> None:
         """Take note that all workers have been given the same, from a file for example."""
         self.local_steps = 0
-        self._tracker.moved_by_others = False
+        self.tracker.moved_by_others = False
         if self._pipeline is not None:
             self._pipeline.restart()
         if self._workers.count > 1:
-            self._tracker.mark_synchronized()
+            self.tracker.mark_synchronized()
 
     def count_step(self) -> None:
         """Count a step that the optimizer has attempted."""
-        self.steps += 1
+        self._contact.steps += 1
         self.local_steps += 1
-        self._policy.count(self.steps)
-        self._tracker.note_step()
+        self.state_policy.count(self.steps)
+        self.tracker.note_step()
         if self._pipeline is not None:
             self._pipeline.count_step()
 
@@ -191,11 +220,12 @@ class RoundEngine:
             also: further tensors to average along.
             later: whether its measures are to be read after the next step.
         """
-        tensors = self._tracker.current()
+        tensors = self.tracker.current()
         tensors.take_over()
         stopwatch = Stopwatch(self._workers.device, self._workers.patience.wait_for)
         with self._measures.bytes_booked():
-            numbers, dropped = self._average(trigger, period, tensors, also)
+            numbers, dropped = self._full_round.run(trigger, period, tensors, also, self.has_trained)
+        self.handshakes += 1
         stopwatch.stop()
         # The variance among fewer workers is another one, and so is that of a round which replaces fragments.
         comparable = trigger == "period" and dropped == 0 and self._pipeline is None
@@ -206,7 +236,7 @@ class RoundEngine:
                 period=period,
                 drift="a period" if comparable else None,
                 numbers=numbers,
-                groups=len(self._optimizer.param_groups),
+                groups=tensors.averager.groups,
                 read_at=self.steps + later,
                 local_steps=self.local_steps,
                 dropped=dropped,
@@ -215,75 +245,13 @@ class RoundEngine:
         )
         if self._pipeline is not None:
             self._pipeline.restart()
-        self._tracker.moved_by_others = False
+        self.tracker.moved_by_others = False
         self._start_from(self.steps)
 
-    # One round of everything
-
-    def _average(
-        self, trigger: Trigger, period: int, tensors: AveragedTensors, also: Sequence[Tensor]
-    ) -> tuple[Numbers, int]:
-        """Average everything; return what was measured, which is on its way, and how many workers were left out."""
-        more = FlatLayout(also, [None] * len(also)) if also else None
-        further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
-        stated = tensors.stated
-        state = self._state(
-            "an averaging round",
-            trigger,
-            period,
-            fingerprint=stated["fingerprint"] ^ (0 if more is None else more.fingerprint),
-            known=stated["known"],
-            finite=self._workers.size == 1 or tensors.layout.are_finite(self._workers.device) & all_finite(further),
-        )
-        handshake = Handshake(self._workers, state).complete()
-        self.handshakes += 1
-        try:
-            # Whatever has to be known of the others is known before anything is overwritten.
-            described = partial(self._describe, tensors, more, also)
-            what = f"The workers of optimizer {self._index} do not average the same tensors at step {self.steps}."
-            handshake.check_tensors(what, described)
-            tensors.agree(handshake.know_the_same)
-            if handshake.diverged:
-                watched = [*tensors.parameters, *further]
-                self._guards.report_divergence(handshake, self.steps, watched, self._drop)
-            self._heed(handshake)
-            contribution = handshake.contribution
-            deviations: Sequence[float | Tensor] = [0.0] * len(self._optimizer.param_groups)
-            if self._workers.count > 1 and self.has_trained:
-                as_it_is = trigger != "period" or contribution != self._workers.everybody
-                deviations = [*tensors.averager.average(contribution, as_it_is)]
-            numbers = self._measures.launch(deviations, contribution)
-            if more is not None:
-                ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(contribution)
-            self._policy.apply(contribution, self.has_trained, checkpoint=trigger == "checkpoint")
-        except CollectiveError as error:
-            raise self._lost(state, error) from error
-        return numbers, len(handshake.diverged_workers)
-
-    def _describe(self, tensors: AveragedTensors, more: FlatLayout | None, also: Sequence[Tensor]) -> list[Any]:
-        described = self._tracker.describe(tensors.layout, tensors.tensors)
-        return described if more is None else [*described, *self._tracker.describe(more, also)]
-
-    # What workers know of each other
-
-    def _state(self, kind: Kind, trigger: Trigger, period: int, **about: Any) -> RankState:
-        """Where this rank stands now."""
-        return RankState(
-            KINDS.index(kind),
-            self.steps,
-            TRIGGERS.index(trigger),
-            self._index,
-            period,
-            flags=self._flags.raised,
-            learning_rates=sum(learning_rates(self._optimizer, self._workers.device)),
-            has_state=self._policy.has_state,
-            **about,
-        )
-
-    def _heed(self, handshake: Handshake) -> None:
-        self._guards.compare_learning_rates(handshake, self.steps)
-        self._flags.agreed |= handshake.flags
-        self._policy.anybody_has_state = handshake.anybody_has_state
+    def close(self) -> None:
+        """Close the connections that were opened for fragments; only rounds of everything may follow."""
+        if self._opened is not None:
+            self._opened.close()
 
     def _lost(self, state: RankState, error: CollectiveError) -> Exception:
         return lost(self._workers, state, error) if self._pipeline is None else self._pipeline.lost(state, error)
@@ -293,7 +261,7 @@ class RoundEngine:
         try:
             yield
         except CollectiveError as error:
-            state = self._state(kind, trigger, period)
+            state = self._contact.state(kind, trigger, period)
             raise self._lost(state, error) from error
 
     @contextmanager
@@ -310,7 +278,7 @@ class RoundEngine:
     def _measure(self, handshakes: Sequence[Handshake], ended: Sequence[SpreadRound]) -> None:
         """Take note of handshakes, and begin to find out what rounds whose last fragment has landed have measured."""
         for handshake in handshakes:
-            self._heed(handshake)
+            self._contact.heed(handshake)
         for round_ in ended:
             self._measures.append(
                 Measuring(
@@ -330,15 +298,15 @@ class RoundEngine:
             means = self._measures.read(measuring)
         local_steps = measuring.local_steps
         if local_steps is None:
-            self._policy.end_round()
+            self.state_policy.end_round()
             local_steps = self.local_steps - (self.steps - measuring.step)
             self._start_from(measuring.step)
         record = self._measures.record(measuring, means, local_steps)
         scalars = means[2 * measuring.groups :]
-        return RoundResult(record, scalars, measuring.drift, self._tracker.current().parameters)
+        return RoundResult(record, scalars, measuring.drift, self.tracker.current().parameters)
 
     def _start_from(self, step: int) -> None:
         """Take note of a round at a step: what is trained since then is what is averaged next."""
         self.local_steps = self.steps - step
         if not self.has_trained:
-            self._tracker.note_averaged()
+            self.tracker.note_averaged()

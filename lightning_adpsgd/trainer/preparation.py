@@ -40,38 +40,6 @@ def check_validation_is_not_timed(trainer: "pl.Trainer") -> None:
         )
 
 
-def find_nodes(everybody: WorkerGroup, node_rank: int, local_rank: int, strategy: str) -> int:
-    """How many ranks make up a node, as the Trainer was told and the cluster has placed them.
-
-    Args:
-        everybody: all ranks; all of them have to ask.
-        node_rank: this rank's node.
-        local_rank: this rank's place there.
-        strategy: the name of the strategy's class.
-
-    Raises:
-        MisconfigurationException: on every rank, if nodes have different numbers of ranks, or a strange order.
-    """
-    places = everybody.table([node_rank, local_rank]).long().tolist()
-    nodes = [node for node, _ in places]
-    sizes = {node: nodes.count(node) for node in sorted(set(nodes))}
-    ranks_per_node = max(sizes.values())
-    if places != [[node, place] for node in range(len(sizes)) for place in range(ranks_per_node)]:
-        each = ", ".join(f"node {node}: {size}" for node, size in sizes.items())
-        raise MisconfigurationException(
-            f'{strategy}(worker="node") found nodes with different numbers of ranks, or ranks that are not numbered'
-            f" node by node (ranks of {each}). Every node has to run as many as the others, Trainer(devices=...), and"
-            " ranks have to be numbered from the first node to the last."
-        )
-    if len(sizes) == 1 and everybody.size > 1:
-        rank_zero_warn(
-            f'{strategy}(worker="node") on one node: there is no other worker to average with, so this trains as DDP'
-            " does, with a gradient all-reduce at every step. For workers inside of a node leave out"
-            ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
-        )
-    return ranks_per_node
-
-
 def warn_of_sync_batchnorm(module: Module) -> None:
     """Warn if the model communicates in every forward pass."""
     if any(isinstance(part, SyncBatchNorm) for part in module.modules()):

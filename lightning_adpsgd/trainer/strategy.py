@@ -1,23 +1,17 @@
 """The door to Lightning: turns the Trainer's hooks into local steps and averaging rounds."""
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.nn import Module
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_adpsgd.errors import WorkerLostError
@@ -30,16 +24,13 @@ from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.trainer.callbacks import insert_callbacks
 from lightning_adpsgd.trainer.compat import (
     callbacks_of,
-    step_of_the_loss,
-    sync_module_states,
     trainer_of,
-    wrap_for_gradients_of,
 )
 from lightning_adpsgd.trainer.lifecycle import end_others_at_exit, forget_failure
+from lightning_adpsgd.trainer.nodes import NodeGradients
 from lightning_adpsgd.trainer.preparation import (
     check_module_is_ready,
     check_validation_is_not_timed,
-    find_nodes,
     is_fitting,
     total_steps_of,
     warn_of_a_missing_optimizer,
@@ -47,16 +38,13 @@ from lightning_adpsgd.trainer.preparation import (
     warn_of_uneven_loaders,
 )
 from lightning_adpsgd.trainer.signals import DeferredSignals
-from lightning_adpsgd.trainer.weights import AveragedWeights
 from lightning_adpsgd.validation import check_choice, check_instance, check_listener
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup, closed_at_exit
-
-_LATEST_STEPS = 16
+from lightning_adpsgd.workers.group import WorkerGroup, closed_at_exit
 
 _log = logging.getLogger(__name__)
 
 
-class ADPSGDStrategy(AveragedWeights):
+class ADPSGDStrategy(NodeGradients):
     """Adaptive periodic parameter averaging (ADPSGD) in place of DDP's gradient all-reduce.
 
     Every process trains its own replica on its own share of the data, and no gradient crosses the network. Every p
@@ -161,13 +149,7 @@ class ADPSGDStrategy(AveragedWeights):
         # State
         self._listeners: list[Callable[[AveragingRound], None]] = []  # of all fits
         self._listeners_of_this_fit: list[Callable[[AveragingRound], None]] = []
-        self._workers: WorkerGroup | None = None
-        self._nodes: NodeWorkerGroup | None = None
         self._signals: DeferredSignals | None = None
-        self._step_hooks: list[RemovableHandle] = []
-        self._stepping = False
-        self._logged_steps: dict[int, deque[tuple[int, int]]] = {}  # of each optimizer's latest steps
-        self._wrapped_for: set[int] = set()
         self._callbacks: list[pl.Callback] = []
 
     @property
@@ -196,19 +178,6 @@ class ADPSGDStrategy(AveragedWeights):
         else:
             self._listeners.append(listener)
 
-    def logged_step(self, round_: AveragingRound) -> int:
-        """The step at which to log a round of this fit, on the axis of the loss: that of the batch it came after.
-
-        Lightning counts batches that led to a step there, where ``trainer.global_step`` counts the steps of all
-        optimizers. The record of a round that the period asks for may come some steps after the round.
-        """
-        if round_.trigger == "period":
-            for step, logged_step in self._logged_steps.get(round_.optimizer, ()):
-                if step == round_.step:
-                    return logged_step
-        trainer = trainer_of(self.lightning_module)
-        return round_.step if trainer is None else step_of_the_loss(trainer)
-
     # Set up and tear down
 
     @override
@@ -221,7 +190,7 @@ class ADPSGDStrategy(AveragedWeights):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
-        self._workers = self._new_workers()
+        self._workers = self._new_workers(self._worker)
         self._workers.clear_status()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
@@ -233,25 +202,6 @@ class ADPSGDStrategy(AveragedWeights):
         super().setup(trainer)
         if fitting:
             self._set_up_fit(trainer, self._workers)
-
-    @override
-    def configure_ddp(self) -> None:
-        """No wrapper, hence no gradient all-reduce, except inside of a node that is one worker.
-
-        All ranks start from rank 0's weights.
-        """
-        assert self.model is not None
-        sync_module_states(self.model)
-        if self._shares_gradients:
-            self._wrap()
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Wrap again where layers have been frozen or unfrozen: a wrapper knows those that were trained at first."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self._shares_gradients and self._trained() != self._wrapped_for:
-            self.handshake("a change of what is trained")
-            self._wrap()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -277,9 +227,7 @@ class ADPSGDStrategy(AveragedWeights):
         trainer = trainer_of(self.lightning_module)
         if trainer is not None:
             callbacks_of(trainer)[:] = [each for each in callbacks_of(trainer) if each not in self._callbacks]
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks = []
+        self._stop_watching()
         super().teardown()
         if self._session is not None:
             self._session.close()
@@ -298,25 +246,6 @@ class ADPSGDStrategy(AveragedWeights):
             warn_of_uneven_loaders(trainer, self._workers)
             total_steps = self._workers.broadcast_object(total_steps, 0)
         self._session.setup(total_steps)
-
-    # Local steps and rounds
-
-    @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: "pl.LightningModule | Module | None" = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Step the optimizer, then count the attempt, which averages if the period is over."""
-        self._stepping = True
-        try:
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        finally:
-            self._stepping = False
-        self._count_step(optimizer)
-        return output
 
     # Registration
 
@@ -358,63 +287,11 @@ class ADPSGDStrategy(AveragedWeights):
         self._signals = DeferredSignals(trainer, self._raise_flags)
         self._signals.install()
         self._callbacks = insert_callbacks(trainer, self, self._signals)
-        self._logged_steps = {}
-        for local_sgd in self._session.local_sgd:
-            with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
-                self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
+        self._watch_steps(self._session)
         if not self._session.local_sgd and workers.size > 1:
             warn_of_a_missing_optimizer()
         if former is not None and former.module is self.lightning_module and trainer.global_step > 0:
             self._session.go_on_from(former)
-
-    def _new_workers(self) -> WorkerGroup:
-        everybody = WorkerGroup(device=self.root_device)
-        if self._worker == "device":
-            return everybody
-        with naming_lost_workers(everybody, "finding out about nodes"):
-            if self._nodes is None:
-                ranks_per_node = find_nodes(everybody, self.node_rank, self.local_rank, type(self).__name__)
-                self._nodes = NodeWorkerGroup(ranks_per_node, self.root_device)
-            self._nodes.open()
-        return self._nodes
-
-    @property
-    def _shares_gradients(self) -> bool:
-        """Whether ranks of a node average their gradients."""
-        return isinstance(self._workers, NodeWorkerGroup) and self._workers.size > 1
-
-    def _wrap(self) -> None:
-        assert isinstance(self._workers, NodeWorkerGroup)
-        self._wrapped_for = self._trained()
-        wrap_for_gradients_of(self, self._workers.node)
-
-    def _trained(self) -> set[int]:
-        """The parameters that require a gradient."""
-        assert self.lightning_module is not None
-        return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
-
-    def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that was taken past Lightning, with ``self.optimizers(use_pl_optimizer=False)`` for example."""
-        if not self._stepping:
-            self._count_step(optimizer)
-
-    def _count_step(self, optimizer: Optimizer) -> None:
-        self._second_weights_moved = True
-        local_sgd = None if self._session is None else self._session.of(optimizer)
-        if self._session is not None and local_sgd is not None:
-            trainer = trainer_of(self.lightning_module)
-            if trainer is not None:
-                latest = deque[tuple[int, int]](maxlen=self._options.overlap + _LATEST_STEPS)
-                latest = self._logged_steps.setdefault(local_sgd.index, latest)
-                latest.append((local_sgd.steps + 1, step_of_the_loss(trainer)))
-            self._session.step(local_sgd)
-        elif optimizer.param_groups:
-            raise MisconfigurationException(
-                f"A {type(optimizer).__name__} was stepped that is none of the optimizers that configure_optimizers()"
-                f" had returned when fit began. {type(self).__name__} keeps count of each optimizer's local steps:"
-                " return all optimizers from configure_optimizers(), and change them in place (add_param_group) instead"
-                " of replacing them."
-            )
 
     def _raise_flags(self, flags: int) -> None:
         if self._session is not None:

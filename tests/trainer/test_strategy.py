@@ -211,7 +211,7 @@ def test_the_same_count_sees_what_ddp_sends_at_every_step(pool):
 
 def profiled_hooks() -> list[str]:
     fitted, _ = fit(ADPSGDStrategy(3), seeded(), profiler="simple")
-    return [name.split(".")[-1] for name in fitted.profiler.recorded_durations if "_FirstCallback" in name]
+    return [name.split(".")[-1] for name in fitted.profiler.recorded_durations if "FirstCallback" in name]
 
 
 @pytest.mark.workers
@@ -451,12 +451,12 @@ def test_the_rule_is_told_how_many_optimizer_steps_there_will_be(pool, options, 
 
 
 def total_steps_that_differ() -> int | None:
-    original = lightning_adpsgd.trainer.strategy._total_steps
-    lightning_adpsgd.trainer.strategy._total_steps = lambda trainer: original(trainer) + 100 * trainer.global_rank
+    original = lightning_adpsgd.trainer.strategy.total_steps_of
+    lightning_adpsgd.trainer.strategy.total_steps_of = lambda trainer: original(trainer) + 100 * trainer.global_rank
     try:
         return known_total_steps({"max_epochs": 3})
     finally:
-        lightning_adpsgd.trainer.strategy._total_steps = original
+        lightning_adpsgd.trainer.strategy.total_steps_of = original
 
 
 @pytest.mark.workers

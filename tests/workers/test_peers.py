@@ -73,7 +73,7 @@ def open_further_connections(model: nn.Module, goes: bool) -> None:
 def compare_what_is_averaged(model: nn.Module, goes: bool) -> None:
     local_sgd = local_sgd_of(model, stagger=True)
     if goes:
-        call = local_sgd._engine._state("a change of what is averaged", "period", 4, fingerprint=1)
+        call = local_sgd._engine._contact.state("a change of what is averaged", "period", 4, fingerprint=1)
         Handshake(local_sgd.workers, call._replace(step=4)).complete()
     else:
         for _ in range(4):
