@@ -52,7 +52,8 @@ from lightning_adpsgd.validation import (
     check_reduce_dtype,
     check_total_steps,
 )
-from lightning_adpsgd.workers.group import CollectiveError, Contribution, Numbers, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 _READS_LATER: bool | None = None
 """Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
@@ -515,7 +516,7 @@ class LocalSGD:
         if not self.has_trained:
             self._payloads.note_averaged()
 
-    def _average_all(self, trigger: Trigger, payload: AveragedTensors, also: Sequence[Tensor]) -> tuple[Numbers, int]:
+    def _average_all(self, trigger: Trigger, payload: AveragedTensors, also: Sequence[Tensor]) -> tuple[Reduction, int]:
         """Average all there is; return what was measured, which is under way, and how many workers were left out."""
         more = FlatLayout(also, [None] * len(also)) if also else None
         further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
@@ -566,12 +567,12 @@ class LocalSGD:
         self._notice.agreed = meeting.notice
         self._anybody_has_state = meeting.anybody_has_state
 
-    def _average_and_measure(self, trigger: Trigger, payload: AveragedTensors, share: Contribution) -> Numbers:
+    def _average_and_measure(self, trigger: Trigger, payload: AveragedTensors, share: Contribution) -> Reduction:
         """Replace all tensors by their means; begin to find out S_g and γ_g of all groups, means over the workers."""
         rates = _learning_rates(self.optimizer, self.workers.device)
         deviations: list[float | Tensor] = [0.0] * len(rates)
         if self.workers.count > 1 and self.has_trained:
-            as_it_is = trigger != "period" or share != self.workers.everybody
+            as_it_is = trigger != "period" or share != self.workers.all_contribute
             deviations = [*payload.averager.average(share, as_it_is)]
         return self.workers.launch_mean([*deviations, *rates], share)
 
@@ -682,7 +683,7 @@ class _Unread(NamedTuple):
     local_steps: int
     period: int
     dropped: int
-    numbers: Numbers
+    numbers: Reduction
     """S_g of each parameter group, then γ_g of each."""
     payload: AveragedTensors
     stopwatch: Stopwatch

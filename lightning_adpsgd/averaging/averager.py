@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_adpsgd.averaging.codec import DeltaCodec
 from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
-from lightning_adpsgd.workers.group import Contribution, Reduction, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 # On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
@@ -57,7 +58,7 @@ class ParameterAverager:
         bucket_bytes: int,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        self.differences = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers.device)
+        self.differences = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers)
         self.layout = layout
         self.groups = groups
         """Number of parameter groups."""
@@ -104,7 +105,7 @@ class ParameterAverager:
         self, bucket: Bucket, buffer: Tensor, share: Contribution | None = None, as_it_is: bool = True
     ) -> BucketInFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        share = share or self._workers.everybody
+        share = share or self._workers.all_contribute
         if self.differences is None and is_exact(share.contributors):
             # Dividing first keeps the sum within the range of the workers' own values.
             packed = self.layout.pack(bucket, buffer, divisor=share.contributors)
@@ -147,7 +148,7 @@ class ParameterAverager:
         if self.differences is not None and not as_it_is and self.differences.knows(bucket):
             return BucketInFlight(bucket, *self.differences.send(bucket, values, workers))
         owed = None if self.differences is None else self.differences.owed(bucket)
-        exact = is_exact((share or workers.everybody).contributors)
+        exact = is_exact((share or workers.all_contribute).contributors)
         alike = None
         if not exact:
             if bucket not in self._blocks:

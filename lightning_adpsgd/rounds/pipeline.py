@@ -12,7 +12,8 @@ from lightning_adpsgd.averaging.averager import BucketInFlight
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
-from lightning_adpsgd.workers.group import CollectiveError, Numbers, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 Drift = Literal["a period", "at least a period", "less"]
 """For how long everything that a cycle has sent had drifted.
@@ -51,7 +52,7 @@ class _Cycle:
     sent: int = 0
     adopted: int = 0
     step: int = 0
-    measures: Numbers | None = None
+    measures: Reduction | None = None
     """What the workers have measured, on its way once everything is adopted."""
     settled_at: int = 0
     """The step from which on they are to be read."""

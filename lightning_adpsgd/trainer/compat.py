@@ -177,8 +177,8 @@ def _end_others() -> None:
             # Lightning's own watch would kill this process, with another exit code, as soon as a child has ended.
             vars(thread)["_run"] = _nothing_to_observe
     for strategy, workers, _ in _failed:
-        workers.abort()
-        workers.stay(seconds=_SECONDS_TO_STAY)
+        workers.peers.abort()
+        workers.peers.linger(seconds=_SECONDS_TO_STAY)
         started = getattr(strategy.launcher, "procs", None) or []
         deadline = time.monotonic() + _SECONDS_FOR_LAST_WORDS
         for rank, child in enumerate(started, strategy.global_rank + 1):
@@ -187,7 +187,7 @@ def _end_others() -> None:
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                if workers.is_ending(rank):
+                if workers.peers.is_ending(rank):
                     continue  # by itself, and it may have files to upload
                 child.kill()
                 child.wait()

@@ -76,7 +76,9 @@ from lightning_adpsgd.validation import (
     check_timeout,
     check_worker,
 )
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup, closed_at_exit
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
+from lightning_adpsgd.workers.peers import closed_at_exit
 
 CHECKPOINT_KEY = "adpsgd"
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
@@ -267,7 +269,7 @@ class ADPSGDStrategy(DDPStrategy):
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
         self._workers = self._new_workers()
-        self._workers.clear_status()
+        self._workers.peers.clear_status()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
         if self._workers.size > 1:
@@ -316,7 +318,7 @@ class ADPSGDStrategy(DDPStrategy):
             return  # the latter was lost by the others as well, and has been told
         steps = ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self._local_sgd)
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._workers.post_status(f"had failed at {steps or 'setup'}: {what}", failed=True)
+        self._workers.peers.post_status(f"had failed at {steps or 'setup'}: {what}", failed=True)
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             _log.error(f"Rank {self.global_rank} failed at {steps or 'setup'}: {what}")
 
@@ -372,7 +374,7 @@ class ADPSGDStrategy(DDPStrategy):
         """Leave word for ranks that go on, although they should have ended too."""
         if self._workers is not None:
             steps = ", ".join(f"step {local_sgd.steps}" for local_sgd in self._local_sgd)
-            self._workers.post_status(f"had ended training at {steps}")
+            self._workers.peers.post_status(f"had ended training at {steps}")
 
     # Local steps and rounds
 
