@@ -611,7 +611,7 @@ def one_is_gone(word: bool) -> None:
     local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4, module=model)
     if dist.get_rank() == 1:
         if word:
-            local_sgd.workers.post_status("had failed at step 2: ValueError: boom")
+            local_sgd.workers.peers.post_status("had failed at step 2: ValueError: boom")
         return  # and its connections are closed
     train(local_sgd, model, 4)
 

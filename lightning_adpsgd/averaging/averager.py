@@ -12,7 +12,8 @@ from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_e
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.averaging.update import Adopt, Update
-from lightning_adpsgd.workers.group import Contribution, Reduction, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 # On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
@@ -60,7 +61,7 @@ class ParameterAverager:
         reduce_dtype: torch.dtype | None = None,
         update: Update | None = None,
     ) -> None:
-        self.delta = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers.device)
+        self.delta = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers)
         self.update = update or Adopt()
         self.update.start(layout)
         self.layout = layout
@@ -114,7 +115,7 @@ class ParameterAverager:
         self, bucket: Bucket, buffer: Tensor, share: Contribution | None = None, as_it_is: bool = True
     ) -> BucketInFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        share = share or self._workers.everybody
+        share = share or self._workers.all_contribute
         if self.delta is None and is_exact(share.contributors):
             # Dividing first keeps the sum within the range of the workers' own values.
             with span("pack"):
@@ -178,7 +179,7 @@ class ParameterAverager:
             with span("encode"):
                 return BucketInFlight(bucket, *self.delta.send(bucket, values, workers))
         owed = None if self.delta is None else self.delta.owed(bucket)
-        exact = is_exact((share or workers.everybody).contributors)
+        exact = is_exact((share or workers.all_contribute).contributors)
         alike = None
         if not exact:
             if bucket not in self._blocks:

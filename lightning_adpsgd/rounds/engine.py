@@ -27,7 +27,8 @@ from lightning_adpsgd.rounds.pipeline import Diverged, Drift, Pipeline, SpreadRo
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.rounds.schedule import StaggeredRounds, WholeRounds
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import CollectiveError, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 _READS_LATER: bool | None = None
 """Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""

@@ -13,7 +13,8 @@ from lightning_adpsgd.rounds.guards import Guards, all_finite
 from lightning_adpsgd.rounds.handshake import Handshake, lost
 from lightning_adpsgd.rounds.measures import Measures
 from lightning_adpsgd.rounds.record import Trigger
-from lightning_adpsgd.workers.group import CollectiveError, Numbers, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 
 class FullRound:
@@ -52,7 +53,7 @@ class FullRound:
 
     def run(
         self, trigger: Trigger, period: int, tensors: AveragedTensors, also: Sequence[Tensor], trained: bool
-    ) -> tuple[Numbers, int]:
+    ) -> tuple[Reduction, int]:
         """Average everything.
 
         Args:
@@ -93,7 +94,7 @@ class FullRound:
             contribution = handshake.contribution
             deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
             if self._workers.count > 1 and trained:
-                as_it_is = trigger != "period" or contribution != self._workers.everybody
+                as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 deviations = [*tensors.averager.average(contribution, as_it_is)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:

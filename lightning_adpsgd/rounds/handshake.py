@@ -13,7 +13,8 @@ from lightning_adpsgd.averaging.layout import Described, hash48
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
 from lightning_adpsgd.rounds.record import TRIGGERS
-from lightning_adpsgd.workers.group import CollectiveError, Contribution, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 _log = logging.getLogger(__name__)
 
@@ -228,10 +229,10 @@ def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) ->
     failed = f"Rank {workers.rank} could not finish {what}: {error}"
     # At once, because a launcher that notices first ends this process without a word.
     _log.error(failed)
-    workers.post_status(f"could not finish {what}", failed=True)
-    workers.abort()  # others may be waiting for this worker
-    words, answered = workers.words(seconds=_ROLL_CALL_SECONDS)
-    workers.stay(seconds=_STAY_SECONDS)
+    workers.peers.post_status(f"could not finish {what}", failed=True)
+    workers.peers.abort()  # others may be waiting for this worker
+    words, answered = workers.peers.statuses(seconds=_ROLL_CALL_SECONDS)
+    workers.peers.linger(seconds=_STAY_SECONDS)
     told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
     silent = sorted({*range(workers.size)} - {workers.rank, *words})
     if silent and not answered and workers.size > 2:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_adpsgd.rounds.pipeline import Drift
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import Contribution, Numbers, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 
 class Measuring(NamedTuple):
@@ -24,7 +25,7 @@ class Measuring(NamedTuple):
     period: int
     drift: Drift | None
     """For how long what was sent had drifted; None where its variance is not to be compared with that of others."""
-    numbers: Numbers
+    numbers: Reduction
     """S_g of each parameter group, γ_g of each, and what the rule has sent along; means over the workers."""
     groups: int
     read_at: int
@@ -60,7 +61,7 @@ class Measures:
         self._bytes = 0
         self._seconds = 0.0
 
-    def launch(self, deviations: Sequence[float | Tensor], contribution: Contribution | None = None) -> Numbers:
+    def launch(self, deviations: Sequence[float | Tensor], contribution: Contribution | None = None) -> Reduction:
         """Begin to find out S_g and γ_g of all parameter groups, as means over the workers.
 
         Args:

@@ -12,7 +12,8 @@ from lightning_adpsgd.averaging.averager import BucketInFlight
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
 from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
 from lightning_adpsgd.rounds.schedule import Schedule
-from lightning_adpsgd.workers.group import CollectiveError, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 Drift = Literal["a period", "at least a period", "less"]
 """For how long everything that a round has sent had drifted.

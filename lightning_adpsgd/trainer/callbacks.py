@@ -94,7 +94,7 @@ class FirstCallback(_OwnCallback):
         if session is not None:
             # For ranks that go on, although they should have ended too.
             steps = ", ".join(f"step {local_sgd.steps}" for local_sgd in session.local_sgd)
-            session.workers.post_status(f"had ended training at {steps}")
+            session.workers.peers.post_status(f"had ended training at {steps}")
         if self._act_on_signals() & SIGTERM:
             raise SIGTERMException  # no loop of Lightning's is left to do so
 

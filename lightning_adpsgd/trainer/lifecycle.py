@@ -43,8 +43,8 @@ def forget_failure() -> None:
 def _end_others() -> None:
     stop_watching_children()  # it would kill this process, with another exit code, as soon as a child has ended
     for strategy, workers, _ in _failures:
-        workers.abort()
-        workers.stay(seconds=_SECONDS_FOR_OTHERS_TO_READ)
+        workers.peers.abort()
+        workers.peers.linger(seconds=_SECONDS_FOR_OTHERS_TO_READ)
         children = getattr(strategy.launcher, "procs", None) or []
         deadline = time.monotonic() + _SECONDS_FOR_CHILDREN_TO_END
         for rank, child in enumerate(children, strategy.global_rank + 1):
@@ -53,7 +53,7 @@ def _end_others() -> None:
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                if workers.is_ending(rank):
+                if workers.peers.is_ending(rank):
                     continue  # by itself, and it may still have files to upload
                 child.kill()
                 child.wait()

@@ -9,7 +9,8 @@ from typing_extensions import override
 from lightning_adpsgd.rounds.handshake import naming_lost_workers
 from lightning_adpsgd.trainer.compat import sync_module_states, wrap_for_gradients_of
 from lightning_adpsgd.trainer.steps import CountedSteps
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
 
 
 class NodeGradients(CountedSteps):

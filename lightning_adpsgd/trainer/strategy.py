@@ -39,7 +39,8 @@ from lightning_adpsgd.trainer.preparation import (
 )
 from lightning_adpsgd.trainer.signals import DeferredSignals
 from lightning_adpsgd.validation import check_choice, check_instance, check_listener
-from lightning_adpsgd.workers.group import WorkerGroup, closed_at_exit
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.peers import closed_at_exit
 
 _log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class ADPSGDStrategy(NodeGradients):
     def setup(self, trainer: "pl.Trainer") -> None:
         forget_failure()
         self._workers = self._new_workers(self._worker)
-        self._workers.clear_status()
+        self._workers.peers.clear_status()
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.lightning_module is not None
         if self._workers.size > 1:
@@ -214,7 +215,7 @@ class ADPSGDStrategy(NodeGradients):
             return  # it was lost by the others as well, and has been told
         where = self._session.progress if self._session is not None and self._session.local_sgd else "setup"
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._workers.post_status(f"had failed at {where}: {what}", failed=True)
+        self._workers.peers.post_status(f"had failed at {where}: {what}", failed=True)
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             _log.error(f"Rank {self.global_rank} failed at {where}: {what}")
 

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_adpsgd import LocalSGD
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
 
 pytestmark = pytest.mark.workers
 
