@@ -10,8 +10,11 @@ import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from lightning_adpsgd.averaging.codec import Codec
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.local_sgd import LocalSGD
+from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.workers.group import WorkerGroup
@@ -24,12 +27,15 @@ if TYPE_CHECKING:
 __all__ = [
     "ADPSGDStrategy",
     "AdaptivePeriod",
+    "AveragingOptions",
     "AveragingPeriod",
     "AveragingRound",
+    "Codec",
     "CommunicationMonitor",
     "ConstantPeriod",
     "LocalSGD",
     "NodeWorkerGroup",
+    "Update",
     "WorkerGroup",
     "WorkerLostError",
     "WorkersDisagreeError",

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adpsgd.averaging.codec import Codec
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.options import AveragingOptions, OnDivergence, OptimizerState, ReduceDtype, as_period, options_of
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.base import report
@@ -54,7 +56,10 @@ class LocalSGD:
         overlap: d, how many local steps go on while a round, or a fragment of it, travels; at most p − 1 are.
         reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
             that type, and what rounding cuts off travels in the next round. Takes two more copies of what is averaged.
-        options: all settings from ``average_buffers`` to ``reduce_dtype`` in one, in place of single ones.
+            Or a :class:`Codec` of your own.
+        update: what is done with the mean in rounds that the period asks for, such as an outer step; None: it is
+            adopted.
+        options: all settings from ``average_buffers`` to ``update`` in one, in place of single ones.
         workers: whom to average with; None is the default process group.
         async_group: the same workers in a process group of its own, for what travels while training goes on; made if
             needed.
@@ -82,7 +87,8 @@ class LocalSGD:
         bucket_size_mb: float = 64.0,
         stagger: bool = False,
         overlap: int = 0,
-        reduce_dtype: ReduceDtype | None = None,
+        reduce_dtype: ReduceDtype | Codec | None = None,
+        update: Update | None = None,
         options: AveragingOptions | None = None,
         workers: WorkerGroup | None = None,
         async_group: WorkerGroup | None = None,
@@ -103,6 +109,7 @@ class LocalSGD:
             stagger=stagger,
             overlap=overlap,
             reduce_dtype=reduce_dtype,
+            update=update,
         )
         self.options.check_with(self.period)
         self.index = check_int(None, "index", index, at_least=0)

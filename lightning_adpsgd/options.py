@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lightning_adpsgd.averaging.codec import CastCodec, Codec
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.validation import check_choice, check_instance, check_int, check_number, wrong_type, wrong_value
 
@@ -37,7 +39,9 @@ class AveragingOptions:
             these workers from the mean.
         stagger: spread each round over the period.
         overlap: d, how many local steps go on while a round, or a fragment of it, travels.
-        reduce_dtype: "bf16" or "fp16": the type in which rounds that the period asks for travel; None: as they are.
+        reduce_dtype: "bf16" or "fp16": the type in which rounds that the period asks for travel; None: as they are. Or
+            a :class:`Codec` of your own.
+        update: what is done with the mean in rounds that the period asks for; None: it is adopted.
 
     Raises:
         TypeError: if a setting is of the wrong type.
@@ -51,7 +55,8 @@ class AveragingOptions:
     on_divergence: OnDivergence = "raise"
     stagger: bool = False
     overlap: int = 0
-    reduce_dtype: ReduceDtype | None = None
+    reduce_dtype: ReduceDtype | Codec | None = None
+    update: Update | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -62,7 +67,8 @@ class AveragingOptions:
             "on_divergence": check_choice(None, "on_divergence", self.on_divergence, get_args(OnDivergence)),
             "stagger": check_instance(None, "stagger", self.stagger, bool, "True or False"),
             "overlap": check_int(None, "overlap", self.overlap, at_least=0),
-            "reduce_dtype": check_choice(None, "reduce_dtype", self.reduce_dtype, (*get_args(ReduceDtype), None)),
+            "reduce_dtype": _check_reduce_dtype(self.reduce_dtype),
+            "update": check_instance(None, "update", self.update, Update, optional=True),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # NumPy's numbers have become Python's, lists tuples
@@ -91,9 +97,11 @@ class AveragingOptions:
         return int(self.bucket_size_mb * 2**20)
 
     @property
-    def wire_dtype(self) -> torch.dtype | None:
-        """The type in which rounds that the period asks for travel; None: that of the parameters."""
-        return None if self.reduce_dtype is None else _WIRE_DTYPES[self.reduce_dtype]
+    def codec(self) -> Codec | None:
+        """How rounds that the period asks for are encoded; None: not at all."""
+        if self.reduce_dtype is None or isinstance(self.reduce_dtype, Codec):
+            return self.reduce_dtype
+        return CastCodec(_WIRE_DTYPES[self.reduce_dtype])
 
     @property
     def is_spread(self) -> bool:
@@ -106,7 +114,7 @@ class AveragingOptions:
         told = [
             "spread over the period" if self.stagger else "",
             f"adopted {self.overlap} step(s) later" if self.overlap else "",
-            f"in {self.reduce_dtype}" if self.reduce_dtype else "",
+            f"in {_name_of(self.reduce_dtype)}" if self.reduce_dtype else "",
         ]
         return ", ".join(filter(None, told)) or "at once"
 
@@ -167,6 +175,16 @@ def check_timeout(value: timedelta | None) -> timedelta | None:
             None, "timeout", value, "between a millisecond and a hundred years, as in timedelta(minutes=30)"
         )
     return timeout
+
+
+def _check_reduce_dtype(value: object) -> Any:
+    if isinstance(value, Codec):
+        return value
+    return check_choice(None, "reduce_dtype", value, (*get_args(ReduceDtype), None))
+
+
+def _name_of(reduce_dtype: ReduceDtype | Codec) -> str:
+    return reduce_dtype if isinstance(reduce_dtype, str) else type(reduce_dtype).__name__
 
 
 def _check_bucket_size(value: object) -> float:

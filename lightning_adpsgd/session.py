@@ -1,6 +1,7 @@
 """All optimizers of a training run: their rounds, handshakes and checkpoint entries, for any door."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class TrainingSession:
                 copy.deepcopy(period),
                 module=module,
                 total_steps="later",
-                options=options,
+                options=dataclasses.replace(options, update=copy.deepcopy(options.update)),
                 workers=workers,
                 flags=self.flags,
                 owners=owners,

@@ -176,45 +176,8 @@ def test_configuration_makes_the_trainer_it_describes(folder, strategy):
 def test_strategy_has_every_setting_of_the_configuration(folder):
     adaptive, constant, by_name = (made(strategy).trainer.strategy for strategy in (ADAPTIVE, CONSTANT, "adpsgd"))
     assert repr(adaptive._period) == repr(AdaptivePeriod(initial=2, sampling=6, low=0.5, maximum=16))
-    assert (adaptive._optimizer_state, adaptive._bucket_size_mb) == ("average", 1.5)
+    assert (adaptive._options.optimizer_state, adaptive._options.bucket_size_mb) == ("average", 1.5)
     assert adaptive._timeout == timedelta(minutes=7)
     assert repr(constant._period) == repr(ConstantPeriod(5))
     assert (constant._options.average_buffers, constant._start_method) == (False, "spawn")
     assert repr(by_name._period) == repr(AdaptivePeriod())
-
-
-# What is wrong is named
-
-
-def refusal(error, settings):
-    """What fit ends with if the strategy is given these settings."""
-    strategy = {"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": settings}
-    with pytest.raises(error) as caught:
-        main(["fit", "--config", written(configuration(strategy))])
-    return caught.value
-
-
-def adaptive(initial):
-    return {"period": {"class_path": "lightning_adpsgd.AdaptivePeriod", "init_args": {"initial": initial}}}
-
-
-def test_value_out_of_range_ends_with_a_message_that_names_it(folder):
-    for settings, message in (
-        (adaptive(0), "AdaptivePeriod(initial=0): expected an int of at least 1"),
-        ({"period": 0}, "ConstantPeriod(period=0): expected an int of at least 1"),
-        ({"bucket_size_mb": -1.0}, "bucket_size_mb=-1.0: expected a positive, finite number of MiB"),
-    ):
-        assert message in str(refusal(ValueError, settings))
-
-
-def test_value_of_the_wrong_kind_exits_with_a_message_that_names_it(folder, capsys):
-    for settings, named in (
-        ({"optimizer_state": "sometimes"}, ['"optimizer_state"', "sometimes", "'local', 'average', 'reset'"]),
-        ({"bucket_size_mb": "large"}, ['"bucket_size_mb"', "large"]),
-        ({"average_buffers": "perhaps"}, ['"average_buffers"', "perhaps"]),
-        ({"perod": 8}, ["perod"]),
-        (adaptive("four"), ['"initial"', "four"]),
-    ):
-        assert refusal(SystemExit, settings).code == 2
-        message = capsys.readouterr().err.partition("error:")[2]
-        assert [part for part in named if part not in message] == []

@@ -48,7 +48,7 @@ def test_buckets_are_counted_in_whole_bytes():
 
 @pytest.mark.parametrize(("name", "dtype"), [(None, None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_reduce_dtype_names_what_travels(name, dtype):
-    assert AveragingOptions(reduce_dtype=name).wire_dtype is dtype
+    assert AveragingOptions(reduce_dtype=name).codec.dtype is dtype
 
 
 @pytest.mark.parametrize(

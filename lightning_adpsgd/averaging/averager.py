@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.averaging.codec import DeltaCodec
+from lightning_adpsgd.averaging.codec import Codec, DeltaCodec
 from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
 from lightning_adpsgd.averaging.spans import span
@@ -49,7 +49,8 @@ class ParameterAverager:
         groups: number of parameter groups.
         workers: whom to average with.
         bucket_bytes: the longest range, in bytes when packed.
-        reduce_dtype: 16-bit type in which values travel, as differences from the last average; None: as they are.
+        codec: encodes differences from the last average, which then travel; None: values travel as they are.
+        update: what is done with the mean of rounds that are not averaged ``as_it_is``; None: it is adopted.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class ParameterAverager:
         groups: int,
         workers: WorkerGroup,
         bucket_bytes: int,
-        reduce_dtype: torch.dtype | None = None,
+        codec: Codec | None = None,
         update: Update | None = None,
     ) -> None:
-        self.delta = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers)
+        self.delta = None if codec is None else DeltaCodec(layout, codec, workers)
         self.update = update or Adopt()
         self.update.start(layout)
         self.layout = layout
@@ -76,14 +77,14 @@ class ParameterAverager:
     @property
     def has_residual(self) -> bool:
         """Whether something that rounding has cut off has not travelled yet."""
-        return self.delta is not None and self.delta.owes
+        return self.delta is not None and self.delta.has_residual
 
     def average(self, share: Contribution | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
 
         Args:
             share: what this worker contributes to the mean; None where all workers do.
-            as_it_is: whether values travel as they are, whatever ``reduce_dtype`` says.
+            as_it_is: whether values travel as they are, whatever the codec, and are adopted, whatever the update.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -178,7 +179,7 @@ class ParameterAverager:
         if self.delta is not None and not as_it_is and self.delta.knows(bucket):
             with span("encode"):
                 return BucketInFlight(bucket, *self.delta.send(bucket, values, workers))
-        owed = None if self.delta is None else self.delta.owed(bucket)
+        owed = None if self.delta is None else self.delta.residual(bucket)
         exact = is_exact((share or workers.all_contribute).contributors)
         alike = None
         if not exact:
@@ -270,19 +271,35 @@ class ParameterAverager:
             assert snapshot is not None
             mean, alike = self._mean(part)
             squares = _Squares(self.groups)
-            for tile in self.layout.tiles(part.bucket):
+            adopts = isinstance(self.update, Adopt)
+            tiles = self.layout.tiles(part.bucket)
+            for tile in tiles:
                 here = slice(tile.start, tile.stop)
-                if alike is not None:
-                    alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
-                difference = torch.sub(mean[here], snapshot[here], out=snapshot[here])
-                squares.add(tile, difference)
-                if moved:
-                    tile.move(mean[here], difference)
-                else:
-                    tile.unpack(mean[here])
+                with span("measure"):
+                    if alike is not None:
+                        alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
+                    squares.add(tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
+                if adopts:
+                    _write(tile, mean[here], snapshot[here], moved)
+            if not adopts:
+                updated = self._updated(part.bucket, mean)
+                snapshot.add_(updated).sub_(mean)
+                mean = updated
+                for tile in tiles:
+                    here = slice(tile.start, tile.stop)
+                    _write(tile, mean[here], snapshot[here], moved)
             self._note(part, mean)
             deviations += squares.sums(mean.device).to(device)
         return deviations
+
+
+def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
+    """Overwrite a tile; if it has ``moved`` since it was sent, add what has changed since then instead."""
+    with span("unpack"):
+        if moved:
+            tile.move(new, change)
+        else:
+            tile.unpack(new)
 
 
 class _Squares:

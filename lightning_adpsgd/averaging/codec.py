@@ -1,18 +1,73 @@
-"""How values travel: as differences from the last average in 16 bits, without losing what rounding cuts off."""
+"""How values travel: as differences from the last average, encoded, without losing what encoding cuts off."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, hash48
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
 
+class Codec(ABC):
+    """A wire format: rows of numbers to rows of bytes, and back.
+
+    What :meth:`encode` cuts off is not lost: it travels in the next round (see :class:`DeltaCodec`).
+    """
+
+    block = 1
+    """How many elements are encoded together, with a scale in common for example: rows are padded to a multiple."""
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode rows of numbers.
+
+        Args:
+            values: fp32 or fp64, finite, of shape (rows, k · block).
+
+        Returns:
+            uint8, shape (rows, k · bytes per block), contiguous.
+        """
+
+    @abstractmethod
+    def decode(self, encoded: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decode what :meth:`encode` has made of rows.
+
+        Args:
+            encoded: uint8, shape (rows, k · bytes per block).
+            dtype: ``torch.float32`` or ``torch.float64``.
+
+        Returns:
+            Of that type, shape (rows, k · block).
+        """
+
+
+class CastCodec(Codec):
+    """Numbers in a shorter floating-point type; those beyond its largest become that.
+
+    Args:
+        dtype: ``torch.bfloat16`` or ``torch.float16``, for example.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    @override
+    def encode(self, values: Tensor) -> Tensor:
+        largest = torch.finfo(self.dtype).max
+        return values.clamp(-largest, largest).to(self.dtype).view(torch.uint8)
+
+    @override
+    def decode(self, encoded: Tensor, dtype: torch.dtype) -> Tensor:
+        return encoded.view(self.dtype).to(dtype)
+
+
 class DeltaCodec:
-    """Sends what has changed since the last average, rounded to 16 bits, and what rounding cut off the next time.
+    """Sends what has changed since the last average through a codec, and what that cuts off the next time.
 
     All workers know the last average w̄. Worker i sends q_i = Q((w_i − w̄ + e_i) / n) and keeps the error of rounding,
     e_i ← w_i − w̄ + e_i − n·q_i. Each worker adds up its share of the elements, in the wide type, and sends the rounded
@@ -29,14 +84,14 @@ class DeltaCodec:
 
     Args:
         layout: what travels; tensors of no group are apart.
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        codec: Q.
         workers: who the values travel to; CPU tensors are packed on their device.
     """
 
-    def __init__(self, layout: FlatLayout, dtype: torch.dtype, workers: WorkerGroup) -> None:
-        self.dtype = dtype
+    def __init__(self, layout: FlatLayout, codec: Codec, workers: WorkerGroup) -> None:
+        self._codec = codec
         self._workers = workers
-        self.owes = False
+        self.has_residual = False
         """Whether there may be errors that have not travelled yet."""
         self._layout = layout
         self._spaces = {space.space: space for space in layout.cut_into_spaces() if layout.is_of_groups(space.space)}
@@ -50,7 +105,7 @@ class DeltaCodec:
         return hash48(repr(self._unknown).encode())
 
     def knows(self, bucket: Bucket) -> bool:
-        """Whether the last average of a whole range is known. If not, the range has to travel as it is."""
+        """Whether the last average of a whole bucket is known. If not, the bucket has to travel as it is."""
         return bucket.space in self._spaces and not any(bucket.overlaps(unknown) for unknown in self._unknown)
 
     def start(self) -> None:
@@ -77,43 +132,44 @@ class DeltaCodec:
                 self._of(now)[1].copy_(other._of(before)[1])
                 if other.knows(before):
                     self._note_known(now)
-        self.owes = other.owes
+        self.has_residual = other.has_residual
 
     def send(self, bucket: Bucket, values: Tensor, workers: WorkerGroup) -> tuple[Reduction, Tensor]:
-        """Begin to find out the average's change from the workers' ``values`` of a range.
+        """Begin to find out the average's change from the workers' ``values`` of a bucket.
 
         Returns:
             What is under way, and what rounding cuts off of it, for :meth:`receive`; in the storage of ``values``.
         """
-        self.owes = True
+        self.has_residual = True
         average, error = self._of(bucket)
         change = values.sub_(average).add_(error).div_(workers.count)
-        rounded = self._rounded(change)
-        cut_off = change.sub_(rounded).mul_(workers.count)
-        shares, residuals = workers.shares(rounded), workers.shares(cut_off)
-        rows = rounded.new_zeros(workers.size, len(shares[0]))
-        for row, share in zip(rows, shares, strict=True):
-            row[: len(share)] = share
-        combine = partial(self._combine, residuals[workers.rank], workers.count)
-        sizes = [share.nbytes for share in shares]
-        return workers.exchange(rows.view(torch.uint8), combine, residuals, sizes), cut_off
+        shares = workers.shares(change)
+        length = self._padded(len(shares[0]))
+        rows, sizes = [], []
+        for share in shares:
+            padded = torch.nn.functional.pad(share, (0, length - len(share)))
+            rows.append(self._codec.encode(padded[None]))
+            share.sub_(self._codec.decode(rows[-1], share.dtype)[0, : len(share)]).mul_(workers.count)
+            sizes.append(rows[-1].nbytes * self._padded(len(share)) // max(1, length))
+        combine = partial(self._combine, shares[workers.rank], workers.count)
+        return workers.exchange(torch.cat(rows), combine, shares, sizes), change
 
     def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor) -> Tensor:
-        """The new average of a range, as a buffer of its own.
+        """The new average of a bucket, as a buffer of its own.
 
         Args:
-            bucket: the range.
+            bucket: the bucket.
             change: the average's change, encoded; uint8, shape (ranks, bytes of a share).
             cut_off: of :meth:`send`.
         """
         average, error = self._of(bucket)
         error.copy_(cut_off)
-        for row, share in zip(change.view(self.dtype), self._workers.shares(average), strict=True):
-            share.add_(row[: len(share)])
+        for row, share in zip(change, self._workers.shares(average), strict=True):
+            share.add_(self._codec.decode(row[None], share.dtype)[0, : len(share)])
         return average.clone()
 
-    def owed(self, bucket: Bucket) -> Tensor | None:
-        """What values that are about to travel as they are have not told yet: to be added to them."""
+    def residual(self, bucket: Bucket) -> Tensor | None:
+        """What is to be added to values that are about to travel as they are: what has been cut off so far."""
         return self._of(bucket)[1] if bucket.space in self._spaces else None
 
     def note(self, bucket: Bucket, mean: Tensor) -> None:
@@ -126,18 +182,17 @@ class DeltaCodec:
 
     def note_all(self) -> None:
         """Take note that everything has travelled as it is."""
-        self._unknown, self.owes = [], False
+        self._unknown, self.has_residual = [], False
 
     def _combine(self, residual: Tensor, workers: int, rows: Tensor) -> Tensor:
-        """Add up one share of all workers, encoded as it is sent; what rounding cuts off goes to the residual."""
-        total = rows.view(self.dtype).to(residual.dtype).sum(dim=0)
-        rounded = self._rounded(total)
-        residual += (total - rounded)[: len(residual)].mul_(workers)
-        return rounded.view(torch.uint8)
+        """Add up one share of all workers, encoded as it is sent; what that cuts off goes to the residual."""
+        total = self._codec.decode(rows, residual.dtype).sum(dim=0, keepdim=True)
+        encoded = self._codec.encode(total)
+        residual += total.sub_(self._codec.decode(encoded, residual.dtype))[0, : len(residual)].mul_(workers)
+        return encoded[0]
 
-    def _rounded(self, values: Tensor) -> Tensor:
-        largest = torch.finfo(self.dtype).max
-        return values.clamp(-largest, largest).to(self.dtype)  # what is cut off here travels later, too
+    def _padded(self, length: int) -> int:
+        return -(-length // self._codec.block) * self._codec.block
 
     def _note_known(self, bucket: Bucket) -> None:
         self._unknown = [rest for unknown in self._unknown for rest in unknown.without(bucket)]

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.buffers import averaged_buffers, buffer_names, buffers_of, matches
+from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.layout import Bucket, Described, FlatLayout, Order
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.workers.group import WorkerGroup
 
 
@@ -107,8 +108,8 @@ class AveragedTensors:
         places = [(was.range, now.range) for was, now in both if was.kind == now.kind]
         self.averager.delta.take_over(before.averager.delta, places)
         for was, now in places:
-            owed = before.averager.delta.owed(was)
-            if owed is not None and self.averager.delta.owed(now) is None:
+            owed = before.averager.delta.residual(was)
+            if owed is not None and self.averager.delta.residual(now) is None:
                 # It has been removed, and travels once more, as it is.
                 values = self.layout.pack(now, self.layout.new_buffer(now, owed.device))
                 self.layout.unpack(now, values.add_(owed))
@@ -160,7 +161,8 @@ class TensorTracker:
         names_of: the module in which tensors have names, if any.
         workers: whom to average with.
         bucket_bytes: the longest range averaged at once.
-        reduce_dtype: the type in which values travel, if not their own.
+        codec: how values travel, if not as they are.
+        update: what is done with means, if they are not adopted.
         owners: for each parameter's id, the one who averages it, where only one may: the first of those that train it
             since all workers were the same.
     """
@@ -174,7 +176,8 @@ class TensorTracker:
         workers: WorkerGroup,
         bucket_bytes: int,
         exclude_buffers: Sequence[str] = (),
-        reduce_dtype: torch.dtype | None = None,
+        codec: Codec | None = None,
+        update: Update | None = None,
         owners: "MutableMapping[int, tuple[TensorTracker, nn.Parameter]] | None" = None,
     ) -> None:
         # Configuration
@@ -184,7 +187,8 @@ class TensorTracker:
         self._names_of = names_of
         self._workers = workers
         self._bucket_bytes = bucket_bytes
-        self._reduce_dtype = reduce_dtype
+        self._codec = codec
+        self._update = update
         self._owners = owners
 
         # State
@@ -223,10 +227,12 @@ class TensorTracker:
                 [member.tensor for member in members],
                 [member.group for member in members],
                 orders,
-                apart=self._reduce_dtype is not None,
+                apart=self._codec is not None,
             )
             group_count = len(self._optimizer.param_groups)
-            averager = ParameterAverager(layout, group_count, self._workers, self._bucket_bytes, self._reduce_dtype)
+            averager = ParameterAverager(
+                layout, group_count, self._workers, self._bucket_bytes, self._codec, self._update
+            )
             self._latest = AveragedTensors(members, averager, before)
         assert self._latest is not None
         return self._latest

@@ -88,7 +88,8 @@ class RoundEngine:
             names_of=module,
             workers=workers,
             bucket_bytes=options.bucket_bytes,
-            reduce_dtype=options.wire_dtype,
+            codec=options.codec,
+            update=options.update,
             # Two corrections of one parameter that are in flight at the same time would add up.
             owners=owners if options.overlap > 0 else None,
         )

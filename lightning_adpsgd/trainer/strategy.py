@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_adpsgd.averaging.codec import Codec
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions, WorkerKind, as_period, check_timeout
@@ -85,7 +87,10 @@ class ADPSGDStrategy(NodeGradients):
             round, not once per device. Every node needs the same number of devices.
         reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
             that type, which halves the bytes; what rounding cuts off travels in the next round. Keeps two more copies
-            of what is averaged. Rounds for a validation, a checkpoint or the end travel as they are.
+            of what is averaged. Rounds for a validation, a checkpoint or the end travel as they are. Or a ``Codec`` of
+            your own.
+        update: what is done with the mean in rounds that the period asks for, such as an outer step; None: it is
+            adopted. Each optimizer gets a copy of its own.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
@@ -110,8 +115,9 @@ class ADPSGDStrategy(NodeGradients):
         stagger: bool = False,
         overlap: int = 0,
         worker: Literal["device", "node"] = "device",
-        reduce_dtype: Literal["bf16", "fp16"] | None = None,
+        reduce_dtype: Literal["bf16", "fp16"] | Codec | None = None,
         exclude_buffers: Sequence[str] = (),
+        update: Update | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -143,6 +149,7 @@ class ADPSGDStrategy(NodeGradients):
             stagger=stagger,
             overlap=overlap,
             reduce_dtype=reduce_dtype,
+            update=update,
         )
         self._options.check_with(self._period)
         self._worker: WorkerKind = check_choice(None, "worker", worker, get_args(WorkerKind))

@@ -1,4 +1,4 @@
-"""DeltaCodec from the last average in 16 bits, on real processes."""
+"""Differences from the last average in 16 bits, on real processes."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_adpsgd import LocalSGD
 from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.codec import CastCodec
 from lightning_adpsgd.averaging.layout import FlatLayout
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.nodes import NodeWorkerGroup
@@ -126,7 +127,7 @@ def settle(kind: str, cycles: list[int]) -> float:
     workers = NodeWorkerGroup(2) if kind == "nodes" else WorkerGroup()
     mine = workers.worker_of(dist.get_rank())
     tensor = torch.zeros(24)
-    averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, torch.bfloat16)
+    averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, CastCodec(torch.bfloat16))
     averager.delta.start()
     total = torch.zeros(24, dtype=torch.float64)
     step = 0

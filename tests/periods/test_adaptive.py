@@ -3,7 +3,6 @@ import io
 import json
 import math
 import pickle
-import re
 from fractions import Fraction
 from itertools import pairwise, product
 from statistics import fmean
@@ -13,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_adpsgd import AdaptivePeriod
+from lightning_adpsgd import AdaptivePeriod, ConstantPeriod, LocalSGD
 
 quick = settings(deadline=None, max_examples=100)
 
@@ -229,6 +228,41 @@ def test_share_of_a_run_of_unknown_length_is_an_error_that_names_the_argument_an
     assert "not known" in message
     assert f"{name}=1000" in message
     assert "Trainer(max_steps=...)" in message
+
+
+def new_local_sgd(rule, total_steps):
+    return LocalSGD(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1), rule, total_steps=total_steps)
+
+
+def test_run_of_no_steps_is_a_run():
+    for rule in (AdaptivePeriod(), ConstantPeriod(8, warmup=0.1)):
+        rule.setup(0)
+        assert rule.state_dict()["warmup_steps"] == 0
+
+
+def test_warm_up_that_outlasts_sampling_leaves_the_target_to_the_first_round_after_it():
+    for arguments in (
+        {"warmup": 20, "sampling": 0.1},
+        {"warmup": 20, "sampling": 0.2},
+        {"warmup": 0.2, "sampling": 10},
+        {"warmup": 0.2, "sampling": 0},
+        {"warmup": 0.2, "sampling": 0.201},
+        {"warmup": 20, "sampling": 0.0},
+    ):
+        local_sgd = new_local_sgd(AdaptivePeriod(**arguments), total_steps=100)
+        rounds = [round_ for round_ in (local_sgd.step() for _ in range(24)) if round_ is not None]
+        assert [round_.step for round_ in rounds] == [*range(1, 21), 24], arguments
+        assert {round_.target for round_ in rounds} == {None}, arguments
+        assert local_sgd.period.state_dict()["samples"] == 1, arguments
+        local_sgd.period.update(28, ratio=1.0, learning_rate=0.1)
+        assert local_sgd.period.state_dict()["samples"] == 1, arguments
+
+
+def test_trial_of_a_few_steps_works_with_the_settings_of_a_long_run():
+    for total_steps in (0, 1, 2, 5):
+        rule = AdaptivePeriod(warmup=1000, sampling=0.25)
+        local_sgd = new_local_sgd(rule, total_steps=total_steps)
+        assert [local_sgd.step().step for _ in range(total_steps)] == [*range(1, total_steps + 1)]
 
 
 def test_numbers_of_steps_need_no_length_of_the_run():
@@ -484,60 +518,7 @@ def test_copies_decide_alike_and_share_nothing(arguments, total_steps, history, 
     assert show(pickled, history) == expected
 
 
-# What the constructor refuses
-
-
-def refusal(error, arguments):
-    """What the constructor says."""
-    with pytest.raises(error) as caught:
-        AdaptivePeriod(**arguments)
-    return str(caught.value)
-
-
-def test_argument_of_the_wrong_type_is_named_with_its_value():
-    for names, values in {
-        ("initial", "minimum"): (True, False, "4", None, 4.0, [4], math.inf),
-        ("maximum",): (True, False, "4", 4.0, [4], math.inf),
-        ("sampling", "warmup"): (True, False, "0.2", None, [1], 1j),
-        ("low", "high"): (True, False, "0.7", None, [1.0], 1j),
-    }.items():
-        for name, value in product(names, values):
-            message = refusal(TypeError, {name: value})
-            assert message.startswith(f"AdaptivePeriod({name}={value!r})")
-            assert re.search(r"expected a.*got ", message)
-            assert type(value).__name__ in message
-
-
-def test_argument_out_of_range_is_named_with_its_value():
-    for names, values in {
-        ("initial", "minimum", "maximum"): (0, -1, -100),
-        ("sampling", "warmup"): (-1, -0.1, 1.1, 25.0, math.nan, math.inf),
-        ("low", "high"): (math.nan, math.inf, -math.inf),
-    }.items():
-        for name, value in product(names, values):
-            message = refusal(ValueError, {name: value})
-            assert message.startswith(f"AdaptivePeriod({name}={value!r})")
-            assert re.search("expected|lies between", message)
-
-
-def test_arguments_that_contradict_each_other_are_all_named():
-    for arguments, named in (
-        ({"initial": 4, "minimum": 5}, ["initial=4", "minimum=5", "minimum <= initial <= maximum"]),
-        ({"initial": 4, "maximum": 3}, ["initial=4", "maximum=3", "minimum <= initial <= maximum"]),
-        ({"initial": 4, "minimum": 6, "maximum": 5}, ["initial=4", "minimum=6", "maximum=5"]),
-        ({"low": -0.1}, ["low=-0.1", "a number from 0 to 1"]),
-        ({"low": 1.01}, ["low=1.01", "a number from 0 to 1"]),
-        ({"high": 0.99}, ["high=0.99", "at least 1"]),
-        ({"low": 1.3, "high": 0.7}, ["low=1.3"]),
-        ({"warmup": 10, "sampling": 10}, ["warmup=10", "sampling=10", "Make sampling longer"]),
-        ({"warmup": 11, "sampling": 10}, ["warmup=11", "sampling=10"]),
-        ({"warmup": 1, "sampling": 0}, ["warmup=1", "sampling=0"]),
-        ({"warmup": 0.25}, ["warmup=0.25", "sampling=0.25"]),
-        ({"warmup": 0.5, "sampling": 0.4}, ["warmup=0.5", "sampling=0.4"]),
-    ):
-        message = refusal(ValueError, arguments)
-        assert message.startswith("AdaptivePeriod(")
-        assert [part for part in named if part not in message] == []
+# What the constructor takes
 
 
 def test_arguments_at_the_edge_of_what_is_allowed_make_a_rule():
@@ -554,32 +535,6 @@ def test_arguments_at_the_edge_of_what_is_allowed_make_a_rule():
         {"warmup": 1000, "sampling": 0.25},  # comparable only when the run's length is known
     ):
         assert AdaptivePeriod(**arguments).value == arguments.get("initial", 4)
-
-
-@quick
-@given(
-    st.sampled_from(["initial", "minimum", "maximum"]),
-    st.floats() | st.booleans() | st.text() | st.binary() | st.lists(st.integers()) | st.complex_numbers(),
-)
-def test_no_value_but_an_int_is_a_period(name, value):
-    with pytest.raises(TypeError) as caught:
-        AdaptivePeriod(**{name: value})
-    assert f"{name}={value!r}" in str(caught.value)
-
-
-@quick
-@given(st.sampled_from(["sampling", "warmup"]), st.floats() | st.integers(max_value=-1))
-def test_float_is_a_share_between_zero_and_one_or_refused(name, value):
-    arguments = {"sampling": 1.0, name: value}
-    if isinstance(value, float) and 0.0 <= value < 1.0:
-        AdaptivePeriod(**arguments).setup(100)
-        return
-    if name == "sampling" and value == 1.0:
-        AdaptivePeriod(**arguments).setup(100)
-        return
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
-        AdaptivePeriod(**arguments)
-    assert f"{name}={value!r}" in str(caught.value)
 
 
 @given(configurations())

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_adpsgd import AdaptivePeriod, AveragingPeriod, ConstantPeriod, LocalSGD
-from lightning_adpsgd.periods.base import Steps, check_int
+from lightning_adpsgd.periods.base import Steps, report
 
 quick = settings(deadline=None, max_examples=100)
 
@@ -86,6 +87,22 @@ def test_share_of_the_run_is_a_whole_number_of_its_steps(share, total_steps):
     assert most - 1 < steps <= most
 
 
+def test_share_of_the_run_is_the_number_of_steps_that_one_would_write():
+    for share, total_steps, steps in (
+        *((round(percent / 100, 2), 100, percent) for percent in range(101)),  # 0.29 * 100 is 28.999999999999996
+        (0.1, 30, 3),
+        (0.7, 10, 7),
+        (1 / 3, 300, 100),
+        (0.3, 3, 0),
+        (0.999, 1, 0),
+        (0.57, 10**9, 570_000_000),
+        (1.0, 2**63 - 1, 2**63 - 1),
+        (1e-9, 10**9, 1),
+        (0.5, 0, 0),
+    ):
+        assert Steps("Owner", "name", share).of(total_steps) == steps, (share, total_steps)
+
+
 def test_one_is_a_step_and_one_point_zero_is_the_whole_run():
     assert Steps("Owner", "name", 1).of(100) == 1
     assert Steps("Owner", "name", 1.0).of(100) == 100
@@ -103,19 +120,35 @@ def test_share_of_a_run_of_unknown_length_is_refused(share):
     assert str(caught.value).startswith(f"Owner(name={share!r})")
 
 
-@quick
-@given(st.floats() | st.booleans() | st.text() | st.none() | st.lists(st.integers(), max_size=2))
-def test_what_is_not_an_int_is_refused_as_one(value):
-    with pytest.raises(TypeError) as caught:
-        check_int("Owner", "name", value, at_least=3)
-    assert str(caught.value) == (f"Owner(name={value!r}): expected an int of at least 3, got {type(value).__name__}.")
+# Rules of version 0.1, whose update took numbers
 
 
-@quick
-@given(st.integers(), st.integers(-5, 5))
-def test_int_is_taken_if_it_is_large_enough_and_named_otherwise(value, at_least):
-    if value >= at_least:
-        assert check_int("Owner", "name", value, at_least=at_least) == value
-        return
-    with pytest.raises(ValueError, match=rf"^Owner\(name={value}\): expected an int of at least {at_least}\.$"):
-        check_int("Owner", "name", value, at_least=at_least)
+class Record(NamedTuple):
+    step: int = 3
+    ratio: float = 2.0
+    learning_rate: float = 0.1
+
+
+class FormerRule(ConstantPeriod):
+    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+        super().update(step, ratio=ratio, learning_rate=learning_rate)
+        self.seen = (step, ratio, learning_rate)
+
+
+class RecordRule(ConstantPeriod):
+    def update(self, record) -> None:
+        self.seen = record
+
+
+def test_a_rule_with_the_former_signature_gets_numbers_and_any_other_the_whole_record():
+    former, whole, scalars = FormerRule(4), RecordRule(4), ConstantPeriod(4)
+    for rule in (former, whole, scalars):
+        report(rule, Record(), [1.0])
+    assert former.seen == (3, 2.0, 0.1)
+    assert whole.seen == Record()
+    assert [rule.state_dict()["step"] for rule in (former, scalars)] == [3, 3]
+
+
+def test_a_rule_that_is_called_in_neither_way_says_what_it_expects():
+    with pytest.raises(TypeError, match=r"update\(3\): expected an AveragingRound, or a step with ratio="):
+        ConstantPeriod(4).update(3, ratio=1.0)

@@ -304,14 +304,6 @@ def test_counts_go_on_from_a_restored_state_which_replaces_what_was_recorded_bef
 # What the constructor refuses
 
 
-@pytest.mark.parametrize("prefix", [None, 3, True, b"adpsgd", ["adpsgd"], ""])
-def test_prefix_that_is_no_name_is_refused_with_its_value(prefix):
-    error, expected = (TypeError, f"a str, got {type(prefix).__name__}") if prefix != "" else (ValueError, "a name")
-    with pytest.raises(error, match=f": expected {expected}") as caught:
-        CommunicationMonitor(prefix=prefix)
-    assert f"CommunicationMonitor(prefix={prefix!r})" in str(caught.value)
-
-
 def test_plot_without_matplotlib_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(lightning_adpsgd.trainer.monitor, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"plot=True.*pip install matplotlib.*plot=False"):

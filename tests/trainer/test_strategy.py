@@ -39,21 +39,6 @@ def test_registering_twice_changes_nothing():
     assert type(StrategyRegistry.get("adpsgd")) is ADPSGDStrategy
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"period": "often"}, TypeError, "period='often'"),
-        ({"period": 0}, ValueError, "period=0"),
-        ({"optimizer_state": "both"}, ValueError, "optimizer_state='both'"),
-        ({"bucket_size_mb": -1}, ValueError, "bucket_size_mb=-1"),
-        ({"find_unused_parameters": True}, TypeError, "find_unused_parameters"),
-    ],
-)
-def test_wrong_arguments_are_named_when_the_strategy_is_made(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ADPSGDStrategy(**arguments)
-
-
 # Invariant 5, and the start
 
 

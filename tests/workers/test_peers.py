@@ -161,7 +161,7 @@ def find_out_about_nodes(model: nn.Module, goes: bool) -> None:
     if not goes:
         strategy = ADPSGDStrategy(2, worker="node", parallel_devices=[torch.device("cpu")] * 2)
         strategy.cluster_environment = _Cluster()
-        strategy._new_workers()
+        strategy._new_workers("node")
 
 
 def connect_the_nodes(model: nn.Module, goes: bool) -> None:

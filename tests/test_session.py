@@ -1,0 +1,111 @@
+"""A session without any door: several optimizers, their rounds, and what a checkpoint needs of them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_adpsgd import AdaptivePeriod, AveragingOptions, ConstantPeriod, WorkerGroup, WorkersDisagreeError
+from lightning_adpsgd.session import TrainingSession
+
+pytestmark = pytest.mark.workers
+
+
+def new_session(options: dict[str, Any], period: Any = None) -> TrainingSession:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    optimizers = [torch.optim.SGD(model[:2].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters(), lr=0.01)]
+    return TrainingSession(
+        optimizers, period or ConstantPeriod(3), AveragingOptions(**options), module=model, workers=WorkerGroup()
+    )
+
+
+def train(session: TrainingSession, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(1000 * dist.get_rank() + step)
+        session.note_forward()
+        session.module(torch.randn(8, 4, generator=generator)).square().sum().backward()
+        for local_sgd in session.local_sgd:
+            local_sgd.optimizer.step()
+            local_sgd.optimizer.zero_grad()
+            assert session.of(local_sgd.optimizer) is local_sgd
+            session.step(local_sgd)
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    session = new_session(options)
+    session.setup(20)
+    heard: list[tuple[int, str]] = []
+    session.subscribe(lambda round_: heard.append((round_.optimizer, round_.trigger)))
+    train(session, range(8))
+    averaged = session.average("validation")
+    again = session.average("validation")
+    session.close()
+    return {"heard": heard, "averaged": averaged, "again": again, "state": session.module.state_dict()}
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}])
+def test_each_optimizer_has_rounds_of_its_own_and_whoever_looks_sees_the_average(pool, options):
+    outcomes = pool.run(run, options)
+    for outcome in outcomes:
+        own = [index for index, trigger in outcome["heard"] if trigger == "period"]
+        assert sorted(own) == [0] * (len(own) // 2) + [1] * (len(own) // 2)
+        assert len(own) >= 2
+        assert [heard for heard in outcome["heard"] if heard[1] == "validation"] == [
+            (0, "validation"),
+            (1, "validation"),
+        ]
+        assert (outcome["averaged"], outcome["again"]) == (True, False)
+        for name, tensor in outcome["state"].items():
+            assert torch.equal(tensor, outcomes[0]["state"][name]), name
+
+
+def stop_and_go() -> list[bool]:
+    whole = new_session({}, AdaptivePeriod(initial=2, sampling=4))
+    whole.setup(20)
+    train(whole, range(7))
+    whole.average("checkpoint")
+    state = whole.state_dict()
+    weights = {name: tensor.clone() for name, tensor in whole.module.state_dict().items()}
+    optimizers = [copy.deepcopy(local_sgd.optimizer.state_dict()) for local_sgd in whole.local_sgd]
+    resumed = new_session({}, AdaptivePeriod(initial=2, sampling=4))
+    resumed.module.load_state_dict(weights)
+    for local_sgd, saved in zip(resumed.local_sgd, optimizers, strict=True):
+        local_sgd.optimizer.load_state_dict(saved)
+    resumed.load_state_dict(state)
+    resumed.setup(20)
+    for session in (whole, resumed):
+        train(session, range(7, 15))
+    after = resumed.module.state_dict()
+    same = [torch.equal(tensor, after[name]) for name, tensor in whole.module.state_dict().items()]
+    return [*same, state["averaged"], resumed.state_dict() == whole.state_dict()]
+
+
+def test_going_on_from_its_state_equals_not_having_stopped(pool):
+    for same in pool.run(stop_and_go):
+        assert all(same)
+
+
+def differ() -> list[bool]:
+    session = new_session({})
+    mine, theirs = torch.full((3,), float(dist.get_rank())), torch.ones(2)
+    session.adopt_first([mine, theirs])
+    return [bool((mine == 0).all()), bool((theirs == 1).all())]
+
+
+def test_the_first_workers_tensors_go_to_all_where_they_differ(pool):
+    assert pool.run(differ) == [[True, True]] * 2
+
+
+def stray() -> None:
+    session = new_session({})
+    session.handshake("a validation" if dist.get_rank() == 0 else "the end of training", "`a hook`")
+
+
+def test_workers_that_are_about_to_do_different_things_are_told_so(pool):
+    for outcome in pool.outcomes(stray):
+        assert outcome.kind == WorkersDisagreeError.__name__
+        assert "rank 0: a validation at step 0 in `a hook`; rank 1: the end of training" in outcome.error
