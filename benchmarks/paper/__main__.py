@@ -25,41 +25,35 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import this_machine
+from benchmarks.frame.command import FAILED, exit_code, number, one_of, output_file, say, several
+from benchmarks.frame.errors import NotMeasuredError
+from benchmarks.frame.ranks import ranks, this_machine
 from benchmarks.paper.links import read_links
 from benchmarks.paper.page import Page
 from benchmarks.paper.plan import SCALES, Run, Study, runs_of
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store, do
-from benchmarks.paper.training import carry_out
-from benchmarks.ranks import RankFailedError, ranks, serve
-from benchmarks.report import number, one_of, output_file, several
 from examples.image_classification.data import DATASETS
 
-FAILED, INTERRUPTED = 2, 130
-RANK_PROCESS = "--rank-process"
 LINK_RESULTS = Path("benchmarks/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, write, and return the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == [RANK_PROCESS]:  # how ranks are started
-        serve(carry_out)
-        return 0
     options = parse(arguments)
-    try:
-        if not options.page_only:
-            train(options)
-    except (RankFailedError, DataMissingError) as error:
-        print(f"A run could not be finished; those before it are kept. {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("Interrupted; runs that are done are kept, and the same command goes on.", file=sys.stderr)
-        return INTERRUPTED
+    failed, interrupted = (
+        "A run could not be finished; those before it are kept.",
+        "The same command continues the runs.",
+    )
+    return exit_code(lambda: _train_and_write(options), failed, interrupted)
+
+
+def _train_and_write(options: argparse.Namespace) -> int:
+    if not options.page_only:
+        train(options)
     page = new_page(options)
     if page is None:
-        print(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.", file=sys.stderr)
+        say(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.")
         return FAILED
     options.page.write_text(page.text())
     page.draw()
@@ -70,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # The runs
 
 
-class DataMissingError(RuntimeError):
+class DataMissingError(NotMeasuredError):
     """There are no images to train on."""
 
 
@@ -83,18 +77,16 @@ def train(options: argparse.Namespace) -> None:
     """
     runs, store = runs_of(_studies(options), options.seeds), Store(_folder(options))
     missing = [run for run in runs if store.result(run) is None]
-    _say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
+    say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
     if not missing:
         return
     order = {"data": str(options.data), "device": options.device, "backend": options.backend}
     order["verify"] = find_images(options.data)
     workers = missing[0].task.workers
-    _say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
-    with (
-        this_machine() as (machine,),
-        ranks([machine] * workers, 1, ["-m", "benchmarks.paper", RANK_PROCESS]) as started,
-    ):
-        for _ in do(missing, started, store, order, lambda run: _command(run, options), _say):
+    say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
+    # One host per rank: NCCL refuses two ranks of one host on one GPU.
+    with this_machine() as (machine,), ranks([machine] * workers, 1, "benchmarks.paper.training") as started:
+        for _ in do(missing, started, store, order, lambda run: _command(run, options), say):
             pass
 
 
@@ -114,9 +106,9 @@ def find_images(folder: Path) -> bool:
         except RuntimeError:
             continue
         if not published:
-            _say(f"The files in {folder} are not those that were published; they are read as they are.")
+            say(f"The files in {folder} are not those that were published; they are read as they are.")
         return published
-    _say(f"CIFAR-10 is not in {folder}: downloading it.")
+    say(f"CIFAR-10 is not in {folder}: downloading it.")
     try:
         facts.original(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:
@@ -165,15 +157,11 @@ def _images(options: argparse.Namespace) -> Path:
     return images
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # The command
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What is asked for."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description="Reproduce the paper's comparison on CIFAR-10."
     )

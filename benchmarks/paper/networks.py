@@ -28,11 +28,6 @@ def new_network(name: str) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def parameter_count(name: str) -> int:
-    """How many parameters a network has."""
-    return sum(parameter.numel() for parameter in new_network(name).parameters())
-
-
 def _vgg_tiny() -> nn.Module:
     """Five 3x3 convolutions with batch norm between three poolings, and two linear layers; 66 k parameters."""
     features = make_layers([16, "M", 32, "M", 64, 64, "M"], batch_norm=True)

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks.frame.table import Column, table
+from benchmarks.frame.trainer import parameter_count
 from benchmarks.paper import figures
 from benchmarks.paper.claims import claims
 from benchmarks.paper.links import PAPER_SPEEDUPS, Link, communication_share, middle_share
-from benchmarks.paper.networks import parameter_count
+from benchmarks.paper.networks import new_network
 from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, RARE, Contender, Study, Task
 from benchmarks.paper.results import (
     POINTS,
@@ -85,8 +86,8 @@ class Page:
         parts = []
         for task in paper.tasks if paper else []:
             columns, rows = self._cells(task, paper.contenders, with_speedups=True)
-            table = report.table([dict(zip(columns, row, strict=True)) for row in rows], columns)
-            parts.append(f"{task.title}\n\n{table}")
+            cells = [dict(zip(columns, row, strict=True)) for row in rows]
+            parts.append(f"{task.title}\n\n{table(cells, [Column(title, title) for title in columns])}")
         return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in self.claims)])
 
     # Sections
@@ -327,7 +328,7 @@ def _described(task: Task) -> Cells:
     optimizer = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW"}[task.optimizer]
     return (
         task.title,
-        f"{parameter_count(task.network):,}",
+        f"{parameter_count(new_network(task.network)):,}",
         f"{task.workers} × {task.batch_size}",
         f"{task.images or ALL_IMAGES:,}",
         str(task.epochs),

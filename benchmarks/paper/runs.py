@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.machine import free_port
+from benchmarks.accuracy import judgement
+from benchmarks.frame.ranks import Ranks
+from benchmarks.frame.results import machine
+from benchmarks.frame.table import bytes_readable
+from benchmarks.frame.turns import median
 from benchmarks.paper.plan import ADPSGD, Run
-from benchmarks.ranks import Ranks
 
 Result = dict[str, Any]
 """What came of a run, see :func:`combine`."""
@@ -58,7 +60,7 @@ class Store:
             "command": command,
             "settings": self.settings(run),
             "data": dict(data),
-            "machine": report.machine(),
+            "machine": machine(),
             "result": result,
         }
         partial = file.with_suffix(".partial")
@@ -79,7 +81,7 @@ def _compact(content: Mapping[str, Any]) -> str:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
-    """What all ranks say about one run, put together.
+    """Put the answers of all ranks about one run together.
 
     Returns:
         ``steps``, ``parameters``, ``rounds`` (averages over all workers, of parameters or of gradients), ``sent_bytes``
@@ -89,16 +91,16 @@ def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
         ``averaging`` (a list for each property of the rounds).
     """
     first = answers[0]
-    accuracy = sum(answer["right"] for answer in answers) / first["test_images"]
+    judged = judgement(answers)
     curve = [_point(points, first["test_images"]) for points in zip(*(a["curve"] for a in answers), strict=True)]
-    curve[-1] |= {"accuracy": accuracy, "sent_bytes": first["sent_bytes"]}  # once all have met at the end
+    curve[-1] |= {"accuracy": judged["accuracy"], "sent_bytes": first["sent_bytes"]}  # after the last round
     return {
         "steps": first["steps"],
         "parameters": first["parameters"],
         "rounds": first["rounds"],
         "sent_bytes": first["sent_bytes"],
-        "final_loss": _rounded(sum(answer["train_loss_sum"] for answer in answers) / first["train_images"]),
-        "accuracy": accuracy,
+        "final_loss": _rounded(judged["final_loss"]),
+        "accuracy": judged["accuracy"],
         "curve": curve,
         "averaging": first["averaging"],
     }
@@ -142,16 +144,15 @@ def do(
         Each run when it is done.
     """
     seconds: dict[str, list[float]] = {}
-    common = {**order, "master_port": free_port()}
     for place, run in enumerate(missing):
         began = time.monotonic()
-        result = combine(started.run({**common, "settings": store.settings(run)}))
+        result = combine(started.run({**order, "settings": store.settings(run)}))
         store.keep(run, result, command_of(run), {"verified": order["verify"]})
         seconds.setdefault(run.task.name, []).append(time.monotonic() - began)
         left = time_left(missing[place + 1 :], seconds)
         say(
             f"{place + 1:>{len(str(len(missing)))}} of {len(missing)}  {run.task.title}, {run.contender.title}, seed"
-            f" {run.seed}: {result['rounds']:,} rounds, {report.bytes_readable(result['sent_bytes'])},"
+            f" {run.seed}: {result['rounds']:,} rounds, {bytes_readable(result['sent_bytes'])},"
             f" loss {result['final_loss']:.4f}, accuracy {100 * result['accuracy']:.2f} %"
             f"  ({seconds[run.task.name][-1]:.0f} s; {_minutes(left)})"
         )
@@ -165,8 +166,8 @@ def time_left(missing: Sequence[Run], seconds: Mapping[str, Sequence[float]]) ->
         missing: the runs.
         seconds: of runs that were done, by task; of one at least.
     """
-    overall = report.median([each for known in seconds.values() for each in known])
-    return sum(report.median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
+    overall = median([each for known in seconds.values() for each in known])
+    return sum(median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
 
 
 def _minutes(seconds: float) -> str:
