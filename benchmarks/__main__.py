@@ -43,18 +43,12 @@ class Benchmark(NamedTuple):
     """One section of the page."""
 
     title: str
-    measures: str
-    """What, in one sentence."""
-    module: ModuleType
-    """Has a ``main`` that takes arguments, prints what it finds and returns its exit code."""
-    short: str
-    """Its arguments here."""
-    full: str
-    """Its arguments for the same measurement in full."""
-    file: str
-    """The name of its file of results."""
-    hosts: Mapping[str, Any] | None = None
-    """Settings of the hosts that it lays out; None if it needs none."""
+    measures: str  # what, in one sentence
+    module: ModuleType  # has a ``main`` that takes arguments, prints what it finds and returns its exit code
+    short: str  # its arguments here
+    full: str  # its arguments for the same measurement in full
+    file: str  # the name of its file of results
+    hosts: Mapping[str, Any] | None = None  # settings of the hosts that it lays out; None if it needs none
 
     @property
     def command(self) -> str:
@@ -117,15 +111,8 @@ class Result(NamedTuple):
     code: int = 0
 
 
-# The measurement
-
-
 def run(benchmark: Benchmark, results: Path | None = None) -> Result:
-    """Measure, if that is possible here, and write the numbers to the folder of results if there is one.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, when everything that was started has ended.
-    """
+    """Measure, if that is possible here, and write the numbers to the folder of results if there is one."""
     missing = _missing(benchmark)
     if missing is not None:
         return Result(f"Not measured here. {missing}")
@@ -177,9 +164,6 @@ def run_all(results: Path | None = None) -> Iterator[Result]:
         yield result
 
 
-# The page
-
-
 def page(headline: str, results: Sequence[Result]) -> str:
     """The headline, and a section for each result, in order."""
     return "\n\n\n".join([headline, *map(section, BENCHMARKS, results)])
@@ -214,9 +198,6 @@ def _load(cores: int) -> str:
     load = os.getloadavg()[0]
     disturbed = "; something else is running and disturbs the times below" if load > cores / 2 else ""
     return f"{load:.2f} before{disturbed}"
-
-
-# The command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

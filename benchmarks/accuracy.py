@@ -38,8 +38,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.frame.command import exit_code, new_parser, number, one_of, say, settings, several
-from benchmarks.frame.rank import Parent, connect
+from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, say, settings, several
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import Column, Row, table
@@ -61,8 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """What is passed to `ADPSGDStrategy`, by name."""
 CONTENDERS = ("ddp", *OPTIONS)
 ARCHITECTURES = ("resnet8", "resnet20", "vgg_small", "googlenet_small")
-EVALUATED_AT_ONCE = 500
-"""Images."""
+EVALUATED_AT_ONCE = 500  # images
 
 NUMBERS = ("steps", "rounds", "sent_bytes", "last_epoch_loss", "final_loss", "accuracy")
 
@@ -86,9 +86,6 @@ COLUMNS = (
     _with_spread("accuracy [%]", "accuracy", ".2f", 100),
     Column("vs plain", "accuracy_vs_plain", "+.2f", 100),
 )
-
-
-# On each rank
 
 
 def new_strategy(contender: str, settings: Mapping[str, Any]) -> Strategy:
@@ -181,9 +178,6 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
     return train(order["contender"], order["seed"], order["settings"], order["data"])
 
 
-# Arithmetic
-
-
 def combine(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Put the answers of all ranks about one run together."""
     first = answers[0]
@@ -198,11 +192,7 @@ def combine(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def as_rows(runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[dict[str, Any]]:
-    """One row of numbers per contender.
-
-    Args:
-        runs: of each contender, by seed.
-    """
+    """One row of numbers per contender, from its runs by seed."""
     rows = []
     for contender, by_seed in runs.items():
         row: dict[str, Any] = {"contender": contender, "seeds": [*by_seed], "runs": [*by_seed.values()]}
@@ -215,9 +205,6 @@ def as_rows(runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[dict[
         row["accuracy_vs_plain"] = statistics.fmean(paired) if paired and contender != REFERENCE else None
         rows.append(row)
     return rows
-
-
-# The measurement
 
 
 def measure(
@@ -264,15 +251,6 @@ def _kept(file: Path, settings: Mapping[str, Any]) -> dict[str, float] | None:
     return content["run"] if content["settings"] == dict(settings) else None
 
 
-# The command
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options), "A run could not be finished.")
-
-
 def _measure_and_print(options: argparse.Namespace) -> int:
     given = settings(options, "data", "contenders", "seeds", "runs")  # what a run depends on, with contender and seed
     with local_ranks(options.workers, "benchmarks.accuracy") as started:
@@ -289,7 +267,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser(
         "benchmarks.accuracy", "Compare the accuracy at the end of training under options for how rounds travel."
@@ -319,6 +297,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.runs.mkdir(parents=True, exist_ok=True)
     return options
 
+
+main = new_main(parse, _measure_and_print, "A run could not be finished.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -79,10 +79,8 @@ class Plan:
     hosts: int
     ranks_per_host: int
     period: int
-    adapt: bool
-    """Whether ``AdaptivePeriod`` changes the period, after it has sampled for a quarter of the run."""
-    mean_period: float | None = None
-    """Steps per averaging round of ``even``; need not be whole."""
+    adapt: bool  # whether ``AdaptivePeriod`` changes the period, after it has sampled for a quarter of the run
+    mean_period: float | None = None  # steps per averaging round of ``even``; need not be whole
 
     @property
     def world_size(self) -> int:
@@ -104,10 +102,8 @@ class Contender:
     """A way to train."""
 
     name: str
-    train: Callable[[Plan, Record], None]
-    """Trains on the calling rank, whose environment is as torchrun sets it."""
-    why_not: Callable[[Plan], str | None] = lambda plan: None
-    """Why it cannot take part; None if it can."""
+    train: Callable[[Plan, Record], None]  # trains on the calling rank, whose environment is as torchrun sets it
+    why_not: Callable[[Plan], str | None] = lambda plan: None  # why it cannot take part; None if it can
     sends_in_slices: bool = False
     """Whether every rank of a host sends a slice to other hosts; in a ring only one of them does."""
 
@@ -180,13 +176,9 @@ def _post_local_sgd(plan: Plan, record: Record) -> None:
     )
 
 
-def _constant(plan: Plan, record: Record) -> None:
-    _average(plan, record, period=plan.period)
-
-
-def _even(plan: Plan, record: Record) -> None:
+def _even_rounds(plan: Plan) -> EvenRounds:
     assert plan.mean_period is not None
-    _average(plan, record, EvenRounds(max(1, round(plan.recipe.steps / plan.mean_period))))
+    return EvenRounds(max(1, round(plan.recipe.steps / plan.mean_period)))
 
 
 def _needs_mean_period(plan: Plan) -> str | None:
@@ -330,8 +322,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("post-local-sgd", _post_local_sgd),
         Contender("accelerate", _accelerate, _needs("accelerate")),
         Contender("torchft", _torchft, _needs("torchft")),
-        Contender("constant", _constant),
-        Contender("even", _even, _needs_mean_period),
+        Contender("constant", lambda plan, record: _average(plan, record, plan.period)),
+        Contender("even", lambda plan, record: _average(plan, record, _even_rounds(plan)), _needs_mean_period),
         Contender("adpsgd-loop", _loop_adpsgd),
         _adpsgd("adpsgd"),
         _adpsgd("adpsgd-overlap", overlap=1),

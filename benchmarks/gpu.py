@@ -50,8 +50,9 @@ from benchmarks import local_step, training
 from benchmarks import round as averaging_round
 from benchmarks.frame.command import (
     NOT_AS_CLAIMED,
-    exit_code,
+    Arguments,
     folder,
+    new_main,
     new_parser,
     number,
     one_of,
@@ -61,7 +62,8 @@ from benchmarks.frame.command import (
 )
 from benchmarks.frame.device import Device, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.rank import Parent, connect
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import Column, bytes_readable, table
@@ -134,8 +136,7 @@ class Trained(NamedTuple):
     timing: Timing
     rounds: int
     sent_bytes: int
-    peak_bytes: int | None
-    """Of PyTorch on the GPU; None on a CPU."""
+    peak_bytes: int | None  # of PyTorch on the GPU; None on a CPU
 
 
 class Watch(Callback):
@@ -144,9 +145,7 @@ class Watch(Callback):
     def __init__(self, warmup: int, steps: int, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self._calls = {warmup - 1: begin, warmup + steps - 1: end}
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         """Begin or end."""
         if batch_idx in self._calls:
             self._calls[batch_idx]()
@@ -195,8 +194,7 @@ class SyncWatch:
     """Records what makes the host wait for the device: calls that the profiler sees, and PyTorch's own warnings."""
 
     def __init__(self, device: Device) -> None:
-        self.warnings: list[str] = []
-        """The caller of each synchronizing operation."""
+        self.warnings: list[str] = []  # the caller of each synchronizing operation
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.is_cuda else [])]
         self._profile = profile(activities=activities)
         self._device = device
@@ -287,12 +285,7 @@ def trace(order: Mapping[str, Any], device: Device) -> dict[str, Any]:
 
 
 def training_rows(turns: Mapping[str, Sequence[Sequence[Trained]]], steps: int) -> list[dict[str, Any]]:
-    """One row of numbers per contender.
-
-    Args:
-        turns: of each contender, the answers of all ranks in each turn.
-        steps: that were timed.
-    """
+    """One row of numbers per contender, from the answers of all ranks in each turn."""
     seconds = {
         contender: [max(each.timing.seconds for each in answers) / steps for answers in runs]
         for contender, runs in turns.items()
@@ -321,12 +314,7 @@ def training_rows(turns: Mapping[str, Sequence[Sequence[Trained]]], steps: int) 
 
 
 def trace_rows(traced: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> list[dict[str, Any]]:
-    """One row per contender and rank: what made the host wait.
-
-    Args:
-        traced: the answers of all ranks for each contender.
-        steps: that were watched.
-    """
+    """One row per contender and rank: what made the host wait in so many steps."""
     return [
         {"part": "trace", "contender": contender, "rank": rank, "steps": steps, **answer}
         for contender, answers in traced.items()
@@ -342,12 +330,7 @@ def calls(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def complaints(rows: Sequence[Mapping[str, Any]], on_cuda: bool) -> list[str]:
-    """What is not as claimed in the trace; empty if all is.
-
-    Args:
-        rows: of :func:`trace_rows`.
-        on_cuda: whether PyTorch can report synchronizing operations.
-    """
+    """What is not as claimed in the trace; empty if all is. On a CPU, PyTorch reports no synchronizing operations."""
     found = []
     by_rank = {(row["contender"], row["rank"]): row for row in rows}
     for rank in sorted({row["rank"] for row in rows}):
@@ -424,12 +407,6 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> Any:
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options))
-
-
 def _measure_and_print(options: argparse.Namespace) -> int:
     _require(options)
     rows = measure(options)
@@ -495,7 +472,7 @@ def _page(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace, found:
     return "\n\n".join(text)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser(
         "benchmarks.gpu", "Measure local steps, averaging rounds and training of several ranks on one CUDA device."
@@ -519,6 +496,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rehearse --backend nccl: NCCL is for GPUs only; leave one of them out.")
     return options
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -70,7 +70,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.baselines import QSGDStrategy
-from benchmarks.frame.command import NOT_AS_CLAIMED, exit_code, new_parser, number
+from benchmarks.frame.command import NOT_AS_CLAIMED, Arguments, new_main, new_parser, number
 from benchmarks.frame.hosts import HEADER_BYTES, Interface, hosts, read_retransmitted
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import ranks
@@ -106,8 +106,7 @@ class Traffic(NamedTuple):
 
     bytes: int = 0
     packets: int = 0
-    retransmitted: int = 0
-    """TCP segments that were sent before."""
+    retransmitted: int = 0  # TCP segments that were sent before
 
 
 class Account(NamedTuple):
@@ -115,20 +114,14 @@ class Account(NamedTuple):
 
     rank: int
     steps: int
-    rounds: int
-    """Averaging rounds; under DDP and QSGD, steps: each averages gradients."""
+    rounds: int  # averaging rounds; under DDP and QSGD, steps: each averages gradients
     between_bytes: list[int]
     """For each step, everything that was not sent by a round (under DDP and QSGD, by forward and backward)."""
-    round_bytes: list[int]
-    """For each round, what it sent."""
-    packets: int
-    """Of all rounds."""
-    retransmitted: int
-    """TCP segments of all rounds that were sent more than once."""
-    reported_bytes: int
-    """Of all rounds, according to the package."""
-    ddp_bytes: int
-    """What DDP would have sent in these steps, according to the package."""
+    round_bytes: list[int]  # for each round, what it sent
+    packets: int  # of all rounds
+    retransmitted: int  # TCP segments of all rounds that were sent more than once
+    reported_bytes: int  # of all rounds, according to the package
+    ddp_bytes: int  # what DDP would have sent in these steps, according to the package
 
     @property
     def counted_bytes(self) -> int:
@@ -186,8 +179,7 @@ class InterfaceReader(Callback):
     def __init__(self, meet: Callable[[], None], settle_seconds: float) -> None:
         self.rounds: list[Traffic] = []
         """Of each averaging round; under DDP and QSGD, of each step's forward and backward pass."""
-        self.between_bytes: list[int] = []
-        """Of each step: everything else."""
+        self.between_bytes: list[int] = []  # of each step: everything else
         self._meet = meet
         self._settle_seconds = settle_seconds
         self._interface = Interface()
@@ -201,18 +193,14 @@ class InterfaceReader(Callback):
         else:
             self._averages_gradients = True
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """End the interval between two steps; before the first one ranks have agreed on weights."""
         if trainer.global_step == 0:
             self._sent(settle=True)
         else:
             self._count_between(trainer.global_step)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
         """End the interval of forward and backward; a round comes after the optimizer's step."""
         if self._averages_gradients:
             self.rounds.append(self._sent(settle=True))
@@ -340,12 +328,6 @@ def _agree(ratio: float) -> bool:
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options))
-
-
 def _measure_and_print(options: argparse.Namespace) -> int:
     runs: dict[str, list[Account]] = {}
     common = {name: getattr(options, name) for name in ("hosts", "steps", "width", "settle")}
@@ -368,7 +350,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
     return NOT_AS_CLAIMED if found else 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser(
         "benchmarks.interface_bytes",
@@ -387,6 +369,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.strategy = list(dict.fromkeys(options.strategy))
     return options
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -53,7 +53,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.contenders import CONTENDERS, Contender, Plan
-from benchmarks.frame.command import exit_code, new_parser, number, one_of, rate, say, settings, several
+from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, rate, say, settings, several
 from benchmarks.frame.hosts import HEADER_BYTES, Interface, hosts
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, ranks
@@ -65,8 +65,7 @@ from benchmarks.training import FEWEST_PARAMETERS, MODELS, Recipe, Record, model
 WARMUP_PERIODS = 2
 FEWEST_WARMUP_STEPS = 4  # for contenders with a special start, such as PowerSGD
 PEERS = ("accelerate", "torchft")
-CURVES = ("losses", "seconds", "sent_bytes")
-"""What is written for each step, only if a loss is to be reached."""
+CURVES = ("losses", "seconds", "sent_bytes")  # what is written for each step, only if a loss is to be reached
 
 COLUMNS = (
     Column("contender", "contender"),
@@ -89,22 +88,14 @@ UNTIL_COLUMNS = (
 class Run(NamedTuple):
     """One contender in one turn. Bytes are those of one host."""
 
-    step_seconds: float
-    """Wall time per timed step, on the slowest rank."""
-    rounds: int
-    """In the timed steps."""
-    reported_bytes: float
-    """In the timed steps."""
-    counted_bytes: float
-    """In the timed steps, the mean over the hosts."""
-    counted_packets: float
-    """In the timed steps, the mean over the hosts."""
-    losses: list[float]
-    """Of each step, the mean over the ranks."""
-    seconds: list[float]
-    """After each step, since the first one began, on the slowest rank."""
-    sent_bytes: list[float]
-    """After each step, since the first one began, the mean over the hosts."""
+    step_seconds: float  # wall time per timed step, on the slowest rank
+    rounds: int  # in the timed steps
+    reported_bytes: float  # in the timed steps
+    counted_bytes: float  # in the timed steps, the mean over the hosts
+    counted_packets: float  # in the timed steps, the mean over the hosts
+    losses: list[float]  # of each step, the mean over the ranks
+    seconds: list[float]  # after each step, since the first one began, on the slowest rank
+    sent_bytes: list[float]  # after each step, since the first one began, the mean over the hosts
 
 
 class Reached(NamedTuple):
@@ -119,14 +110,7 @@ class Reached(NamedTuple):
 
 
 def combine(records: Sequence[Mapping[str, list]], plan: Plan, warmup: int, sends_in_slices: bool = False) -> Run:
-    """Put the records of all ranks together.
-
-    Args:
-        records: in order of rank; see :meth:`Record.as_json`.
-        plan: the run.
-        warmup: steps before the timed ones.
-        sends_in_slices: whether every rank of a host sends something of its own to other hosts.
-    """
+    """Put the records of all ranks (see :meth:`Record.as_json`) together, in order of rank."""
     timed = len(records[0]["losses"]) - warmup
     first_of_hosts = records[:: plan.ranks_per_host]
     reported = [record["sent_bytes"][-1] - record["sent_bytes"][warmup] for record in records]
@@ -171,9 +155,9 @@ def as_rows(runs: Mapping[str, Sequence[Run]], window: int, until_loss: float | 
     """One row of numbers per contender: medians over the turns, and the turns themselves.
 
     Args:
-        runs: of each contender one per turn, in order.
+        runs: of each contender, one per turn.
         window: steps over which the loss is smoothed.
-        until_loss: the loss to reach, if one was asked for.
+        until_loss: the loss to reach, if any.
     """
     seconds = {name: [run.step_seconds for run in turns] for name, turns in runs.items()}
     hidden = CURVES if until_loss is None else ()
@@ -242,12 +226,6 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> dict[str, list]:
 
 
 # The command
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options))
 
 
 def _measure_and_print(options: argparse.Namespace) -> int:
@@ -319,7 +297,7 @@ def _headline(options: argparse.Namespace, plan: Plan, warmup: int) -> str:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser("benchmarks.link", "Compare strategies on hosts that are joined by links of a given speed.")
     add, names, positive = parser.add_argument, several(one_of(CONTENDERS)), number(0, kind=float)
@@ -369,6 +347,8 @@ def _contradiction(options: argparse.Namespace) -> str | None:
         return "--data and every --model but mlp need torchvision: pip install torchvision."
     return None
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

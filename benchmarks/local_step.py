@@ -37,6 +37,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -45,9 +46,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from benchmarks.frame.command import exit_code, new_parser, number, one_of, say, settings, several
+from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, say, settings, several
 from benchmarks.frame.device import Device, Stopwatch, Timing
-from benchmarks.frame.rank import Parent, connect, divide
+from benchmarks.frame.group import connect, divide
+from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, free_port, local_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import Column, interval, table
@@ -139,69 +141,46 @@ def new_batch(model: str) -> Tensor:
 # On each rank
 
 
+@dataclass(eq=False)
 class Stretches(Callback):
-    """Times stretches of steps in turn with other processes, and waits while those run theirs.
+    """Times stretches of steps in turn with other processes, and waits while those run theirs."""
 
-    Args:
-        device: that the steps run on.
-        steps: to time in each stretch.
-        turns: stretches.
-        meet: waits for all processes, those of other contenders among them.
-        warmup: steps before the first stretch, at least one.
-        untimed: steps at the beginning of each stretch.
-        place: in the order of turns.
-        places: how many take turns.
-    """
+    device: Device
+    steps: int  # to time in each stretch
+    turns: int  # stretches
+    meet: Callable[[], None]  # waits for all processes, those of other contenders among them
+    warmup: int  # steps before the first stretch, at least one
+    untimed: int = 0  # steps at the beginning of each stretch
+    place: int = 0  # in the order of turns
+    places: int = 1  # how many take turns
+    timings: list[Timing] = field(default_factory=list)  # of the stretches so far
 
-    def __init__(
-        self,
-        device: Device,
-        steps: int,
-        turns: int,
-        meet: Callable[[], None],
-        *,
-        warmup: int,
-        untimed: int = 0,
-        place: int = 0,
-        places: int = 1,
-    ) -> None:
-        self.timings: list[Timing] = []
-        """Of the stretches so far."""
-        self.total_steps = warmup + turns * (untimed + steps)
-        self.stopwatch = Stopwatch(device)
-        self._device = device
-        self._steps = steps
-        self._turns = turns
-        self._meet = meet
-        self._warmup = warmup
-        self._untimed = untimed
-        self._place = place
-        self._places = places
+    def __post_init__(self) -> None:
+        self.total_steps = self.warmup + self.turns * (self.untimed + self.steps)
+        self.stopwatch = Stopwatch(self.device)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         """Stop, wait, start."""
-        turn, within = divmod(batch_idx + 1 - self._warmup, self._untimed + self._steps)
-        if not 0 <= turn <= self._turns:
+        turn, within = divmod(batch_idx + 1 - self.warmup, self.untimed + self.steps)
+        if not 0 <= turn <= self.turns:
             return
         if within == 0:
             if turn > 0:
                 self.timings.append(self.stopwatch.stop())
             self._wait(turn)
-        if within == self._untimed and turn < self._turns:
+        if within == self.untimed and turn < self.turns:
             self.stopwatch.start()
 
     def _wait(self, turn: int) -> None:
         """All processes meet before each stretch of any of them, and after the last one."""
-        self._device.finish()
+        self.device.finish()
         if turn == 0:
             gc.collect()  # so that garbage of other fits is not collected later
-        before = self._place + 1 if turn == 0 else 0
-        after = self._places - self._place if turn == self._turns else 0
-        between = self._places if 0 < turn < self._turns else 0
+        before = self.place + 1 if turn == 0 else 0
+        after = self.places - self.place if turn == self.turns else 0
+        between = self.places if 0 < turn < self.turns else 0
         for _ in range(before + between + after):
-            self._meet()
+            self.meet()
 
 
 def new_strategy(contender: str, device: Device) -> Strategy | None:
@@ -244,17 +223,11 @@ class PerStep(NamedTuple):
 
     seconds: float
     cpu_seconds: float
-    device_seconds: float | None
-    """None on a CPU."""
+    device_seconds: float | None  # None on a CPU
 
 
 def combine(answers: Sequence[Sequence[Sequence[Any]]], steps: int) -> list[PerStep]:
-    """Put the timings of a contender's ranks together, turn by turn.
-
-    Args:
-        answers: of :func:`carry_out`, from each rank.
-        steps: in each stretch.
-    """
+    """Put the timings of a contender's ranks together, turn by turn, for so many steps in each stretch."""
     return [_per_step([Timing(*answer) for answer in turn], steps) for turn in zip(*answers, strict=True)]
 
 
@@ -268,13 +241,7 @@ def _per_step(timings: Sequence[Timing], steps: int) -> PerStep:
 
 
 def as_rows(model: str, steps: int, turns: Mapping[str, Sequence[PerStep]]) -> list[dict[str, Any]]:
-    """One row of numbers per contender.
-
-    Args:
-        model: what was trained.
-        steps: in each stretch.
-        turns: of each contender, the reference included.
-    """
+    """One row of numbers per contender, the reference included."""
     tensors = sum(1 for _ in new_network(model).parameters())
     rows = []
     for contender, mine in turns.items():
@@ -316,16 +283,13 @@ def _compared(reference: Sequence[float], mine: Sequence[float]) -> dict[str, An
 def measure(
     started: Ranks, models: Sequence[str], options: argparse.Namespace, common: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Measure on as many processes as :func:`processes` says, which carry out orders with :func:`carry_out`.
+    """Measure; a row per model and contender.
 
     Args:
-        started: the processes.
+        started: as many processes as :func:`processes` says, which carry out orders with :func:`carry_out`.
         models: what to train.
         options: ``ranks``, ``fits``, ``turns`` and ``stretch_seconds`` of the command.
         common: entries of every order, by default a CPU and gloo.
-
-    Returns:
-        A row per model and contender.
     """
     size, ports = options.ranks, [free_port() for _ in CONTENDERS]
     common = {"device": "cpu", "backend": "gloo", "ranks": size, "master_ports": ports, **(common or {})}
@@ -358,12 +322,6 @@ def processes(options: argparse.Namespace) -> int:
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options))
-
-
 def _measure_and_print(options: argparse.Namespace) -> int:
     with local_ranks(processes(options), "benchmarks.local_step") as started:
         rows = measure(started, options.models, options)
@@ -382,7 +340,7 @@ def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stretch-seconds", type=seconds, default=0.25, metavar="T", help="of local steps in a turn, about (0.25)")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser("benchmarks.local_step", "Compare a local step with Lightning's step on a single device.")
     add, models = parser.add_argument, several(one_of(MODELS))
@@ -392,6 +350,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_turn_arguments(parser)
     return parser.parse_args(arguments)
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

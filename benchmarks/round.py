@@ -44,10 +44,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.frame.command import FAILED, exit_code, new_parser, number, rate, say, settings, several
+from benchmarks.frame.command import FAILED, Arguments, new_main, new_parser, number, rate, say, settings, several
 from benchmarks.frame.device import Device, Extra, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.rank import Parent, connect
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, linked_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.spans import SPANS, Taken, recorded_spans
@@ -59,8 +60,7 @@ from lightning_adpsgd import LocalSGD, WorkerGroup
 CONTENDERS = ("all-reduce", "round")
 WARMUP_TURNS = 2
 GOAL_PARAMETERS = 25_000_000
-GOALS = {"loopback": 1.25, "1000 Mbit/s": 1.05}
-"""For the ratio, by link."""
+GOALS = {"loopback": 1.25, "1000 Mbit/s": 1.05}  # for the ratio, by link
 
 CASE_COLUMNS = (Column("link", "link"), Column("parameters", "parameters", ","), Column("tensors", "tensors", ","))
 COLUMNS = (
@@ -105,12 +105,7 @@ class Durations(NamedTuple):
 
 
 class Subject:
-    """A model that is averaged in rounds, and a flat tensor of its size that is only reduced.
-
-    Args:
-        case: the model.
-        device: where it is.
-    """
+    """A model that is averaged in rounds, and a flat tensor of its size that is only reduced."""
 
     def __init__(self, case: Case, device: Device) -> None:
         ends = [case.parameters * place // case.tensors for place in range(case.tensors + 1)]
@@ -124,8 +119,7 @@ class Subject:
             bucket_size_mb=case.bucket_size_mb,
             workers=WorkerGroup(device=device.torch),
         )
-        self.payload_bytes = 0
-        """Of the latest round."""
+        self.payload_bytes = 0  # of the latest round
 
     def prepare(self) -> None:
         """Take a local step, and fill the flat tensor."""
@@ -144,11 +138,7 @@ class Subject:
 
 
 def take_turns(case: Case, count: int, meet: Callable[[], None], device: Device) -> dict[str, Any]:
-    """Time both contenders in turn on the calling rank.
-
-    Returns:
-        For each contender the timings of all turns, and the bytes of a round.
-    """
+    """Time both contenders in turn on the calling rank; returns the timings of each, and the bytes of a round."""
     subject = Subject(case, device)
     timings: dict[str, list[Timing]] = {contender: [] for contender in CONTENDERS}
     for turn, contender in turns(CONTENDERS, WARMUP_TURNS + count):
@@ -199,10 +189,7 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> Any:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> tuple[Durations, Durations]:
-    """Put the timings of all ranks together.
-
-    Args:
-        answers: of :func:`take_turns`, from all ranks.
+    """Put the answers of all ranks by :func:`take_turns` together.
 
     Returns:
         Of each turn, the time from the last rank's start to the last rank's end; and the processor time, the mean over
@@ -225,16 +212,7 @@ def as_row(
     payload_bytes: int,
     extra: Sequence[Mapping[str, Sequence[int | None]]],
 ) -> dict[str, Any]:
-    """All numbers of one case.
-
-    Args:
-        link: its name.
-        case: what was averaged.
-        durations: of all turns.
-        cpu: processor time of all turns.
-        payload_bytes: of one round.
-        extra: of :func:`take_memory`, from all ranks.
-    """
+    """All numbers of one case; ``extra`` has the answers of :func:`take_memory` from all ranks."""
     all_reduce, round_ = map(median, durations)
     rounds = [Extra(*each["round"]) for each in extra]
     extra_bytes = _largest([each.bytes for each in rounds])
@@ -263,11 +241,7 @@ def _largest(values: Sequence[int | None]) -> int | None:
 
 
 def breakdown(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The spans of rounds, in order, and what is left: medians over the rounds.
-
-    Args:
-        rounds: of :func:`take_parts`, from one rank.
-    """
+    """The spans of rounds, in order, and the rest: medians over the answer of :func:`take_parts` of one rank."""
     total = median([round_["total"] for round_ in rounds])
     rest = median([round_["total"] - sum(seconds for seconds, _ in round_["parts"].values()) for round_ in rounds])
     rows = []
@@ -296,14 +270,11 @@ def measure(
 
     Args:
         started: the ranks.
-        link: the name of what joins them.
+        link: the name of the link between them.
         cases: what to average.
         count: timed turns.
         parts: whether to time the spans as well.
         common: entries of every order, by default a CPU and gloo.
-
-    Returns:
-        A row per case.
     """
     common = {"device": "cpu", "backend": "gloo", **(common or {})}
 
@@ -335,12 +306,6 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 # The command
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = parse(arguments)
-    return exit_code(lambda: _measure_and_print(options))
 
 
 def _measure_and_print(options: argparse.Namespace) -> int:
@@ -388,7 +353,7 @@ def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--tensors {most}: expected at most as many as there are --parameters, got {fewest:g} millions.")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser("benchmarks.round", "Compare an averaging round with a bare all-reduce of the same bytes.")
     add = parser.add_argument
@@ -401,6 +366,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_cases(parser, options)
     return options
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,26 +31,17 @@ MOMENTUM = 0.9
 class Recipe:
     """What is trained, whichever contender does it."""
 
-    model: str
-    """One of ``MODELS``."""
-    parameters: int
-    """Of the multilayer perceptron, approximately; the other models have fixed sizes."""
-    batch_size: int
-    """Per rank."""
+    model: str  # one of ``MODELS``
+    parameters: int  # of the multilayer perceptron, approximately; the other models have fixed sizes
+    batch_size: int  # per rank
     learning_rate: float
     seed: int
     steps: int
     pause_ms: float = 0.0
     """Time per step for which forward and backward pass sleep, in place of an accelerator that computes."""
-    data: str | None = None
-    """The folder with CIFAR-10; None is random images."""
-    verify: bool = True
-    """Whether the files have to be the published ones, not the same images repacked."""
-    images: int | None = None
-    """Take only the first so many training images; None is all."""
-
-
-# The model
+    data: str | None = None  # the folder with CIFAR-10; None is random images
+    verify: bool = True  # whether the files have to be the published ones, not the same images repacked
+    images: int | None = None  # take only the first so many training images; None is all
 
 
 class Pause(nn.Module):
@@ -143,18 +134,14 @@ class Task(L.LightningModule):
         return new_optimizer(self.recipe, self.network)
 
 
-# The data
-
-
+@dataclass(eq=False)
 class Images(Dataset):
     """Images and labels in memory, returned in whole batches."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -162,31 +149,24 @@ class Images(Dataset):
         return self.images[indices], self.labels[indices]
 
 
+@dataclass(eq=False)
 class Shuffled(Sampler[int]):
     """All examples in random order, then all in another order, and so on: the run is one epoch for the Trainer.
 
-    What a trainer does between epochs is not to be measured.
-
-    Args:
-        examples: how many there are.
-        draws: how many to draw in the whole run.
-        seed: of the order.
+    What a trainer does between epochs is not to be measured. ``draws`` are those of the whole run.
     """
 
-    def __init__(self, examples: int, draws: int, seed: int) -> None:
-        self._examples = examples
-        self._draws = draws
-        self._seed = seed
+    examples: int
+    draws: int
+    seed: int
 
     def __len__(self) -> int:
-        """The number of draws."""
-        return self._draws
+        return self.draws
 
     def __iter__(self) -> Iterator[int]:
-        """Draw; the same each time."""
-        generator = torch.Generator().manual_seed(self._seed)
-        orders = (torch.randperm(self._examples, generator=generator).tolist() for _ in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(orders), self._draws)
+        generator = torch.Generator().manual_seed(self.seed)
+        orders = (torch.randperm(self.examples, generator=generator).tolist() for _ in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(orders), self.draws)
 
 
 def new_loader(recipe: Recipe, rank: int, world_size: int) -> DataLoader:
@@ -224,20 +204,11 @@ def _cifar10(recipe: Recipe, rank: int, world_size: int) -> Dataset:
     return TensorImages(images, labels, facts.mean, facts.std, augment=True)
 
 
-# The record
-
-
 class Record:
-    """What one rank records at each step of a run.
-
-    Args:
-        meet: waits for all ranks, without the network.
-        counters: of this host's interface.
-    """
+    """What one rank records at each step of a run; ``meet`` waits for all ranks, without the network."""
 
     def __init__(self, meet: Callable[[], None], counters: Callable[[], Counters]) -> None:
-        self.sent: Callable[[], Sent] = Sent
-        """What was communicated so far; the contender sets it."""
+        self.sent: Callable[[], Sent] = Sent  # what was communicated so far; the contender sets it
         self.meet = meet
         self._counters = counters
         self._losses: list[float] = []

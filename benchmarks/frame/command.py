@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,36 @@ NOT_AS_CLAIMED, FAILED, INTERRUPTED = 1, 2, 130
 """Exit codes; 0 is success, and argparse exits with 2 for a wrong argument."""
 
 
-def exit_code(
-    measure: Callable[[], int],
+Arguments = Sequence[str] | None
+
+
+def new_main(
+    parse: Callable[[Arguments], argparse.Namespace],
+    measure: Callable[[argparse.Namespace], int],
     failed: str = "Nothing was measured.",
     interrupted: str = "All processes and hosts that were started are removed.",
-) -> int:
-    """The exit code of a measurement, with a message if it fails or is interrupted.
+) -> Callable[[Arguments], int]:
+    """The function of a command: it takes arguments, measures, and returns the exit code.
 
     Args:
+        parse: returns the options.
         measure: measures, prints and returns the exit code.
         failed: the message before that of a NotMeasuredError.
         interrupted: the message after Ctrl-C.
     """
-    try:
-        return measure()
-    except NotMeasuredError as error:
-        say(f"{failed} {error}")
-        return FAILED
-    except KeyboardInterrupt:
-        say(f"Interrupted. {interrupted}")
-        return INTERRUPTED
+
+    def main(arguments: Arguments = None) -> int:
+        options = parse(arguments)
+        try:
+            return measure(options)
+        except NotMeasuredError as error:
+            say(f"{failed} {error}")
+            return FAILED
+        except KeyboardInterrupt:
+            say(f"Interrupted. {interrupted}")
+            return INTERRUPTED
+
+    return main
 
 
 def say(text: str) -> None:

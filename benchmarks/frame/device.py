@@ -12,13 +12,10 @@ import torch
 class Timing(NamedTuple):
     """When something ran."""
 
-    began: float
-    """In seconds, on a clock that all processes of this machine share."""
+    began: float  # in seconds, on a clock that all processes of this machine share
     ended: float
-    cpu_seconds: float
-    """Processor time of all threads of this process."""
-    device_seconds: float | None
-    """Between two events in the device's queue; None on a CPU."""
+    cpu_seconds: float  # processor time of all threads of this process
+    device_seconds: float | None  # between two events in the device's queue; None on a CPU
 
     @property
     def seconds(self) -> float:
@@ -29,12 +26,9 @@ class Timing(NamedTuple):
 class Extra(NamedTuple):
     """Memory that something takes beyond what was in use before."""
 
-    host_bytes: int | None
-    """Peak of this process; None where it cannot be known, that is anywhere but on Linux."""
-    device_bytes: int | None
-    """Peak of PyTorch on the accelerator; None on a CPU."""
-    kept_bytes: int | None
-    """Still in use afterwards, where the model is."""
+    host_bytes: int | None  # peak of this process; None where it cannot be known, that is anywhere but on Linux
+    device_bytes: int | None  # peak of PyTorch on the accelerator; None on a CPU
+    kept_bytes: int | None  # still in use afterwards, where the model is
 
     @property
     def bytes(self) -> int | None:
@@ -43,11 +37,7 @@ class Extra(NamedTuple):
 
 
 class Device:
-    """A processor or an accelerator.
-
-    Args:
-        name: as PyTorch has it, such as ``cpu`` or ``cuda:0``.
-    """
+    """A processor or an accelerator, by PyTorch's name: ``cpu`` or ``cuda:0``."""
 
     def __init__(self, name: str = "cpu") -> None:
         self.torch = torch.device(name)
@@ -106,9 +96,6 @@ class Stopwatch:
         cpu_seconds = time.process_time() - self._cpu_began
         on_device = self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else None
         return Timing(self._began, ended, cpu_seconds, on_device)
-
-
-# Memory of this process, on Linux
 
 
 def _host_memory(function: Callable[[], object]) -> tuple[int | None, int | None]:

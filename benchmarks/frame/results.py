@@ -15,14 +15,7 @@ PACKAGES = ("torch", "lightning", "lightning_adpsgd", "numpy")
 def write_json(
     path: str | Path, benchmark: str, arguments: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write a file of results.
-
-    Args:
-        path: the file.
-        benchmark: its name.
-        arguments: the settings it ran with, defaults included.
-        rows: the numbers.
-    """
+    """Write the rows of a benchmark, with the arguments that it ran with, defaults included."""
     content = {
         "benchmark": benchmark,
         "command": [Path(sys.executable).name, "-m", f"benchmarks.{benchmark}", *sys.argv[1:]],

@@ -13,12 +13,9 @@ class Column(NamedTuple):
     """A column of a table."""
 
     title: str
-    value: str | Callable[[Row], Any]
-    """The row's key, ``a.b`` for a key of a nested row, or a function of the row."""
-    form: str | Callable[[Any], str] = ""
-    """A format specification, or a function that makes the text."""
-    scale: float | None = None
-    """What the value is multiplied by."""
+    value: str | Callable[[Row], Any]  # the row's key, ``a.b`` for a key of a nested row, or a function of the row
+    form: str | Callable[[Any], str] = ""  # a format specification, or a function that makes the text
+    scale: float | None = None  # what the value is multiplied by
 
     def look_up(self, row: Row) -> Any:
         """The value of a row, unscaled; None if it is missing."""

@@ -1,8 +1,10 @@
 """The Trainer that benchmarks train with, and what they attach to it."""
 
 import inspect
+import itertools
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,8 +17,7 @@ from torch import Tensor, nn
 from benchmarks.frame.device import Device
 from lightning_adpsgd import ADPSGDStrategy, AveragingRound
 
-NEVER = 10**9
-"""An averaging period that does not end."""
+NEVER = 10**9  # an averaging period that does not end
 
 
 def new_trainer(strategy: Strategy, *callbacks: Callback, **options: Any) -> L.Trainer:
@@ -35,10 +36,7 @@ def new_trainer(strategy: Strategy, *callbacks: Callback, **options: Any) -> L.T
 def new_device_trainer(strategy: Strategy | None, device: Device, *callbacks: Callback) -> L.Trainer:
     """A Trainer on a rank that shares the device with the others.
 
-    Args:
-        strategy: made with :func:`all_ranks`; None is a single device's, which knows of no other rank.
-        device: of all ranks.
-        callbacks: of the Trainer.
+    The strategy is made with :func:`all_ranks`; None is a single device's, which knows of no other rank.
     """
     options: dict[str, Any] = {"max_epochs": 1, "use_distributed_sampler": False}
     if strategy is None:
@@ -64,10 +62,8 @@ def unknown_options(options: Mapping[str, Any]) -> str | None:
 class Sent(NamedTuple):
     """What a rank has communicated since a run began."""
 
-    rounds: int = 0
-    """Averages of the model or of its gradient over all ranks."""
-    bytes: int = 0
-    """As the contender counts them, or what a ring all-reduce sends for what was reduced."""
+    rounds: int = 0  # averages of the model or of its gradient over all ranks
+    bytes: int = 0  # as the contender counts them, or what a ring all-reduce sends for what was reduced
 
 
 class Rounds(Callback):
@@ -101,26 +97,18 @@ class Losses(Callback):
         self.of_steps.append(outputs["loss"].detach())
 
 
+@dataclass
 class Batches:
-    """The same batch again and again, at no cost.
+    """The same batch, ``count`` times, at no cost."""
 
-    Args:
-        batch: on the model's device.
-        count: how often.
-    """
-
-    def __init__(self, batch: Any, count: int) -> None:
-        self._batch = batch
-        self._count = count
+    batch: Any
+    count: int
 
     def __len__(self) -> int:
-        """How often."""
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        """The batch."""
-        for _ in range(self._count):
-            yield self._batch
+        return itertools.repeat(self.batch, self.count)
 
 
 def parameter_count(network: nn.Module) -> int:

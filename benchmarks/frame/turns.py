@@ -17,20 +17,12 @@ def turns(contenders: Iterable[Contender], count: int) -> Iterator[tuple[int, Co
 
 
 def median(values: Iterable[float]) -> float:
-    """The median.
-
-    Raises:
-        ValueError: if there are no values.
-    """
+    """The median; a ValueError if there are no values."""
     return float(statistics.median(_known(values, "median")))
 
 
 def quartiles(values: Iterable[float]) -> tuple[float, float]:
-    """The first and the third quartile; of one value, that value twice.
-
-    Raises:
-        ValueError: if there are no values.
-    """
+    """The first and the third quartile; of one value, that value twice."""
     known = _known(values, "quartiles")
     if len(known) == 1:
         return known[0], known[0]
@@ -41,14 +33,8 @@ def quartiles(values: Iterable[float]) -> tuple[float, float]:
 def median_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
     """Confidence interval of the median by the sign test, which assumes nothing about the distribution.
 
-    With fewer than six values the interval goes from the smallest to the largest, and its confidence is below 95 %.
-
-    Args:
-        values: independent measurements.
-        confidence: of the interval.
-
-    Raises:
-        ValueError: if there are no values.
+    The values have to be independent. With fewer than six of them the interval goes from the smallest to the largest,
+    and its confidence is below 95 %.
     """
     known = sorted(_known(values, "median_interval"))
     count, place, outside = len(known), 0, 0.0

@@ -20,12 +20,11 @@ The exit code is 0, 2 if something failed, and 130 after Ctrl-C.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.frame.command import FAILED, exit_code, number, one_of, output_file, say, several
+from benchmarks.frame.command import FAILED, Arguments, new_main, number, one_of, output_file, say, several
 from benchmarks.frame.errors import NotMeasuredError
 from benchmarks.frame.ranks import ranks, this_machine
 from benchmarks.paper.links import read_links
@@ -36,16 +35,6 @@ from benchmarks.paper.runs import Store, do
 from examples.image_classification.data import DATASETS
 
 LINK_RESULTS = Path("benchmarks/results")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, write, and return the exit code."""
-    options = parse(arguments)
-    failed, interrupted = (
-        "A run could not be finished; those before it are kept.",
-        "The same command continues the runs.",
-    )
-    return exit_code(lambda: _train_and_write(options), failed, interrupted)
 
 
 def _train_and_write(options: argparse.Namespace) -> int:
@@ -59,9 +48,6 @@ def _train_and_write(options: argparse.Namespace) -> int:
     page.draw()
     print(f"{page.overview()}\n\nWritten: {options.page}, with figures in {_images(options)}")
     return 0
-
-
-# The runs
 
 
 class DataMissingError(NotMeasuredError):
@@ -128,9 +114,6 @@ def _base_command(options: argparse.Namespace) -> str:
     return f"python -m benchmarks.paper --scale {options.scale} --data {options.data} --runs {options.runs}"
 
 
-# The page
-
-
 def new_page(options: argparse.Namespace) -> Page | None:
     """The page of what is done; None if nothing is."""
     studies = _studies(options)
@@ -157,10 +140,7 @@ def _images(options: argparse.Namespace) -> Path:
     return images
 
 
-# The command
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description="Reproduce the paper's comparison on CIFAR-10."
@@ -185,6 +165,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--backend nccl: expected --device cuda with it; on a CPU ranks talk with gloo.")
     return options
 
+
+main = new_main(
+    parse,
+    _train_and_write,
+    failed="A run could not be finished; those before it are kept.",
+    interrupted="Runs that are done are kept; the same command continues.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,11 +14,7 @@ CLASSES = 10
 
 
 def new_network(name: str) -> nn.Module:
-    """The network of that name for colour images of 32 pixels and ten classes, freshly initialised.
-
-    Args:
-        name: one of `SMALL`, or of the image example's architectures.
-    """
+    """A new network for colour images of 32 pixels and ten classes: one of `SMALL` or of the image example."""
     network = SMALL[name]() if name in SMALL else ARCHITECTURES[name](CLASSES, 3)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, arXiv:1502.01852
@@ -63,14 +59,7 @@ def _resnet_tiny() -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer (Dosovitskiy et al., arXiv:2010.11929) for images of 32 pixels, pooled by the mean.
-
-    Args:
-        width: of a token.
-        depth: encoder layers.
-        heads: per layer.
-        patch: height and width of what becomes a token, in pixels.
-    """
+    """A vision transformer (Dosovitskiy et al., arXiv:2010.11929) for images of 32 pixels, pooled by the mean."""
 
     def __init__(self, width: int = 48, depth: int = 3, heads: int = 3, patch: int = 4) -> None:
         super().__init__()

@@ -34,15 +34,11 @@ def mean_period(result: Result) -> float:
     return result["steps"] / result["rounds"]
 
 
-# Over seeds
-
-
 class Spread(NamedTuple):
     """A number of several runs."""
 
     mean: float
-    deviation: float | None
-    """None if there is only one run."""
+    deviation: float | None  # None if there is only one run
 
     def text(self, digits: int, factor: float = 1.0, sign: bool = False) -> str:
         """As ``mean ± deviation``."""
@@ -75,8 +71,7 @@ class Outcomes:
     """The results of those ``runs`` that are done, from a ``store``."""
 
     def __init__(self, store: Store, runs: Iterable[Run]) -> None:
-        self.missing: list[Run] = []
-        """Runs that are not done."""
+        self.missing: list[Run] = []  # runs that are not done
         self._results: dict[tuple[str, str], dict[int, Result]] = {}
         for run in runs:
             result = store.result(run)
@@ -113,9 +108,6 @@ class Outcomes:
         return f"final loss {in_words(losses, 4)}, accuracy {in_words(gains, 2, POINTS, ' points')}"
 
 
-# When a loss is reached
-
-
 class Reached(NamedTuple):
     """When the training loss of an epoch was at most a given one for the first time."""
 
@@ -134,9 +126,6 @@ def until(result: Result, loss: float) -> Reached | None:
             return Reached(*(before[name] + share * (point[name] - before[name]) for name in ("epoch", "sent_bytes")))
         before = point
     return None
-
-
-# What the rule sees
 
 
 def by_quarter(result: Result, name: str) -> list[float | None]:

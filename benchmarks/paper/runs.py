@@ -16,21 +16,17 @@ from benchmarks.frame.turns import median
 from benchmarks.paper.plan import ADPSGD, Run
 
 Result = dict[str, Any]
-"""What came of a run, see :func:`combine`."""
+"""Of a run, see :func:`combine`."""
 
 
 class Store:
-    """A folder with a file per run that is done.
-
-    Args:
-        folder: is made when the first run is kept.
-    """
+    """A folder with a file per run that is done; it is made when the first run is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def result(self, run: Run) -> Result | None:
-        """What came of a run; None if it was not done, or with other settings than it has now."""
+        """The result of a run; None if it was not done, or with other settings than it has now."""
         settings = self.settings(run)
         file = self.folder / run.file
         if settings is None or not file.is_file():
@@ -46,14 +42,7 @@ class Store:
         return None if model is None else run.settings(model["rounds"])
 
     def keep(self, run: Run, result: Result, command: str, data: Mapping[str, Any]) -> None:
-        """Write a run down, whole or not at all.
-
-        Args:
-            run: the run.
-            result: what came of it.
-            command: what does this run and no other.
-            data: what is to be said of the images.
-        """
+        """Write a run's file, completely or not at all, with the command that does this run only."""
         file = self.folder / run.file
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -130,18 +119,15 @@ def do(
     command_of: Callable[[Run], str],
     say: Callable[[str], None],
 ) -> Iterator[Run]:
-    """Do the runs that are not done, keep each, and say how long the rest will take.
+    """Do the missing runs, those first that others depend on; keep each, and yield it when it is done.
 
     Args:
-        missing: which ones; what another one depends on comes first.
+        missing: the runs.
         started: the ranks.
         store: where to keep them.
         order: what all orders to the ranks have in common: data, verify, device, backend.
         command_of: the command that does a run and no other.
-        say: is told what came of each, and what is left.
-
-    Yields:
-        Each run when it is done.
+        say: is told the result of each, and how long the rest will take.
     """
     seconds: dict[str, list[float]] = {}
     for place, run in enumerate(missing):
@@ -160,12 +146,7 @@ def do(
 
 
 def time_left(missing: Sequence[Run], seconds: Mapping[str, Sequence[float]]) -> float:
-    """Seconds that the missing runs take if each takes as long as those of its task, or of all tasks, have taken.
-
-    Args:
-        missing: the runs.
-        seconds: of runs that were done, by task; of one at least.
-    """
+    """Seconds that the missing runs take if each takes as long as those of its task, or of all tasks, have taken."""
     overall = median([each for known in seconds.values() for each in known])
     return sum(median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.accuracy import ddp_sent, evaluate, judge
 from benchmarks.baselines import EvenRounds, QSGDStrategy
-from benchmarks.frame.rank import Parent, connect
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
 from benchmarks.frame.trainer import Losses, Rounds, Sent, new_trainer, parameter_count, whole_batch
 from benchmarks.paper.networks import new_network
 from examples.image_classification.data import ImageData, TensorImages
@@ -25,18 +27,12 @@ from examples.image_classification.model import learning_rate_factor
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, ConstantPeriod
 
 MOMENTUM = 0.9
-EVALUATED_EVERY = 2
-"""Epochs."""
-DIGITS = 6
-"""That are kept of a number."""
+EVALUATED_EVERY = 2  # epochs
+DIGITS = 6  # that are kept of a number
 
 
 class Classifier(L.LightningModule):
-    """A network with the task's optimizer and schedule, which takes one step per optimizer step.
-
-    Args:
-        task: the settings of a `plan.Task`, as JSON has them.
-    """
+    """A network with the optimizer and the schedule of a task, which is a `plan.Task` as JSON."""
 
     def __init__(self, task: Mapping[str, Any]) -> None:
         super().__init__()
@@ -74,26 +70,19 @@ def rate_factor(step: int, total: int, task: Mapping[str, Any]) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+@dataclass(eq=False)
 class Observer(Callback):
-    """Sums up each epoch, and evaluates the averaged model now and then without changing what is trained.
+    """Sums up each epoch, and evaluates the averaged model now and then without changing what is trained."""
 
-    Args:
-        test: images to evaluate the averaged model with.
-        seed: of the augmentation, which differs from rank to rank.
-        losses: callback that comes before this one.
-        rounds: callback.
-    """
-
-    def __init__(self, test: TensorImages, seed: int, losses: Losses, rounds: Rounds) -> None:
-        self.curve: list[dict[str, Any]] = []
-        self._test = test
-        self._seed = seed
-        self._losses = losses
-        self._rounds = rounds
+    test: TensorImages  # to evaluate the averaged model with
+    seed: int  # of the augmentation, which differs from rank to rank
+    losses: Losses
+    rounds: Rounds
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Seed the augmentation of this rank."""
-        torch.manual_seed(1000 * (self._seed + 1) + trainer.global_rank)
+        torch.manual_seed(1000 * (self.seed + 1) + trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sum up an epoch."""
@@ -101,14 +90,14 @@ class Observer(Callback):
         share = slice(trainer.global_rank, None, trainer.world_size)
         right = None
         if last % EVALUATED_EVERY == 0 and last < (trainer.max_epochs or 0):
-            _, right = evaluate(averaged(pl_module.network), self._test, share)
-        losses = self._losses.of_steps
+            _, right = evaluate(averaged(pl_module.network), self.test, share)
+        losses = self.losses.of_steps
         self.curve.append(
             {
                 "epoch": last,
                 "step": len(losses),
                 "loss": float(torch.stack(losses[-(len(losses) // last) :]).mean()),
-                "sent_bytes": sent(trainer, pl_module, self._rounds).bytes,
+                "sent_bytes": sent(trainer, pl_module, self.rounds).bytes,
                 "right": right,
             }
         )
