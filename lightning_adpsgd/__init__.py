@@ -14,7 +14,8 @@ from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, Worke
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.rounds.record import AveragingRound
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
 
 if TYPE_CHECKING:
     from lightning_adpsgd.trainer.monitor import CommunicationMonitor

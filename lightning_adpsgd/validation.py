@@ -1,403 +1,130 @@
-"""What the public arguments may be: each check returns its argument, or says what to change."""
+"""Checks of arguments: each returns its argument, or says what was given, what is expected and what to change.
+
+A wrong type is a TypeError, a wrong value a ValueError. ``owner`` is the class or function that the argument belongs
+to, if the message is to name it. Numbers are what Python's ``numbers`` module calls so, NumPy's scalars included, and
+come back as Python's own; a bool is not a number, nor is a tensor or an array of a single element.
+"""
 
 import math
-from collections.abc import Callable
-from datetime import timedelta
-from numbers import Integral
-from typing import Any, Literal, TypeVar, get_args
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
-import torch
-from torch.optim import Optimizer
+LARGEST_INT = 2**63 - 1
+"""What counts of steps have to fit into: they are stored as 64-bit integers."""
 
-from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_number, check_total_steps, given, type_of
-
-__all__ = [
-    "REDUCE_DTYPES",
-    "OnDivergence",
-    "OptimizerState",
-    "ReduceDtype",
-    "StartMethod",
-    "WorkerKind",
-    "as_period",
-    "check_backend",
-    "check_bucket_size",
-    "check_combination",
-    "check_devices",
-    "check_flag",
-    "check_index",
-    "check_listener",
-    "check_on_divergence",
-    "check_optimizer",
-    "check_optimizer_state",
-    "check_optional",
-    "check_overlap",
-    "check_patterns",
-    "check_prefix",
-    "check_reduce_dtype",
-    "check_start_method",
-    "check_timeout",
-    "check_total_steps",
-    "check_worker",
-    "given",
-    "type_of",
-]
-
-OptimizerState = Literal["local", "average", "reset"]
-OnDivergence = Literal["raise", "drop"]
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-ReduceDtype = Literal["bf16", "fp16"]
-WorkerKind = Literal["device", "node"]
-
-REDUCE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-Listener = TypeVar("Listener", bound=Callable[..., object])
-Given = TypeVar("Given")
-
-_NOT_IN_A_FILE_NAME = r'\:*?"<>|'
-_LONGEST_PREFIX = 200  # bytes; most file systems take 255
-
-# torch counts a timeout in whole milliseconds, and adds it to the time since 1970 in 64-bit nanoseconds.
-_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=1), timedelta(days=36_500)
+_LONGEST_REPR = 600
+_Given = TypeVar("_Given")
 
 
-def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
-    """The rule that an argument named ``period`` stands for.
-
-    Args:
-        period: a rule; an int for a constant period; None for :class:`AdaptivePeriod` with its defaults.
-
-    Raises:
-        TypeError: if it stands for none.
-        ValueError: if it is an int below 1.
-    """
-    if period is None:
-        return AdaptivePeriod()
-    if isinstance(period, AveragingPeriod):
-        return period
-    if isinstance(period, Integral) and not isinstance(period, bool):
-        return ConstantPeriod(int(period))
-    expected = "expected an AveragingPeriod, such as AdaptivePeriod(), or an int for a constant period"
-    if isinstance(period, type) and issubclass(period, AveragingPeriod):
-        raise TypeError(
-            f"{given('period', period)}: {expected}, got the class itself. Call it: {period.__name__}(...)."
-        )
-    raise TypeError(f"{given('period', period)}: {expected}, got {type_of(period)}.")
+def given(name: str, value: object, owner: str | None = None) -> str:
+    """How a message names an argument: ``name=value`` or ``Owner(name=value)``; a long value is cut short."""
+    try:
+        text = repr(value)
+    except Exception:  # a message about a wrong value must not fail itself; an int of 5000 digits has no repr
+        text = f"<{type_of(value)} that cannot be shown>"
+    text = re.sub(r"\s*\n\s*", " ", text)
+    if len(text) > _LONGEST_REPR:
+        text = f"{text[: _LONGEST_REPR // 2]}...{text[-_LONGEST_REPR // 4 :]}"
+    return f"{name}={text}" if owner is None else f"{owner}({name}={text})"
 
 
-def check_optimizer_state(value: object) -> OptimizerState:
-    """Return ``value`` if it is one of the policies for the optimizer's state.
-
-    Args:
-        value: the argument named ``optimizer_state``.
-
-    Raises:
-        TypeError: if it is not a str.
-        ValueError: if it is another one.
-    """
-    policy: OptimizerState = _one_of("optimizer_state", value, get_args(OptimizerState))
-    return policy
+def type_of(value: object) -> str:
+    """The name of a value's type, with its module unless it is a built-in one: NumPy's bool is not Python's."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def check_on_divergence(value: object) -> OnDivergence:
-    """Return ``value`` if it says what to do about workers that have diverged.
-
-    Args:
-        value: the argument named ``on_divergence``.
-
-    Raises:
-        TypeError: if it is not a str.
-        ValueError: if it is another one.
-    """
-    policy: OnDivergence = _one_of("on_divergence", value, get_args(OnDivergence))
-    return policy
+def wrong_type(owner: str | None, name: str, value: object, expected: str) -> TypeError:
+    """The error for an argument of the wrong type."""
+    return TypeError(f"{given(name, value, owner)}: expected {expected}, got {type_of(value)}.")
 
 
-def check_start_method(value: object) -> StartMethod:
-    """Return ``value`` if it is one of Lightning's ways to start processes.
-
-    Args:
-        value: the argument named ``start_method``.
-
-    Raises:
-        TypeError: if it is not a str.
-        ValueError: if it is another one.
-    """
-    method: StartMethod = _one_of("start_method", value, get_args(StartMethod))
-    return method
+def wrong_value(owner: str | None, name: str, value: object, expected: str) -> ValueError:
+    """The error for an argument that is out of range."""
+    return ValueError(f"{given(name, value, owner)}: expected {expected}.")
 
 
-def check_bucket_size(value: object) -> float:
-    """Return ``value`` if it is a positive number of MiB.
-
-    Args:
-        value: the argument named ``bucket_size_mb``.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is not positive and finite, or more bytes than 64 bits can count.
-    """
-    size = check_number(None, "bucket_size_mb", value, what="a positive, finite number of MiB")
-    if not (math.isfinite(size) and size > 0):
-        raise ValueError(f"{given('bucket_size_mb', value)}: expected a positive, finite number of MiB.")
-    if size * 2**20 > LARGEST_INT:
-        raise ValueError(f"{given('bucket_size_mb', value)}: expected a number of MiB, less than 2**43 of them.")
-    return size
+def check_int(
+    owner: str | None, name: str, value: object, *, at_least: int, at_most: int = LARGEST_INT, or_else: str = ""
+) -> int:
+    """Return ``value`` as an int if it lies within the bounds; ``or_else`` is what else the caller takes."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise wrong_type(owner, name, value, f"an int of at least {at_least}{or_else}")
+    number = int(value)
+    if not at_least <= number <= at_most:
+        limit = f"at least {at_least}" if number < at_least else f"at most {at_most}"
+        raise wrong_value(owner, name, value, f"an int of {limit}{or_else}")
+    return number
 
 
-def check_flag(name: str, value: object, owner: str | None = None) -> bool:
-    """Return ``value`` if it is True or False.
-
-    Args:
-        name: the argument's name.
-        value: the argument.
-        owner: the class the argument belongs to, if the message is to say so.
-
-    Raises:
-        TypeError: if it is anything else; 0, 1 and "yes" are.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{given(name, value, owner)}: expected True or False, got {type_of(value)}.")
-    return value
-
-
-def check_index(value: object) -> int:
-    """Return ``value`` if it is an int of at least 0.
-
-    Args:
-        value: the argument named ``index``.
-
-    Raises:
-        TypeError: if it is not an int.
-        ValueError: if it is negative, or too large.
-    """
-    return check_int(None, "index", value, at_least=0, at_most=LARGEST_INT)
+def check_number(
+    owner: str | None, name: str, value: object, expected: str, *, at_least: float, at_most: float = sys.float_info.max
+) -> float:
+    """Return ``value`` as a float if it lies within the bounds; NaN does not, infinity only if it is a bound."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise wrong_type(owner, name, value, expected)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction that no float can hold
+        number = math.nan
+    if not at_least <= number <= at_most:
+        raise wrong_value(owner, name, value, expected)
+    return number
 
 
-def check_overlap(value: object) -> int:
-    """Return ``value`` if it is a number of steps for which a round can travel.
-
-    Args:
-        value: the argument named ``overlap``.
-
-    Raises:
-        TypeError: if it is not an int.
-        ValueError: if it is negative, or too large.
-    """
-    return check_int(None, "overlap", value, at_least=0, at_most=LARGEST_INT)
-
-
-def check_patterns(name: str, value: object) -> list[str]:
-    """Return patterns of names as a list.
-
-    Raises:
-        TypeError: if it is not a list or tuple of strings.
-    """
-    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        found = type_of(value)
-        raise TypeError(
-            f'{given(name, value)}: expected a list of patterns of names, for example ["*.queue"], got {found}.'
-        )
-    return [*value]
+def check_instance(
+    owner: str | None, name: str, value: _Given, kind: type, expected: str = "", *, optional: bool = False
+) -> _Given:
+    """Return ``value`` if it is an instance of ``kind``, or None where that is allowed."""
+    if isinstance(value, kind) or (optional and value is None):
+        return value
+    expected = (expected or f"an instance of {kind.__name__}") + (" or None" if optional else "")
+    if isinstance(value, type) and issubclass(value, kind):
+        where = given(name, value, owner)
+        raise TypeError(f"{where}: expected {expected}, got the class itself. Call it: {value.__name__}(...).")
+    raise wrong_type(owner, name, value, expected)
 
 
-def check_reduce_dtype(value: object) -> ReduceDtype | None:
-    """Return ``value`` if it is a type in which rounds can travel, or None.
-
-    Args:
-        value: the argument named ``reduce_dtype``.
-
-    Raises:
-        TypeError: if it is neither a str nor None.
-        ValueError: if it is another one.
-    """
-    if value is None:
+def check_choice(owner: str | None, name: str, value: object, choices: tuple[str | None, ...]) -> Any:
+    """Return ``value`` if it is one of ``choices``, as Python's own string."""
+    if value is None and None in choices:
         return None
-    if isinstance(value, torch.dtype):
-        expected = " or ".join(f'"{name}"' for name in REDUCE_DTYPES)
-        raise TypeError(f"{given('reduce_dtype', value)}: expected None, {expected}, got torch's own.")
-    dtype: ReduceDtype = _one_of("reduce_dtype", value, get_args(ReduceDtype))
-    return dtype
-
-
-def check_worker(value: object) -> WorkerKind:
-    """Return ``value`` if it says what a worker is.
-
-    Args:
-        value: the argument named ``worker``.
-
-    Raises:
-        TypeError: if it is not a str.
-        ValueError: if it is another one.
-    """
-    kind: WorkerKind = _one_of("worker", value, get_args(WorkerKind))
-    return kind
-
-
-def check_combination(stagger: bool, overlap: int, optimizer_state: OptimizerState, period: AveragingPeriod) -> None:
-    """Make sure that these arguments, each of which is right by itself, can be had together.
-
-    Raises:
-        ValueError: if they cannot.
-    """
-    if optimizer_state == "average" and (stagger or overlap):
-        asked = "stagger=True" if stagger else f"overlap={overlap}"
-        raise ValueError(
-            f'optimizer_state={optimizer_state!r} with {asked}: expected "local" or "reset". The state is averaged in'
-            " one piece, while nobody trains. Leave out one of the two."
-        )
-    if isinstance(period, ConstantPeriod) and overlap >= period.value:
-        raise ValueError(
-            f"overlap={overlap} with {period!r}: expected fewer steps than the averaging period. A round has to arrive"
-            " before the next one is sent."
-        )
-
-
-def check_timeout(value: object) -> timedelta | None:
-    """Return ``value`` if it is a positive duration, or None.
-
-    Args:
-        value: the argument named ``timeout``.
-
-    Raises:
-        TypeError: if it is something else; a number of seconds is.
-        ValueError: if it is shorter than a millisecond, or longer than a hundred years.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, timedelta):
-        raise TypeError(
-            f"{given('timeout', value)}: expected a datetime.timedelta, such as timedelta(seconds=1800), or None, got"
-            f" {type_of(value)}."
-        )
-    if not _SHORTEST_TIMEOUT <= value <= _LONGEST_TIMEOUT:
-        raise ValueError(
-            f"{given('timeout', value)}: expected between a millisecond and a hundred years, such as"
-            " timedelta(minutes=30)."
-        )
-    return value
-
-
-def check_backend(value: object) -> str | None:
-    """Return ``value`` if it can be the name of a backend of ``torch.distributed``, or is None.
-
-    Args:
-        value: the argument named ``process_group_backend``.
-
-    Raises:
-        TypeError: if it is neither a str nor None.
-        ValueError: if it is blank.
-    """
-    if value is None:
-        return None
-    expected = 'expected the name of a torch.distributed backend, such as "gloo", or None for what suits the device'
+    *others, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
+    expected = f"{', '.join(others)} or {last}"
     if not isinstance(value, str):
-        raise TypeError(f"{given('process_group_backend', value)}: {expected}, got {type_of(value)}.")
-    if not value.strip():
-        raise ValueError(f"{given('process_group_backend', value)}: {expected}.")
-    return value
-
-
-def check_devices(value: object) -> list[torch.device] | None:
-    """Return ``value`` if it is a list of devices, or None.
-
-    Args:
-        value: the argument named ``parallel_devices``.
-
-    Raises:
-        TypeError: if it is anything else.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(device, torch.device) for device in value):
-        raise TypeError(
-            f"{given('parallel_devices', value)}: expected a list of torch.device, or None to leave them to the"
-            f" Trainer, got {type_of(value)}. The number of devices is Trainer(devices=...)."
-        )
-    return list(value)
-
-
-def check_optimizer(value: object) -> Optimizer:
-    """Return ``value`` if it is an optimizer.
-
-    Args:
-        value: the argument named ``optimizer``.
-
-    Raises:
-        TypeError: if it is not.
-    """
-    if not isinstance(value, Optimizer):
-        raise TypeError(
-            f"{given('optimizer', value)}: expected a torch.optim.Optimizer, such as"
-            f" torch.optim.SGD(model.parameters(), lr=0.1), got {type_of(value)}."
-        )
-    return value
-
-
-def check_optional(name: str, value: Given, kind: type) -> Given:
-    """Return ``value`` if it is an instance of ``kind``, or None.
-
-    Args:
-        name: the argument's name.
-        value: the argument.
-        kind: what it has to be an instance of.
-
-    Raises:
-        TypeError: if it is anything else.
-    """
-    if value is not None and not isinstance(value, kind):
-        expected = f"expected None or an instance of {kind.__name__}"
-        if isinstance(value, type) and issubclass(value, kind):
-            raise TypeError(f"{given(name, value)}: {expected}, got the class itself. Call it: {value.__name__}(...).")
-        raise TypeError(f"{given(name, value)}: {expected}, got {type_of(value)}.")
-    return value
-
-
-def check_listener(value: Listener) -> Listener:
-    """Return ``value`` if it can be called.
-
-    Args:
-        value: the argument named ``listener``.
-
-    Raises:
-        TypeError: if it cannot.
-    """
-    if not callable(value):
-        raise TypeError(
-            f"{given('listener', value)}: expected a function that takes an AveragingRound, got {type_of(value)}."
-        )
-    return value
-
-
-def check_prefix(value: object) -> str:
-    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system.
-
-    Args:
-        value: the argument named ``prefix``.
-
-    Raises:
-        TypeError: if it is not a str.
-        ValueError: if it is empty, too long, leads out of the folder, or has characters that no file name may have.
-    """
-    where = given("prefix", value, "CommunicationMonitor")
-    if not isinstance(value, str):
-        raise TypeError(f"{where}: expected a str, got {type_of(value)}.")
-    complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
-    writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
-    if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
-        raise ValueError(
-            f"{where}: expected a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most"
-            f" {_LONGEST_PREFIX} bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..'"
-            " on both sides of every slash."
-        )
-    return value
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> Any:
-    *others, last = (f'"{choice}"' for choice in choices)
-    expected = f"expected {', '.join(others)} or {last}"
-    if not isinstance(value, str):
-        raise TypeError(f"{given(name, value)}: {expected}, got {type_of(value)}.")
+        raise wrong_type(owner, name, value, expected)
     if value not in choices:
-        raise ValueError(f"{given(name, value)}: {expected}.")
+        raise wrong_value(owner, name, value, expected)
     return choices[choices.index(value)]
+
+
+def check_listener(value: _Given) -> _Given:
+    """Return ``value`` if it can be called with a record."""
+    return check_instance(None, "listener", value, Callable, "a function that takes an AveragingRound")  # type: ignore[arg-type]
+
+
+def check_total_steps(value: object, owner: str | None = None) -> int | None:
+    """Return ``value`` if it can be the number of optimizer steps of a run, or None; 0 is a run that takes none."""
+    if value is None:
+        return None
+    return check_int(owner, "total_steps", value, at_least=0, or_else=", or None if it is not known")
+
+
+def check_state(owner: str, state: object, names: Sequence[str]) -> Mapping[str, Any]:
+    """Return ``state`` if it is a saved state of ``owner`` with an entry for each of ``names``; others are ignored."""
+    listed = ", ".join(map(repr, names))
+    if not isinstance(state, Mapping):
+        where = f"{owner}.load_state_dict"
+        raise wrong_type(where, "state", state, f"a dict with {listed}, as state_dict() makes it")
+    missing = ", ".join(repr(name) for name in names if name not in state)
+    if missing:
+        found = ", ".join(map(repr, sorted(map(str, state)))) or "nothing"
+        raise ValueError(
+            f"{owner}.load_state_dict: the saved state has no {missing}; expected {listed}, found {found}. It was"
+            " probably saved by another version of lightning_adpsgd, or by another rule: load it with what saved it,"
+            " or leave it out to start the rule anew."
+        )
+    return state

@@ -16,7 +16,7 @@ BELOW = {  # each room, and the rooms that it must not know
     "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", "trainer"),
     "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", "trainer"),
     "averaging": ("periods", "rounds", "options", "local_sgd", "session", "trainer"),
-    "rounds": ("periods", "options", "local_sgd", "session", "trainer"),
+    "rounds": ("periods", "local_sgd", "session", "trainer"),
     "options.py": ("averaging", "rounds", "workers", "local_sgd", "session", "trainer"),
     "local_sgd.py": ("session", "trainer"),
     "session.py": ("trainer",),

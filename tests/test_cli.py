@@ -179,7 +179,7 @@ def test_strategy_has_every_setting_of_the_configuration(folder):
     assert (adaptive._optimizer_state, adaptive._bucket_size_mb) == ("average", 1.5)
     assert adaptive._timeout == timedelta(minutes=7)
     assert repr(constant._period) == repr(ConstantPeriod(5))
-    assert (constant._average_buffers, constant._start_method) == (False, "spawn")
+    assert (constant._options.average_buffers, constant._start_method) == (False, "spawn")
     assert repr(by_name._period) == repr(AdaptivePeriod())
 
 

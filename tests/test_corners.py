@@ -32,7 +32,7 @@ def steady(
     rank = dist.get_rank()
     groups = [{"params": [nn.Parameter(torch.zeros(24))], "lr": rate} for rate in rates[rank]]
     local_sgd = LocalSGD(torch.optim.SGD(groups, lr=1.0), rule, **TRANSPORTS[transport])
-    local_sgd._reads_later = transport == "read later"
+    local_sgd._engine._reads_later = transport == "read later"
     local_sgd.broadcast()
     for step in range(1, steps + 1):
         for group in groups:
@@ -136,7 +136,7 @@ def test_what_diverges_spoils_nothing_where_it_is_dropped(pool, transport):
 def read_late() -> list[int]:
     parameter = nn.Parameter(torch.zeros(4))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 2)
-    local_sgd._reads_later = True
+    local_sgd._engine._reads_later = True
     met = []
     for step in range(4):
         parameter.grad = torch.ones(4)

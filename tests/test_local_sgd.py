@@ -18,8 +18,7 @@ from lightning_adpsgd import (
     WorkerGroup,
     WorkersDivergedError,
 )
-from lightning_adpsgd.local_sgd import SignalFlags
-from lightning_adpsgd.rounds.handshake import RankState
+from lightning_adpsgd.rounds.handshake import RankState, SignalFlags
 
 pytestmark = pytest.mark.workers
 
@@ -95,7 +94,7 @@ def one_round(bucket_size_mb: float, average_buffers: bool) -> dict:
     local_sgd = LocalSGD(optimizer, 3, module=model, bucket_size_mb=bucket_size_mb, average_buffers=average_buffers)
     pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert train(local_sgd, model, 2) == [None, None]
-    local_sgd.local_steps = 3  # look before the round
+    local_sgd._engine.local_steps = 3  # look before the round
     model.norm.num_batches_tracked += dist.get_rank()
     before = snapshot(model)
     round_ = local_sgd.average("period")
@@ -330,7 +329,7 @@ def read_later_or_at_once(later: bool) -> dict:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     local_sgd = LocalSGD(optimizer, AdaptivePeriod(initial=2, sampling=0.25), module=model, total_steps=40)
-    local_sgd._reads_later = later  # what a GPU would make of it
+    local_sgd._engine._reads_later = later  # what a GPU would make of it
     told, returned = [], train(local_sgd, model, 21)
     local_sgd.subscribe(told.append)
     forced = local_sgd.average("validation")
@@ -491,7 +490,7 @@ def one_diverges() -> dict:
         with torch.no_grad():
             model.second.weight[1, 1] = float("nan")
     before = snapshot(model)
-    local_sgd.local_steps += 1
+    local_sgd._engine.local_steps += 1
     error = None
     try:
         local_sgd.average("period")
@@ -522,8 +521,8 @@ def drop(policy: str, ranks: tuple[int, ...], trigger: str) -> dict:
             optimizer.state[model.second.weight]["exp_avg"].fill_(float("inf"))
     model.zero_grad()
     before, means = snapshot(model), moments_of(optimizer)
-    local_sgd.local_steps += 1  # the fourth step, without an update
-    local_sgd.steps += 1
+    local_sgd._engine.local_steps += 1  # the fourth step, without an update
+    local_sgd._engine._contact.steps += 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         round_ = local_sgd.average(trigger)
@@ -612,7 +611,7 @@ def one_is_gone(word: bool) -> None:
     local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 4, module=model)
     if dist.get_rank() == 1:
         if word:
-            local_sgd.workers.post_status("had failed at step 2: ValueError: boom")
+            local_sgd.workers.peers.post_status("had failed at step 2: ValueError: boom")
         return  # and its connections are closed
     train(local_sgd, model, 4)
 
@@ -676,7 +675,7 @@ def test_workers_that_see_the_same_data_are_warned_once_on_the_first_rank(pool):
 
 def raise_notices() -> list[int]:
     model, rank, notice = net(), dist.get_rank(), SignalFlags()
-    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 2, module=model, notice=notice)
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 2, module=model, flags=notice)
     agreed = []
     for step, _ in enumerate(range(6)):
         if step == 2 and rank == 1:

@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_adpsgd import AveragingPeriod
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_state, check_total_steps
+from lightning_adpsgd.validation import LARGEST_INT, check_int, check_state, check_total_steps
 
 
 class EvenRounds(AveragingPeriod):

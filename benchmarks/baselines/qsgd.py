@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.baselines.hooked import HookedDDP
-from lightning_adpsgd.periods.checks import given, type_of
+from lightning_adpsgd.validation import given, type_of
 
 LEVELS = 127  # s: with a sign, what fits into a byte
 NORM_BYTES = 4  # fp32

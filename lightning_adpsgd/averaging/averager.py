@@ -10,7 +10,10 @@ from torch import Tensor
 from lightning_adpsgd.averaging.codec import DeltaCodec
 from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
-from lightning_adpsgd.workers.group import Contribution, Reduction, WorkerGroup
+from lightning_adpsgd.averaging.spans import span
+from lightning_adpsgd.averaging.update import Adopt, Update
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 # On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
@@ -19,7 +22,7 @@ _LONGEST_ON_CPU = 16 * 2**20  # bytes
 class BucketInFlight(NamedTuple):
     """A range whose mean is on its way."""
 
-    range: Bucket
+    bucket: Bucket
     reduction: Reduction
     cut_off: Tensor | None = None
     """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
@@ -56,8 +59,11 @@ class ParameterAverager:
         workers: WorkerGroup,
         bucket_bytes: int,
         reduce_dtype: torch.dtype | None = None,
+        update: Update | None = None,
     ) -> None:
-        self.differences = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers.device)
+        self.delta = None if reduce_dtype is None else DeltaCodec(layout, reduce_dtype, workers)
+        self.update = update or Adopt()
+        self.update.start(layout)
         self.layout = layout
         self.groups = groups
         """Number of parameter groups."""
@@ -66,6 +72,11 @@ class ParameterAverager:
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
         self._blocks: dict[Bucket, Blocks] = {}
         self._buffers: list[Tensor] | None = [] if on_cpu else None  # the system takes its time to hand out memory
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether something that rounding has cut off has not travelled yet."""
+        return self.delta is not None and self.delta.owes
 
     def average(self, share: Contribution | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
@@ -85,16 +96,16 @@ class ParameterAverager:
         try:
             for bucket in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
-                    deviations.append(self.finish(in_flight.popleft()))
+                    deviations.append(self.finish(in_flight.popleft(), as_it_is))
                     spare.append(buffers.popleft())
                 buffers.append(self._buffer_for(bucket, spare))
                 in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], share, as_it_is))
-            deviations += [self.finish(oldest) for oldest in in_flight]
+            deviations += [self.finish(oldest, as_it_is) for oldest in in_flight]
             spare += buffers
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to what is under way
-        if self.differences is not None and as_it_is:
-            self.differences.note_all()
+        if self.delta is not None and as_it_is:
+            self.delta.note_all()
         total = torch.zeros(self.groups, dtype=torch.float64, device=self._workers.device)
         for part in deviations:
             total += part.to(total.device)
@@ -104,33 +115,53 @@ class ParameterAverager:
         self, bucket: Bucket, buffer: Tensor, share: Contribution | None = None, as_it_is: bool = True
     ) -> BucketInFlight:
         """Pack a range into ``buffer`` and begin to average it."""
-        share = share or self._workers.everybody
-        if self.differences is None and is_exact(share.contributors):
+        share = share or self._workers.all_contribute
+        if self.delta is None and is_exact(share.contributors):
             # Dividing first keeps the sum within the range of the workers' own values.
-            packed = self.layout.pack(bucket, buffer, divisor=share.contributors)
+            with span("pack"):
+                packed = self.layout.pack(bucket, buffer, divisor=share.contributors)
             return BucketInFlight(bucket, self._workers.sum_(packed if share.contributes else packed.zero_()))
-        return self._launch(bucket, self.layout.pack(bucket, buffer), self._workers, share, as_it_is)
+        with span("pack"):
+            packed = self.layout.pack(bucket, buffer)
+        return self._launch(bucket, packed, self._workers, share, as_it_is)
 
-    def finish(self, in_flight: BucketInFlight) -> Tensor:
-        """Wait for a range's mean, measure its distance from this worker's values, and write it back.
+    def finish(self, in_flight: BucketInFlight, as_it_is: bool = True) -> Tensor:
+        """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
-            Σ ‖w̄ − w_i‖² over the range, per parameter group; float64, shape (groups,), on the range's device.
+            Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
         mean, alike = self._mean(in_flight)
-        tiles = self.layout.tiles(in_flight.range)
+        adopts = as_it_is or isinstance(self.update, Adopt)
+        tiles = self.layout.tiles(in_flight.bucket)
         squares = _Squares(self.groups)
         scratch = mean.new_empty(max(map(len, tiles)))
         for tile in tiles:
             arrived = mean[tile.start : tile.stop]
-            if alike is not None:
-                alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
-            if tile.runs:
-                # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-                squares.add(tile, tile.difference(arrived, scratch[: len(tile)]))
-            tile.unpack(arrived)
+            with span("measure"):
+                if alike is not None:
+                    alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
+                if tile.runs:
+                    # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
+                    squares.add(tile, tile.difference(arrived, scratch[: len(tile)]))
+            if adopts:
+                with span("unpack"):
+                    tile.unpack(arrived)
+        if not adopts:
+            mean = self._updated(in_flight.bucket, mean)
+            with span("unpack"):
+                self.layout.unpack(in_flight.bucket, mean)
         self._note(in_flight, mean)
         return squares.sums(mean.device)
+
+    def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
+        """What takes the place of the mean; a buffer of its own."""
+        updated = self.update.apply(bucket, mean.clone()).clone()
+        position = 0
+        for _, start, stop in [*self.layout.groups(bucket), (0, len(bucket), len(bucket))]:
+            updated[position:start] = mean[position:start]
+            position = stop
+        return updated
 
     def _buffer_for(self, bucket: Bucket, spare: list[Tensor]) -> Tensor:
         """A spare buffer that fits, or a new one: two of the longest range are enough."""
@@ -144,10 +175,11 @@ class ParameterAverager:
         self, bucket: Bucket, values: Tensor, workers: WorkerGroup, share: Contribution | None, as_it_is: bool
     ) -> BucketInFlight:
         """Begin to average the values of a range, which are overwritten."""
-        if self.differences is not None and not as_it_is and self.differences.knows(bucket):
-            return BucketInFlight(bucket, *self.differences.send(bucket, values, workers))
-        owed = None if self.differences is None else self.differences.owed(bucket)
-        exact = is_exact((share or workers.everybody).contributors)
+        if self.delta is not None and not as_it_is and self.delta.knows(bucket):
+            with span("encode"):
+                return BucketInFlight(bucket, *self.delta.send(bucket, values, workers))
+        owed = None if self.delta is None else self.delta.owed(bucket)
+        exact = is_exact((share or workers.all_contribute).contributors)
         alike = None
         if not exact:
             if bucket not in self._blocks:
@@ -159,19 +191,21 @@ class ParameterAverager:
 
     def _mean(self, in_flight: BucketInFlight) -> tuple[Tensor, Alike | None]:
         """A range's mean, and what of it all workers hold alike, so that its mean is what it is."""
-        arrived = in_flight.reduction.wait()
-        if self.differences is not None and in_flight.cut_off is not None:
-            return self.differences.receive(in_flight.range, arrived, in_flight.cut_off), None
+        with span("reduce"):
+            arrived = in_flight.reduction.wait()
+        if self.delta is not None and in_flight.cut_off is not None:
+            with span("decode"):
+                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off), None
         if not in_flight.exact:
             largest = torch.finfo(arrived.dtype).max
-            for _, start, stop in self.layout.groups(in_flight.range):
+            for _, start, stop in self.layout.groups(in_flight.bucket):
                 # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
                 arrived[start:stop].clamp_(-largest, largest)
         return arrived, None if in_flight.alike is None else in_flight.alike.wait()
 
     def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
-        if self.differences is not None and in_flight.cut_off is None:
-            self.differences.note(in_flight.range, mean)
+        if self.delta is not None and in_flight.cut_off is None:
+            self.delta.note(in_flight.bucket, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
         """A copy of one of ``parts`` equal parts of the layout, range by range."""
@@ -236,7 +270,7 @@ class ParameterAverager:
             assert snapshot is not None
             mean, alike = self._mean(part)
             squares = _Squares(self.groups)
-            for tile in self.layout.tiles(part.range):
+            for tile in self.layout.tiles(part.bucket):
                 here = slice(tile.start, tile.stop)
                 if alike is not None:
                     alike.keep(snapshot[here], mean[here], tile.start, tile.stop)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, hash48
-from lightning_adpsgd.workers.group import Reduction, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 
 class DeltaCodec:
@@ -29,16 +30,17 @@ class DeltaCodec:
     Args:
         layout: what travels; tensors of no group are apart.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        device: where CPU tensors are packed.
+        workers: who the values travel to; CPU tensors are packed on their device.
     """
 
-    def __init__(self, layout: FlatLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: FlatLayout, dtype: torch.dtype, workers: WorkerGroup) -> None:
         self.dtype = dtype
+        self._workers = workers
         self.owes = False
         """Whether there may be errors that have not travelled yet."""
         self._layout = layout
         self._spaces = {space.space: space for space in layout.cut_into_spaces() if layout.is_of_groups(space.space)}
-        self._averages = {number: layout.new_buffer(space, device) for number, space in self._spaces.items()}
+        self._averages = {number: layout.new_buffer(space, workers.device) for number, space in self._spaces.items()}
         self._errors = {number: torch.zeros_like(average) for number, average in self._averages.items()}
         self._unknown = [*self._spaces.values()]
 
@@ -88,14 +90,27 @@ class DeltaCodec:
         change = values.sub_(average).add_(error).div_(workers.count)
         rounded = self._rounded(change)
         cut_off = change.sub_(rounded).mul_(workers.count)
-        round_sum = partial(self._round_sum, cut_off, workers.count)
-        return workers.sum_rounded(rounded, round_sum, average.dtype, cut_off), cut_off
+        shares, residuals = workers.shares(rounded), workers.shares(cut_off)
+        rows = rounded.new_zeros(workers.size, len(shares[0]))
+        for row, share in zip(rows, shares, strict=True):
+            row[: len(share)] = share
+        combine = partial(self._combine, residuals[workers.rank], workers.count)
+        sizes = [share.nbytes for share in shares]
+        return workers.exchange(rows.view(torch.uint8), combine, residuals, sizes), cut_off
 
     def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor) -> Tensor:
-        """The new average of a range, as a buffer of its own."""
+        """The new average of a range, as a buffer of its own.
+
+        Args:
+            bucket: the range.
+            change: the average's change, encoded; uint8, shape (ranks, bytes of a share).
+            cut_off: of :meth:`send`.
+        """
         average, error = self._of(bucket)
         error.copy_(cut_off)
-        return average.add_(change).clone()
+        for row, share in zip(change.view(self.dtype), self._workers.shares(average), strict=True):
+            share.add_(row[: len(share)])
+        return average.clone()
 
     def owed(self, bucket: Bucket) -> Tensor | None:
         """What values that are about to travel as they are have not told yet: to be added to them."""
@@ -113,10 +128,12 @@ class DeltaCodec:
         """Take note that everything has travelled as it is."""
         self._unknown, self.owes = [], False
 
-    def _round_sum(self, cut_off: Tensor, workers: int, start: int, total: Tensor) -> Tensor:
+    def _combine(self, residual: Tensor, workers: int, rows: Tensor) -> Tensor:
+        """Add up one share of all workers, encoded as it is sent; what rounding cuts off goes to the residual."""
+        total = rows.view(self.dtype).to(residual.dtype).sum(dim=0)
         rounded = self._rounded(total)
-        cut_off[start : start + len(total)] += (total - rounded).mul_(workers)
-        return rounded
+        residual += (total - rounded)[: len(residual)].mul_(workers)
+        return rounded.view(torch.uint8)
 
     def _rounded(self, values: Tensor) -> Tensor:
         largest = torch.finfo(self.dtype).max

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lightning_adpsgd.workers.group import Reduction, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import Reduction
 
 _LENGTH = 4096  # elements that are compared at once: 16 bytes travel for as many
 _AT_ONCE = {"cpu": 1 << 16}

@@ -17,6 +17,9 @@ _AT_ONCE_ELSEWHERE = 1 << 22
 _REMEMBERED = 256  # ranges whose tiles are kept: up to 4 GiB of parameters on a CPU
 
 
+Described = tuple[object, ...]
+"""A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
+
 Order = tuple[int, ...] | None
 """A tensor's dimensions of more than one element, from outermost to innermost; None: in the order of its indices."""
 

@@ -97,7 +97,7 @@ def average_moments(
         share: what this worker contributes to the mean; None where all workers do. One that contributes nothing takes
             all it can get from the others, step counters too.
     """
-    _share(optimizer, workers, bucket_bytes, share or workers.everybody, only_moments=True)
+    _share(optimizer, workers, bucket_bytes, share or workers.all_contribute, only_moments=True)
 
 
 def share_state(
@@ -121,7 +121,7 @@ def share_state(
         shared: ids of tensors that are known to be the same on all workers already.
         share: what this worker contributes; None where all workers do.
     """
-    _share(optimizer, workers, bucket_bytes, share or workers.everybody, shared=shared)
+    _share(optimizer, workers, bucket_bytes, share or workers.all_contribute, shared=shared)
 
 
 def _share(

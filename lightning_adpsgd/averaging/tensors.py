@@ -1,7 +1,6 @@
 """What an optimizer's rounds average: which tensors, laid out how, and under which names people know them."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Order, has_mean
-from lightning_adpsgd.rounds.handshake import Described
+from lightning_adpsgd.averaging.buffers import averaged_buffers, buffer_names, buffers_of, matches
+from lightning_adpsgd.averaging.layout import Bucket, Described, FlatLayout, Order
 from lightning_adpsgd.workers.group import WorkerGroup
 
 
@@ -100,16 +99,16 @@ class AveragedTensors:
         Nothing of that may be under way any more.
         """
         before, self._before = self._before, None
-        if before is None or before.averager.differences is None or self.averager.differences is None:
+        if before is None or before.averager.delta is None or self.averager.delta is None:
             return
         before.take_over()
         were = before.entries
         both = [(were[key], now) for key, now in self.entries.items() if key in were]
         places = [(was.range, now.range) for was, now in both if was.kind == now.kind]
-        self.averager.differences.take_over(before.averager.differences, places)
+        self.averager.delta.take_over(before.averager.delta, places)
         for was, now in places:
-            owed = before.averager.differences.owed(was)
-            if owed is not None and self.averager.differences.owed(now) is None:
+            owed = before.averager.delta.owed(was)
+            if owed is not None and self.averager.delta.owed(now) is None:
                 # It has been removed, and travels once more, as it is.
                 values = self.layout.pack(now, self.layout.new_buffer(now, owed.device))
                 self.layout.unpack(now, values.add_(owed))
@@ -117,20 +116,20 @@ class AveragedTensors:
     def start(self) -> None:
         """Take note that all workers hold the same."""
         self._before = None
-        if self.averager.differences is not None:
-            self.averager.differences.start()
+        if self.averager.delta is not None:
+            self.averager.delta.start()
 
     @property
     def stated(self) -> dict[str, int]:
         """What workers state of it when they meet (see :class:`RankState`)."""
-        differences = self.averager.differences
-        known = 0 if differences is None else differences.fingerprint
+        delta = self.averager.delta
+        known = 0 if delta is None else delta.fingerprint
         return {"fingerprint": self.layout.fingerprint, "known": known}
 
     def agree(self, know_the_same: bool) -> None:
         """Take note of what the others know: only where all know the same average can differences from it travel."""
-        if self.averager.differences is not None and not know_the_same:
-            self.averager.differences.forget()
+        if self.averager.delta is not None and not know_the_same:
+            self.averager.delta.forget()
 
     @property
     def entries(self) -> "dict[int | str, _Entry]":
@@ -238,9 +237,9 @@ class TensorTracker:
             payload.rebind({} if self._buffers_of is None else dict(averaged_buffers(self._buffers_of)))
 
     @property
-    def owes(self) -> bool:
-        """Whether workers still owe each other what rounding has cut off."""
-        return self._latest is not None and getattr(self._latest.averager.differences, "owes", False)
+    def has_residual(self) -> bool:
+        """Whether something that rounding has cut off has not travelled yet."""
+        return self._latest is not None and self._latest.averager.has_residual
 
     def mark_synchronized(self) -> None:
         """Take note that what is averaged is the same on all workers."""
@@ -318,7 +317,7 @@ class TensorTracker:
         # What is in no group any more was trained since all workers were the same: it is averaged once more.
         tensors += [each for place, each in stepped.items() if place not in seen and self._owns(each)]
         if self._buffers_of is not None:
-            tensors += [buffer for *_, buffer in _buffers(self._buffers_of, self._is_included)]
+            tensors += [buffer for *_, buffer in buffers_of(self._buffers_of, self._is_included)]
         return tensors, groups + [None] * (len(tensors) - len(groups))
 
     def _is_included(self, part: nn.Module, name: str) -> bool:
@@ -327,8 +326,8 @@ class TensorTracker:
         if (part, name) not in self._included:
             assert self._buffers_of is not None
             self._included = {
-                (each, own): not _fits(full_name, self._exclude_buffers)
-                for each, own, full_name in _names(self._buffers_of)
+                (each, own): not matches(full_name, self._exclude_buffers)
+                for each, own, full_name in buffer_names(self._buffers_of)
             }
         return self._included.get((part, name), True)
 
@@ -353,58 +352,3 @@ class TensorTracker:
         else:
             self._owned_by_others[id(parameter)] = (owner, parameter)
         return owner is self
-
-
-def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of a module that rounds average, with their names: those that it saves, and that have a mean.
-
-    A buffer that is not persistent is a cache (of positions, of a mask), which a module makes anew when it needs it.
-    Its shape may depend on the worker's own batch.
-
-    Args:
-        module: with its submodules.
-        exclude: patterns, as of ``fnmatch``, of names that are left out.
-    """
-    names = {(part, name): full_name for part, name, full_name in _names(module)}
-    for part, name, buffer in _buffers(module, lambda part, name: not _fits(names[part, name], exclude)):
-        yield names[part, name], buffer
-
-
-def _buffers(
-    module: nn.Module, is_included: Callable[[nn.Module, str], bool]
-) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    # Not by named_buffers(), which is slow, and does not tell which are persistent: there is no public way to ask that.
-    parts, seen = [module], {module}
-    while parts:
-        part = parts.pop()
-        if part._buffers:
-            for name, buffer in part._buffers.items():
-                if buffer is None or not has_mean(buffer) or name in part._non_persistent_buffers_set:
-                    continue
-                if is_included(part, name):
-                    yield part, name, buffer
-        for child in part._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                parts.append(child)
-
-
-def _names(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    for prefix, part in module.named_modules():
-        for name in part._buffers:
-            yield part, name, f"{prefix}.{name}" if prefix else name
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of any tensor is NaN or infinite."""
-    return bool(FlatLayout(tensors, [0] * len(tensors)).are_finite())
-
-
-def squared_norm(tensors: Sequence[Tensor]) -> float:
-    """Σ ‖w‖² over all tensors."""
-    norms = torch._foreach_norm([tensor.data for tensor in tensors]) if tensors else ()
-    return sum(float(norm) ** 2 for norm in norms)

@@ -1,17 +1,11 @@
 """ADPSGD's rule: let the averaging period follow the variance of the parameters among the workers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from lightning_adpsgd.periods.base import AveragingPeriod, Steps
-from lightning_adpsgd.periods.checks import (
-    LARGEST_INT,
-    check_int,
-    check_number,
-    check_state,
-    check_total_steps,
-    given,
-)
+from lightning_adpsgd.periods.base import AveragingPeriod, Observation, Steps, as_observation
+from lightning_adpsgd.validation import check_int, check_number, check_state, check_total_steps
 
 
 class AdaptivePeriod(AveragingPeriod):
@@ -57,11 +51,18 @@ class AdaptivePeriod(AveragingPeriod):
     ) -> None:
         # Configuration
         name = "AdaptivePeriod"
-        self._initial = check_int(name, "initial", initial, at_least=1, at_most=LARGEST_INT)
+        self._initial = check_int(name, "initial", initial, at_least=1)
         self._sampling = Steps(name, "sampling", sampling)
-        self._low, self._high = _check_thresholds(low, high)
-        self._minimum = check_int(name, "minimum", minimum, at_least=1, at_most=LARGEST_INT)
-        self._maximum = None if maximum is None else _check_maximum(maximum)
+        grows = "a number from 0 to 1, because the period grows where the ratio is below low times the target"
+        self._low = check_number(name, "low", low, grows, at_least=0.0, at_most=1.0)
+        shrinks = (
+            "a finite number of at least 1, because the period shrinks where the ratio is above high times the target"
+        )
+        self._high = check_number(name, "high", high, shrinks, at_least=1.0)
+        self._minimum = check_int(name, "minimum", minimum, at_least=1)
+        self._maximum = maximum
+        if maximum is not None:
+            self._maximum = check_int(name, "maximum", maximum, at_least=1, or_else=", or None")
         self._warmup = Steps(name, "warmup", warmup)
         _check_bounds(self._initial, self._minimum, self._maximum)
         _check_phases(self._warmup.amount, self._sampling.amount)
@@ -94,10 +95,19 @@ class AdaptivePeriod(AveragingPeriod):
         k = check_total_steps(total_steps, "AdaptivePeriod.setup")
         self._sampling_steps, self._warmup_steps = self._sampling.of(k), self._warmup.of(k)
 
-    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+    def update(
+        self,
+        record: Observation | int,
+        scalars: Sequence[float] = (),
+        *,
+        ratio: float | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
         """Sample the ratio, or act on it (arXiv:2007.06134)."""
+        observation = as_observation(record, ratio, learning_rate)
+        step, ratio = observation.step, observation.ratio
         self._k = step
-        if step <= self._warmup_steps or learning_rate == 0.0:
+        if step <= self._warmup_steps or observation.learning_rate == 0.0:
             return
         if step <= self._sampling_steps or self._m == 0:
             self._c2 = (self._m * self._c2 + ratio) / (self._m + 1)
@@ -131,9 +141,9 @@ class AdaptivePeriod(AveragingPeriod):
         saved = check_state("AdaptivePeriod", state, tuple(self.state_dict()))
         where = "AdaptivePeriod.load_state_dict"
         period = check_int(where, "period", saved["period"], at_least=1)
-        target = check_number(where, "target", saved["target"], what="a number of at least 0")
-        if not target >= 0.0:
-            raise ValueError(f"{given('target', saved['target'], where)}: expected a number of at least 0.")
+        target = check_number(
+            where, "target", saved["target"], "a number of at least 0", at_least=0.0, at_most=math.inf
+        )
         samples, step, sampling_steps, warmup_steps = (
             check_int(where, name, saved[name], at_least=0)
             for name in ("samples", "step", "sampling_steps", "warmup_steps")
@@ -148,25 +158,6 @@ class AdaptivePeriod(AveragingPeriod):
             f"AdaptivePeriod(initial={self._initial}, sampling={self._sampling.amount}, low={self._low},"
             f" high={self._high}, minimum={self._minimum}, maximum={self._maximum}, warmup={self._warmup.amount})"
         )
-
-
-def _check_thresholds(low: float, high: float) -> tuple[float, float]:
-    thresholds = []
-    for name, value in (("low", low), ("high", high)):
-        threshold = check_number("AdaptivePeriod", name, value)
-        if not math.isfinite(threshold):
-            raise ValueError(f"{given(name, value, 'AdaptivePeriod')}: expected a finite number.")
-        thresholds.append(threshold)
-    if not 0.0 <= thresholds[0] <= 1.0 <= thresholds[1]:
-        raise ValueError(
-            f"AdaptivePeriod(low={low!r}, high={high!r}): expected 0 <= low <= 1 <= high, because the period grows"
-            " below low times the target and shrinks above high times the target."
-        )
-    return thresholds[0], thresholds[1]
-
-
-def _check_maximum(maximum: int) -> int:
-    return check_int("AdaptivePeriod", "maximum", maximum, at_least=1, at_most=LARGEST_INT, or_else=", or None")
 
 
 def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:

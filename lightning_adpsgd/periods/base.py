@@ -1,11 +1,46 @@
 """The interface of a rule that decides how many local steps lie between two averaging rounds."""
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_number, given
+from torch import Tensor
+
+from lightning_adpsgd.validation import LARGEST_INT, check_int, check_number, wrong_value
+
+
+class Observation(Protocol):
+    """What rules read of a round's record."""
+
+    @property
+    def step(self) -> int:
+        """k, the optimizer steps attempted so far, counted from 1."""
+
+    @property
+    def ratio(self) -> float:
+        """R = Σ_g S_g / γ_g over the parameter groups with γ_g > 0."""
+
+    @property
+    def learning_rate(self) -> float:
+        """γ_k, the mean over the workers; 0 where every group's learning rate was 0."""
+
+
+class _FormerObservation(NamedTuple):
+    step: int
+    ratio: float
+    learning_rate: float
+
+
+def as_observation(record: Observation | int, ratio: float | None, learning_rate: float | None) -> Observation:
+    """A record, or what version 0.1 has given in place of one: ``update(step, ratio=…, learning_rate=…)``."""
+    if not isinstance(record, int):
+        return record
+    if ratio is None or learning_rate is None:
+        raise TypeError(f"update({record}): expected an AveragingRound, or a step with ratio=... and learning_rate=...")
+    return _FormerObservation(record, ratio, learning_rate)
 
 
 class AveragingPeriod(ABC):
@@ -40,15 +75,27 @@ class AveragingPeriod(ABC):
             ValueError: if it is negative, or None while the rule was given a share of the run.
         """
 
+    def scalars(self) -> Sequence[float | Tensor]:
+        """Numbers of this worker that are to ride along with the next round; :meth:`update` gets their means.
+
+        A rule that needs the loss, for example, keeps the latest one that it was told, and returns it here.
+
+        Returns:
+            Always equally many, on all workers; floats, or tensors of one element that nobody need wait for.
+        """
+        return ()
+
     @abstractmethod
-    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+    def update(self, record: Observation, scalars: Sequence[float] = ()) -> None:
         """Learn from a round that the period asked for.
 
+        Rules with the former signature, ``update(step, *, ratio, learning_rate)``, still work.
+
         Args:
-            step: k, the optimizer steps attempted so far, counted from 1.
-            ratio: S_k / γ_k, summed over the parameter groups whose learning rate is not 0.
-            learning_rate: γ_k, the mean over the workers; 0 where every group's learning rate was 0, in which case
+            record: the whole :class:`AveragingRound`. Its ``step`` is k, its ``ratio`` S_k / γ_k, summed over the
+                parameter groups whose learning rate is not 0; where that is 0 for all, ``learning_rate`` is 0, and
                 ``ratio`` says nothing.
+            scalars: the means over the workers of what :meth:`scalars` has returned when the round was measured.
         """
 
     @abstractmethod
@@ -63,6 +110,18 @@ class AveragingPeriod(ABC):
             TypeError: if ``state`` or one of its entries is of the wrong type.
             ValueError: if an entry is missing or out of range. The rule is then as it was before.
         """
+
+
+def report(rule: AveragingPeriod, record: Observation, scalars: Sequence[float]) -> None:
+    """Tell a rule of a round, in whichever way its ``update`` takes it."""
+    parameters = [*inspect.signature(rule.update).parameters]
+    if parameters[0] == "step":  # the signature of version 0.1
+        former: Any = rule
+        former.update(record.step, ratio=record.ratio, learning_rate=record.learning_rate)
+    elif len(parameters) == 1:
+        rule.update(record)
+    else:
+        rule.update(record, scalars)
 
 
 class Steps:
@@ -83,17 +142,14 @@ class Steps:
         self.name = name
         self.amount: int | float
         if isinstance(amount, Integral) and not isinstance(amount, bool):
-            self.amount = check_int(owner, name, amount, at_least=0, at_most=LARGEST_INT)
+            self.amount = check_int(owner, name, amount, at_least=0)
             return
         expected = "a number of steps (int) or a share of the run (float between 0 and 1)"
-        share = check_number(owner, name, amount, what=expected)
-        if not 0.0 <= share <= 1.0:
-            meant = int(share) if 1.0 < share < LARGEST_INT else 1000
-            raise ValueError(
-                f"{given(name, amount, owner)}: expected {expected}. A number of steps has no decimal point, as in"
-                f" {name}={meant}."
-            )
-        self.amount = share
+        self.amount = check_number(owner, name, amount, expected, at_least=0.0)
+        if self.amount > 1.0:
+            meant = int(amount) if amount < LARGEST_INT else 1000
+            hint = f"A number of steps has no decimal point, as in {name}={meant}"
+            raise wrong_value(owner, name, amount, f"{expected}. {hint}")
 
     def of(self, total_steps: int | None) -> int:
         """The number of steps in a run of ``total_steps``; a part of a step does not count.

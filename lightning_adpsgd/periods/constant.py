@@ -1,9 +1,10 @@
 """A constant averaging period: CPSGD, also known as local SGD."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from lightning_adpsgd.periods.base import AveragingPeriod, Steps
-from lightning_adpsgd.periods.checks import LARGEST_INT, check_int, check_state, check_total_steps
+from lightning_adpsgd.periods.base import AveragingPeriod, Observation, Steps, as_observation
+from lightning_adpsgd.validation import check_int, check_state, check_total_steps
 
 
 class ConstantPeriod(AveragingPeriod):
@@ -20,7 +21,7 @@ class ConstantPeriod(AveragingPeriod):
     """
 
     def __init__(self, period: int, warmup: int | float = 0) -> None:
-        self._period = check_int("ConstantPeriod", "period", period, at_least=1, at_most=LARGEST_INT)
+        self._period = check_int("ConstantPeriod", "period", period, at_least=1)
         self._warmup = Steps("ConstantPeriod", "warmup", warmup)
 
         # State
@@ -41,9 +42,16 @@ class ConstantPeriod(AveragingPeriod):
         """
         self._warmup_steps = self._warmup.of(check_total_steps(total_steps, "ConstantPeriod.setup"))
 
-    def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
+    def update(
+        self,
+        record: Observation | int,
+        scalars: Sequence[float] = (),
+        *,
+        ratio: float | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
         """Take note of the step; the variance changes nothing."""
-        self._step = step
+        self._step = as_observation(record, ratio, learning_rate).step
 
     def state_dict(self) -> dict[str, Any]:
         """How far the warm-up has come."""

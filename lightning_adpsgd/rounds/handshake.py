@@ -1,4 +1,4 @@
-"""How workers meet: each states where it is, and all see whether they go on together, or who is missing."""
+"""Where every rank stands: each says so before they do something together, and all see whether they agree."""
 
 import functools
 import logging
@@ -9,10 +9,12 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging.layout import hash48
+from lightning_adpsgd.averaging.layout import Described, hash48
+from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
 from lightning_adpsgd.rounds.record import TRIGGERS
-from lightning_adpsgd.workers.group import CollectiveError, Contribution, WorkerGroup
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 _log = logging.getLogger(__name__)
 
@@ -20,13 +22,9 @@ _log = logging.getLogger(__name__)
 _ROLL_CALL_SECONDS = 2.0
 _STAY_SECONDS = 2.0
 
-Described = tuple[object, ...]
-"""A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
-
-
 Kind = Literal[
     "an averaging round",
-    "a part of an averaging round",
+    "a fragment of an averaging round",
     "a change of what is averaged",
     "the setup",
     "Lightning's barrier",
@@ -43,9 +41,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class RankState(NamedTuple):
-    """What one worker states; all of it are numbers that a float64 holds exactly.
+    """Where one rank stands; all of it are numbers that a float64 holds exactly.
 
-    The same number of them for every kind of meeting: collectives of different sizes that meet would end a process.
+    Every handshake has the same number of them: gloo ends the process where collectives of different sizes meet.
     """
 
     kind: int
@@ -59,7 +57,7 @@ class RankState(NamedTuple):
     """Of the tensors that it is about to average."""
     finite: "bool | Tensor" = True
     """Whether all of its parameters are."""
-    notice: int = 0
+    flags: int = 0
     """The bits it has raised."""
     learning_rates: "float | Tensor" = 0.0
     """Summed over the parameter groups."""
@@ -75,67 +73,80 @@ class RankState(NamedTuple):
                 f"the averaging round at step {int(self.step)} of optimizer {int(self.optimizer)}, asked for by"
                 f" {TRIGGERS[int(self.trigger)]!r}, period {int(self.period)}"
             )
-        if self.is_under_way:
+        if self.is_in_flight:
             return (
                 f"{kind}, sent at step {int(self.step)} of optimizer {int(self.optimizer)}, period {int(self.period)}"
             )
         return f"{kind} at step {int(self.step)}"
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether the worker goes on with something else before it reads the others' calls."""
-        return KINDS[int(self.kind)] == "a part of an averaging round"
+    def is_in_flight(self) -> bool:
+        """Whether the rank goes on with something else before it reads the others' states."""
+        return KINDS[int(self.kind)] == "a fragment of an averaging round"
+
+
+class SignalFlags:
+    """Bits that any worker may raise at any time, and that all workers know after the next averaging round.
+
+    They ride along with handshakes, so they cost no collective of their own.
+    """
+
+    def __init__(self) -> None:
+        self.raised = 0
+        """This worker's bits; may be set from a signal handler."""
+        self.agreed = 0
+        """The bits that any worker had raised when the latest round began."""
 
 
 class Handshake:
-    """The calls of all workers for one thing that they do together. They are sent at once, and read when it is held.
+    """Every rank's state, for one thing that they do together. It is sent at once, and read by :meth:`complete`.
 
     Args:
-        workers: who meets.
-        call: this worker's own.
-        where: what this worker is doing, for error messages.
+        workers: who does it.
+        state: this rank's own.
+        where: the hook that this rank is in, for error messages.
     """
 
-    def __init__(self, workers: WorkerGroup, call: RankState, where: str = "") -> None:
+    def __init__(self, workers: WorkerGroup, state: RankState, where: str = "") -> None:
         self._workers = workers
-        self._call = call
+        self._state = state
         self._where = where
-        self.calls: list[RankState] = []
-        with naming_lost_workers(workers, call):
-            self._table = workers.launch_table(call)
+        self.states: list[RankState] = []
+        with naming_lost_workers(workers, state), span("handshake"):
+            self._table = workers.launch_table(state)
 
-    def hold(self) -> "Handshake":
-        """Wait for everybody's call.
+    def complete(self) -> "Handshake":
+        """Wait for every rank's state.
 
         Raises:
-            WorkersDisagreeError: on every worker, if they have not come for the same thing.
-            WorkerLostError: if some worker did not come.
+            WorkersDisagreeError: on every worker, if they are not about to do the same thing.
+            WorkerLostError: if some worker does not answer.
         """
-        with naming_lost_workers(self._workers, self._call):
+        with naming_lost_workers(self._workers, self._state), span("handshake"):
             self._read()
         return self
 
-    def look(self) -> None:
-        """Raise ``WorkersDisagreeError`` if they are known not to have come for the same thing."""
+    def peek(self) -> None:
+        """Raise ``WorkersDisagreeError`` if they are known not to be about to do the same thing."""
         with suppress(CollectiveError):
             self._read()
 
     def _read(self) -> None:
-        self.calls = [RankState(*row) for row in self._table.wait().tolist()]
-        if len({(c.kind, c.step, c.trigger, c.optimizer, c.period) for c in self.calls}) > 1:
-            raise WorkersDisagreeError(self._different_places())
+        self.states = [RankState(*row) for row in self._table.wait().tolist()]
+        if len({(s.kind, s.step, s.trigger, s.optimizer, s.period) for s in self.states}) > 1:
+            raise WorkersDisagreeError(self._out_of_step())
 
-    def _different_places(self) -> str:
-        # Further calls may be under way, which nothing else must meet.
-        everybody = [""] * len(self.calls)
-        if not any(call.is_under_way for call in self.calls):
-            everybody = self._workers.gather_objects(self._where)
+    def _out_of_step(self) -> str:
+        # Further handshakes may be in flight, which nothing else must meet.
+        hooks = [""] * len(self.states)
+        if not any(state.is_in_flight for state in self.states):
+            hooks = self._workers.gather_objects(self._where)
         places = "; ".join(
-            f"rank {rank}: {call}{' in ' + theirs if theirs else ''}"
-            for rank, (call, theirs) in enumerate(zip(self.calls, everybody, strict=True))
+            f"rank {rank}: {state}{' in ' + hook if hook else ''}"
+            for rank, (state, hook) in enumerate(zip(self.states, hooks, strict=True))
         )
         return (
-            f"The workers met for different things ({places}). Every worker has to take the same number of optimizer"
+            f"The workers are out of step ({places}). Every worker has to take the same number of optimizer"
             " steps, and to validate and save at the same ones. Usual causes: data loaders of different lengths (use"
             " drop_last=True or Trainer(limit_train_batches=...)), and steps, saves or stops that depend on one"
             " worker's own loss."
@@ -147,15 +158,15 @@ class Handshake:
         Raises:
             WorkersDisagreeError: on every worker, if they are not.
         """
-        if len({call.fingerprint for call in self.calls}) > 1:
-            with naming_lost_workers(self._workers, self._call):
+        if len({state.fingerprint for state in self.states}) > 1:
+            with naming_lost_workers(self._workers, self._state):
                 told = difference(self._workers, what, describe())
             raise WorkersDisagreeError(told)
 
     @property
     def diverged(self) -> list[int]:
         """The ranks whose parameters are not finite."""
-        return [rank for rank, call in enumerate(self.calls) if not call.finite]
+        return [rank for rank, state in enumerate(self.states) if not state.finite]
 
     @property
     def diverged_workers(self) -> set[int]:
@@ -163,31 +174,31 @@ class Handshake:
         return {self._workers.worker_of(rank) for rank in self.diverged}
 
     @property
-    def share(self) -> Contribution:
+    def contribution(self) -> Contribution:
         """What this worker contributes to the mean over those whose parameters are finite."""
         diverged = self.diverged_workers
         contributes = self._workers.worker_of(self._workers.rank) not in diverged
         return Contribution(self._workers.count - len(diverged), contributes)
 
     @property
-    def notice(self) -> int:
+    def flags(self) -> int:
         """The bits that any worker had raised."""
-        return functools.reduce(operator.or_, (int(call.notice) for call in self.calls))
+        return functools.reduce(operator.or_, (int(state.flags) for state in self.states))
 
     @property
     def anybody_has_state(self) -> bool:
         """Whether any worker's optimizer has state."""
-        return any(call.has_state for call in self.calls)
+        return any(state.has_state for state in self.states)
 
     @property
     def know_the_same(self) -> bool:
         """Whether all workers know the last average of the same elements."""
-        return len({call.known for call in self.calls}) == 1
+        return len({state.known for state in self.states}) == 1
 
     @property
     def learning_rates(self) -> list[float]:
         """Of each worker, summed over the parameter groups."""
-        return [float(call.learning_rates) for call in self.calls]
+        return [float(state.learning_rates) for state in self.states]
 
 
 @contextmanager
@@ -207,21 +218,21 @@ def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator
         raise lost(workers, what, error) from error
 
 
-def lost(workers: WorkerGroup, call: RankState | str, error: CollectiveError) -> WorkerLostError:
+def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) -> WorkerLostError:
     """Say what could not be finished, and find out whose fault it was.
 
     Args:
         workers: the workers, of which at least one is missing.
-        call: what this worker had come for.
+        what: what they were doing.
         error: what the backend has to say.
     """
-    failed = f"Rank {workers.rank} could not finish {call}: {error}"
+    failed = f"Rank {workers.rank} could not finish {what}: {error}"
     # At once, because a launcher that notices first ends this process without a word.
     _log.error(failed)
-    workers.post_status(f"could not finish {call}", failed=True)
-    workers.abort()  # others may be waiting for this worker
-    words, answered = workers.words(seconds=_ROLL_CALL_SECONDS)
-    workers.stay(seconds=_STAY_SECONDS)
+    workers.peers.post_status(f"could not finish {what}", failed=True)
+    workers.peers.abort()  # others may be waiting for this worker
+    words, answered = workers.peers.statuses(seconds=_ROLL_CALL_SECONDS)
+    workers.peers.linger(seconds=_STAY_SECONDS)
     told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
     silent = sorted({*range(workers.size)} - {workers.rank, *words})
     if silent and not answered and workers.size > 2:
@@ -272,8 +283,8 @@ def check_module(workers: WorkerGroup, module: nn.Module) -> None:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     fingerprint = hash48(repr(_nameless(mine)).encode())
-    meeting = Handshake(workers, RankState(KINDS.index("the setup"), 0, fingerprint=fingerprint)).hold()
-    meeting.check_tensors("The workers have built different models.", lambda: mine)
+    state = RankState(KINDS.index("the setup"), 0, fingerprint=fingerprint)
+    Handshake(workers, state).complete().check_tensors("The workers have built different models.", lambda: mine)
 
 
 def _nameless(entries: Sequence[Described]) -> list[Described]:

@@ -1,7 +1,7 @@
-"""Averaging rounds that are spread over the period, or that are under way while training goes on."""
+"""Fragments of rounds that are in flight while training goes on."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,28 +10,17 @@ from torch import Tensor
 
 from lightning_adpsgd.averaging.averager import BucketInFlight
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
-from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
-from lightning_adpsgd.workers.group import CollectiveError, Numbers, WorkerGroup
+from lightning_adpsgd.rounds.schedule import Schedule
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 Drift = Literal["a period", "at least a period", "less"]
-"""For how long everything that a cycle has sent had drifted.
+"""For how long everything that a round has sent had drifted.
 
-After all workers were the same, the first part of a staggered cycle is sent when it has drifted for a period, and the
-others one step after the other: at least a period. From the next cycle on, each part has drifted for just a period.
+After all workers were the same, the first fragment of a staggered round is sent when it has drifted for a period, and
+the others one step after the other: at least a period. From the next round on, each has drifted for just a period.
 """
-
-
-class Measured(NamedTuple):
-    """What the workers have measured in one cycle."""
-
-    step: int
-    """The step after which its last part was sent."""
-    period: int
-    """The period in force when the cycle began."""
-    means: list[float]
-    """S_g of what was sent, of each parameter group, then γ_g of each when its last part was adopted."""
-    drift: Drift
 
 
 class Diverged(Exception):
@@ -39,337 +28,288 @@ class Diverged(Exception):
 
 
 @dataclass
-class _Cycle:
-    """One averaging round: every element is sent once, in one or several parts."""
+class SpreadRound:
+    """One averaging round: every element is sent once, in one or several fragments."""
 
-    parts: int
+    fragments: int
     delay: int
     period: int
+    """The period in force when the round began."""
     drift: Drift
     deviations: Tensor
     """Σ ‖w̄ − w_i‖² of what this worker has sent, per parameter group."""
     sent: int = 0
-    adopted: int = 0
+    landed: int = 0
     step: int = 0
-    measures: Numbers | None = None
-    """What the workers have measured, on its way once everything is adopted."""
-    settled_at: int = 0
-    """The step from which on they are to be read."""
+    """The step after which its latest fragment was sent."""
 
 
-class _Part(NamedTuple):
-    """What is under way of a cycle."""
+class _Fragment(NamedTuple):
+    """What is in flight of a round."""
 
-    cycle: _Cycle
-    payload: AveragedTensors
-    call: RankState
-    meeting: Handshake
-    in_flight: list[BucketInFlight]
+    round: SpreadRound
+    tensors: AveragedTensors
+    state: RankState
+    handshake: Handshake
+    buckets: list[BucketInFlight]
     step: int
     looked_ahead: bool
-    """Whether what was sent is what the part was expected to become."""
+    """Whether what was sent is what the fragment was expected to become."""
 
 
 class _Before(NamedTuple):
-    """What a part held before the step after which it is sent."""
+    """What a fragment held before the step after which it is sent."""
 
-    payload: AveragedTensors
-    part: int
-    parts: int
+    tensors: AveragedTensors
+    fragment: int
+    fragments: int
     values: list[Tensor]
 
-    def is_of(self, payload: AveragedTensors, cycle: _Cycle) -> bool:
-        """Whether it is of the next part of a cycle."""
-        return self.payload is payload and (self.part, self.parts) == (cycle.sent, cycle.parts)
+    def is_of(self, tensors: AveragedTensors, round_: SpreadRound) -> bool:
+        """Whether it is of the next fragment of a round."""
+        return self.tensors is tensors and (self.fragment, self.fragments) == (round_.sent, round_.fragments)
 
 
-class Cycles:
-    """Sends parts of what is averaged after local steps, and adopts their means a number of steps later.
+class Pipeline:
+    """Sends fragments after local steps, and adopts their means a number of steps later.
 
-    A *cycle* is one averaging round. Staggered, it has p parts, one of which is sent after each local step (the first
-    cycle waits for p steps after all workers were the same: what has hardly drifted is not worth sending); otherwise it
-    has one part, which is sent every p steps. Each part's mean is adopted ``overlap`` steps after it was sent (at
-    most p − 1). Both are counted in steps, not in time, so that all workers do the same at the same step.
+    With momentum, a worker knows a part of the steps that it will take while a fragment travels: the momentum's. It
+    sends what the fragment will have become by then, w + c · (w − w before the latest step), where c = μ + … + μ^d for
+    SGD (for others see :class:`LookAhead`), and adds w̄ − (what it sent). So velocities that differ do not drive the
+    workers apart while a mean is in flight, and the workers' mean moves as it would by itself, whatever they expect,
+    because w̄ − (what was sent) adds up to 0 over the workers.
 
-    With momentum, a worker knows a part of the steps that it will take while a part travels: the momentum's. It sends
-    what the part will have become by then, w + c · (w − w before the latest step), where c = μ + … + μ^d for SGD (for
-    others see :class:`LookAhead`), and adds w̄ − (what it sent). So velocities that differ do not drive the workers
-    apart while a mean is under way, and the workers' mean moves as it would by itself, whatever they expect, because
-    w̄ − (what was sent) adds up to 0 over the workers.
-
-    What the workers state (see :class:`RankState`) travels beside each part, and is read before anything is adopted.
-    Parts have connections of their own: a worker that is somewhere else instead is met there, and noticed.
+    Where each rank stands (see :class:`RankState`) travels beside each fragment, and is read before anything is
+    adopted. Fragments travel in a process group of their own: a worker that is somewhere else instead does not meet
+    them, and is noticed.
 
     Args:
-        stagger: whether a cycle has p parts.
-        overlap: d, the steps for which a part travels.
-        payloads: what is averaged.
-        workers: with whom, and where they meet.
-        carrier: the same workers, on connections of their own.
-        call: makes what this worker states, of a kind, trigger and period.
-        learning_rates: of each parameter group, now.
-        look_ahead: for each parameter group, now, which multiple of the latest step its momentum will add to a part in
-            a number of steps; 0 where that is not known.
+        schedule: which fragment leaves and lands when.
+        tracker: what is averaged.
+        workers: with whom, and where they hold handshakes that are not a fragment's.
+        async_group: the same workers in a process group of its own.
+        state: makes what this rank states, of a kind, trigger and period.
+        look_ahead: for each parameter group, now, which multiple of the latest step its momentum will add to a
+            fragment in a number of steps; 0 where that is not known.
     """
 
     def __init__(
         self,
+        schedule: Schedule,
         *,
-        stagger: bool,
-        overlap: int,
-        payloads: TensorTracker,
+        tracker: TensorTracker,
         workers: WorkerGroup,
-        carrier: WorkerGroup,
-        call: Callable[..., RankState],
-        learning_rates: Callable[[], list[float | Tensor]],
+        async_group: WorkerGroup,
+        state: Callable[..., RankState],
         look_ahead: Callable[[int], list[float]],
     ) -> None:
         # Configuration
-        self.stagger = stagger
-        self.overlap = overlap
-        self._payloads = payloads
+        self._schedule = schedule
+        self._tracker = tracker
         self._workers = workers
-        self._carrier = carrier
-        self._call = call
-        self._learning_rates = learning_rates
-        self._ahead = look_ahead
+        self._async_group = async_group
+        self._state = state
+        self._look_ahead = look_ahead
 
         # State
-        self._steps = 0
-        """Local steps since all workers were last the same, which is where cycles start."""
+        self.steps = 0
+        """Local steps since all workers were last the same, from which the schedule counts."""
         self._sent_at = 0
-        self._cycle: _Cycle | None = None  # the one that is being sent
-        self._parts: deque[_Part] = deque()  # under way, oldest first
-        self._unsettled: deque[_Cycle] = deque()
+        self._round: SpreadRound | None = None  # the one that is being sent
+        self._in_flight: deque[_Fragment] = deque()  # oldest first
         self._known: AveragedTensors | None = None  # what all workers are known to average
         self._before: _Before | None = None  # of what is sent after the next step
 
-    @property
-    def fresh(self) -> bool:
-        """Whether all workers are the same."""
-        return self._steps == 0
-
     def restart(self) -> None:
-        """Take note that all workers are the same. Nothing may be under way."""
-        assert not self._parts
+        """Take note that all workers are the same. Nothing may be in flight."""
+        assert not self._in_flight
         self._begin_anew()
 
-    def step(self) -> None:
+    def count_step(self) -> None:
         """Take note of a local step."""
-        self._steps += 1
+        self.steps += 1
 
-    def send(self, step: int, period: int) -> list[Handshake]:
-        """Send a part if one is due.
+    def send(self, step: int, period: int) -> tuple[list[Handshake], list[SpreadRound]]:
+        """Send a fragment if one is due.
 
         Args:
             step: of the optimizer, as the workers count.
-            period: p, in force for a cycle that begins now.
+            period: p, in force for a round that begins now.
 
         Returns:
-            The meetings that were held of parts that had to be adopted for that.
+            The handshakes of fragments that had to land for that, and the rounds that have ended with them.
         """
-        held: list[Handshake] = []
-        if not self._is_due(self._steps, period):
-            return held
-        parts = period if self.stagger else 1
-        payload = self._payloads.current()
-        changed = payload is not self._known
-        cycle = self._cycle
-        if cycle is None or cycle.sent == cycle.parts or changed:
-            if changed or (cycle is not None and cycle.parts != parts):
-                # Parts of another size, or of other tensors, would overlap what is still under way.
-                held += self._adopt(step, everything=True)
+        landed: tuple[list[Handshake], list[SpreadRound]] = ([], [])
+        if not self._schedule.is_due(self.steps, self._sent_at, period):
+            return landed
+        fragments = self._schedule.fragments(period)
+        tensors = self._tracker.current()
+        changed = tensors is not self._known
+        round_ = self._round
+        if round_ is None or round_.sent == round_.fragments or changed:
+            if changed or (round_ is not None and round_.fragments != fragments):
+                # Fragments of another size, or of other tensors, would overlap what is still in flight.
+                landed = self._land(everything=True)
             if changed:
-                self._make_known(payload, period)
+                self._make_known(tensors, period)
             drift: Drift = "a period"
-            if parts > 1 and (changed or self._sent_at == 0):
+            if fragments > 1 and (changed or self._sent_at == 0):
                 drift = "at least a period" if self._sent_at == 0 else "less"
-            cycle = self._cycle = self._new_cycle(payload, parts, period, drift)
-        self._launch(cycle, payload, step)
-        return held
+            delay = self._schedule.delay(period)
+            none = torch.zeros(tensors.averager.groups, dtype=torch.float64, device=self._async_group.device)
+            round_ = self._round = SpreadRound(fragments, delay, period, drift, none)
+        self._launch(round_, tensors, step)
+        return landed
 
-    def finish(self, step: int) -> list[Handshake]:
-        """Send and adopt what is left of a cycle, if all of it has drifted for a period already.
+    def finish(self, step: int) -> tuple[list[Handshake], list[SpreadRound]]:
+        """Send and adopt what is left of a round, if all of it has drifted for a period already.
 
-        A cycle that began when all workers were the same would otherwise come to nothing where somebody asks for a
-        round before its last part: and if that goes on, to nothing ever.
+        A round that began when all workers were the same would otherwise come to nothing where somebody asks for a
+        round before its last fragment: and if that goes on, to nothing ever.
 
         Args:
             step: of the optimizer, as the workers count.
 
         Returns:
-            The meetings that were held of parts that were adopted.
+            The handshakes of fragments that have landed, and the rounds that have ended with them.
 
         Raises:
-            Diverged: if some worker has sent what is not finite. Nothing is under way any more then.
+            Diverged: if some worker has sent what is not finite. Nothing is in flight any more then.
         """
-        cycle, payload = self._cycle, self._payloads.current()
-        held: list[Handshake] = []
-        if cycle is None or cycle.drift != "at least a period" or payload is not self._known:
-            return held
-        self._before = None
-        while cycle.sent < cycle.parts:
-            self._launch(cycle, payload, step)
-            held += self._adopt(step, everything=True)
-        return held
+        handshakes: list[Handshake] = []
+        ended: list[SpreadRound] = []
+        round_, tensors = self._round, self._tracker.current()
+        if round_ is not None and round_.drift == "at least a period" and tensors is self._known:
+            self._before = None
+            while round_.sent < round_.fragments:
+                self._launch(round_, tensors, step)
+                more_handshakes, more_ended = self._land(everything=True)
+                handshakes += more_handshakes
+                ended += more_ended
+        return handshakes, ended
 
-    def look_ahead(self, period: int) -> None:
-        """Keep what the part holds that is sent after the next step, if its momentum is to be looked at then.
+    def keep_for_look_ahead(self, period: int) -> None:
+        """Keep what the fragment holds that is sent after the next step, if its momentum is to be looked at then.
 
         Args:
-            period: p, as far as is known, when that part is sent.
+            period: p, as far as is known, when that fragment is sent.
         """
         self._before = None
-        if self.overlap == 0 or not self._is_due(self._steps + 1, period) or not any(self._ahead(1)):
+        due = self._schedule.is_due(self.steps + 1, self._sent_at, period)
+        if self._schedule.overlap == 0 or not due or not any(self._look_ahead(1)):
             return
-        payload, cycle = self._payloads.current(), self._cycle
-        part, parts = 0, period if self.stagger else 1
-        if cycle is not None and cycle.sent < cycle.parts:
-            part, parts = cycle.sent, cycle.parts
-        self._before = _Before(payload, part, parts, payload.averager.keep(part, parts))
+        tensors, round_ = self._tracker.current(), self._round
+        fragment, fragments = 0, self._schedule.fragments(period)
+        if round_ is not None and round_.sent < round_.fragments:
+            fragment, fragments = round_.sent, round_.fragments
+        values = tensors.averager.keep(fragment, fragments)
+        self._before = _Before(tensors, fragment, fragments, values)
 
-    def receive(self, step: int, everything: bool = False) -> tuple[list[Handshake], list[Measured]]:
-        """Adopt the means that are due now, and return what was measured in cycles that have ended.
+    def land(self, everything: bool = False) -> tuple[list[Handshake], list[SpreadRound]]:
+        """Adopt the means that are due now.
 
         Args:
-            step: of the optimizer, as the workers count.
-            everything: adopt all that is under way, and wait for its measures.
+            everything: adopt all that is in flight.
 
         Returns:
-            The meetings of the parts that were adopted, and the measures.
+            The handshakes of the fragments that have landed, and the rounds that have ended with them.
 
         Raises:
-            Diverged: if some worker has sent what is not finite. Nothing is under way any more then.
+            Diverged: if some worker has sent what is not finite. Nothing is in flight any more then.
             WorkersDisagreeError: on every worker, if they have not sent the same.
             WorkerLostError: if some worker is gone.
         """
-        held = self._adopt(step, everything)
+        landed = self._land(everything)
         if everything:
             self._known = None  # as in a run that goes on from a checkpoint that is taken now
-        measured = []
-        while self._unsettled and (everything or self._unsettled[0].settled_at <= step):
-            measured.append(self._settle(self._unsettled.popleft()))
-        return held, measured
+        return landed
+
+    def lost(self, state: RankState, error: CollectiveError) -> Exception:
+        """Say that a worker is gone, unless it is known already that it has gone because workers disagree."""
+        for fragment in self._in_flight:
+            fragment.handshake.peek()
+        return lost(self._workers, state, error)
 
     # Details
 
     def _begin_anew(self) -> None:
-        self._steps = self._sent_at = 0
-        self._cycle = None
+        self.steps = self._sent_at = 0
+        self._round = None
         self._before = None
 
-    def _is_due(self, steps: int, period: int) -> bool:
-        """Whether a part is to be sent when so many steps were taken since all workers were the same."""
-        if self.stagger and self._sent_at > 0:
-            return True
-        return steps - self._sent_at >= period
-
-    def _new_cycle(self, payload: AveragedTensors, parts: int, period: int, drift: Drift) -> _Cycle:
-        return _Cycle(
-            parts=parts,
-            delay=min(self.overlap, period - 1),
-            period=period,
-            drift=drift,
-            deviations=torch.zeros(payload.averager.groups, dtype=torch.float64, device=self._carrier.device),
-        )
-
-    def _make_known(self, payload: AveragedTensors, period: int) -> None:
-        """Compare what is averaged, which is new, before parts of different sizes can meet."""
-        payload.take_over()
-        call = self._call("a change of what is averaged", "period", period, **payload.stated)
-        meeting = Handshake(self._workers, call).hold()
-        meeting.check_tensors(
+    def _make_known(self, tensors: AveragedTensors, period: int) -> None:
+        """Compare what is averaged, which is new, before fragments of different sizes can meet."""
+        tensors.take_over()
+        state = self._state("a change of what is averaged", "period", period, **tensors.stated)
+        handshake = Handshake(self._workers, state).complete()
+        handshake.check_tensors(
             "The workers do not average the same tensors.",
-            lambda: self._payloads.describe(payload.layout, payload.tensors),
+            lambda: self._tracker.describe(tensors.layout, tensors.tensors),
         )
-        payload.agree(meeting.know_the_same)
-        self._known = payload
+        tensors.agree(handshake.know_the_same)
+        self._known = tensors
 
-    def _launch(self, cycle: _Cycle, payload: AveragedTensors, step: int) -> None:
-        call = self._call("a part of an averaging round", "period", cycle.period)
-        ahead = self._ahead(cycle.delay)
+    def _launch(self, round_: SpreadRound, tensors: AveragedTensors, step: int) -> None:
+        state = self._state("a fragment of an averaging round", "period", round_.period)
+        ahead = self._look_ahead(round_.delay)
         before = self._before
-        values = before.values if before is not None and before.is_of(payload, cycle) and any(ahead) else None
+        values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
         try:
-            in_flight, finite = payload.averager.send(cycle.sent, cycle.parts, self._carrier, values, ahead)
+            buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
         except CollectiveError as error:
-            raise self._lost(call, error) from error
-        meeting = Handshake(self._workers, call._replace(finite=finite))
-        self._parts.append(_Part(cycle, payload, call, meeting, in_flight, self._steps, values is not None))
-        cycle.sent += 1
-        cycle.step = step
-        self._sent_at = self._steps
+            raise self.lost(state, error) from error
+        handshake = Handshake(self._workers, state._replace(finite=finite))
+        self._in_flight.append(
+            _Fragment(round_, tensors, state, handshake, buckets, self.steps, looked_ahead=values is not None)
+        )
+        round_.sent += 1
+        round_.step = step
+        self._sent_at = self.steps
 
-    def _adopt(self, step: int, everything: bool = False) -> list[Handshake]:
-        held = []
-        for part in self._parts:
-            if self._steps - part.step >= -(-part.cycle.delay // 2):
-                self._advance(part)
-        while self._parts and (everything or self._steps - self._parts[0].step >= self._parts[0].cycle.delay):
-            part = self._parts.popleft()
-            held.append(part.meeting.hold())
-            if part.meeting.diverged:
-                self._abandon(part)
-            try:
-                self._adopt_part(part, step)
-            except CollectiveError as error:
-                raise self._lost(part.call, error) from error
-        return held
+    def _land(self, everything: bool) -> tuple[list[Handshake], list[SpreadRound]]:
+        handshakes: list[Handshake] = []
+        ended: list[SpreadRound] = []
+        for fragment in self._in_flight:
+            # What travels in two phases begins the second one half-way.
+            if self.steps - fragment.step >= -(-fragment.round.delay // 2):
+                self._all(fragment.state, [bucket.reduction.advance for bucket in fragment.buckets])
+        while self._in_flight and (everything or self._is_to_land(self._in_flight[0])):
+            fragment = self._in_flight.popleft()
+            handshakes.append(fragment.handshake.complete())
+            if fragment.handshake.diverged:
+                self._abandon(fragment)
+            self._all(fragment.state, [lambda fragment=fragment: self._adopt(fragment)])  # type: ignore[misc]
+            if fragment.round.landed == fragment.round.fragments:
+                ended.append(fragment.round)
+        return handshakes, ended
 
-    def _advance(self, part: _Part) -> None:
-        """What travels in two phases begins the second one half-way."""
-        try:
-            for in_flight in part.in_flight:
-                in_flight.reduction.advance()
-        except CollectiveError as error:
-            raise self._lost(part.call, error) from error
+    def _is_to_land(self, fragment: _Fragment) -> bool:
+        return self.steps - fragment.step >= fragment.round.delay
 
-    def _adopt_part(self, part: _Part, step: int) -> None:
-        cycle = part.cycle
-        as_sent = self._steps == part.step and not part.looked_ahead and not self._payloads.moved_by_others
-        self._payloads.rebind(part.payload)
-        cycle.deviations += part.payload.averager.adopt(part.in_flight, moved=not as_sent)
-        cycle.adopted += 1
-        if cycle.adopted == cycle.parts:
-            if cycle.parts == 1 and as_sent:
-                self._begin_anew()
-            # Of the groups that were sent: others may have come or gone since, perhaps on one worker alone.
-            groups = len(cycle.deviations)
-            rates = [*self._learning_rates()[:groups], *[0.0] * groups][:groups]
-            cycle.measures = self._workers.launch_mean([*cycle.deviations, *rates])
-            # Nobody waits for numbers that are not needed before the next step.
-            cycle.settled_at = step + (cycle.delay > 0)
-            self._unsettled.append(cycle)
+    def _adopt(self, fragment: _Fragment) -> None:
+        round_ = fragment.round
+        as_sent = self.steps == fragment.step and not fragment.looked_ahead and not self._tracker.moved_by_others
+        self._tracker.rebind(fragment.tensors)
+        round_.deviations += fragment.tensors.averager.adopt(fragment.buckets, moved=not as_sent)
+        round_.landed += 1
+        if round_.fragments == 1 and as_sent:
+            self._begin_anew()
 
-    def _settle(self, cycle: _Cycle) -> Measured:
-        assert cycle.measures is not None
-        try:
-            means = cycle.measures.wait().tolist()
-        except CollectiveError as error:
-            raise self._lost(self._call("a part of an averaging round", "period", cycle.period), error) from error
-        return Measured(cycle.step, cycle.period, means, cycle.drift)
-
-    def _abandon(self, part: _Part) -> None:
-        """Wait for what is under way, and throw it away."""
-        remaining = [part, *self._parts]
-        self._parts.clear()
-        self._cycle = None
-        try:
-            for each in remaining:
-                if each is not part:
-                    each.meeting.hold()
-                for in_flight in each.in_flight:
-                    in_flight.reduction.wait()
-            for cycle in self._unsettled:
-                if cycle.measures is not None:
-                    cycle.measures.wait()
-            self._unsettled.clear()
-        except CollectiveError as error:
-            raise self._lost(part.call, error) from error
+    def _abandon(self, fragment: _Fragment) -> None:
+        """Wait for what is in flight, and throw it away."""
+        others = [*self._in_flight]
+        self._in_flight.clear()
+        self._round = None
+        for other in others:
+            other.handshake.complete()
+        waits = [bucket.reduction.wait for each in (fragment, *others) for bucket in each.buckets]
+        self._all(fragment.state, waits)
         raise Diverged
 
-    def _lost(self, call: RankState, error: CollectiveError) -> WorkerLostError:
-        """Say that a worker is gone, unless it is known already that it has gone because workers disagree."""
-        for part in self._parts:
-            part.meeting.look()
-        return lost(self._workers, call, error)
+    def _all(self, state: RankState, actions: Sequence[Callable[[], object]]) -> None:
+        """Do what waits for other workers; if one is gone, say so."""
+        try:
+            for action in actions:
+                action()
+        except CollectiveError as error:
+            raise self.lost(state, error) from error

@@ -1,1 +1,1 @@
-"""The door to Lightning; the only package here that imports it."""
+"""What connects the package to Lightning's Trainer; apart from ``cli.py``, nothing else imports Lightning."""

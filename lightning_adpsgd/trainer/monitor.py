@@ -1,22 +1,22 @@
 """What crossed the network and why: averaging rounds as log entries, a history, a summary and a plot."""
 
-import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
-from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
-from lightning_adpsgd.validation import check_flag, check_prefix, given, type_of
+from lightning_adpsgd.trainer.plot import draw
+from lightning_adpsgd.validation import check_instance, wrong_value
+
+_NOT_IN_A_FILE_NAME = r'\:*?"<>|'
+_LONGEST_PREFIX = 200  # bytes; most file systems take 255
 
 
 class CommunicationMonitor(Callback):
@@ -45,8 +45,8 @@ class CommunicationMonitor(Callback):
 
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
         # Configuration
-        self.prefix = check_prefix(prefix)
-        self.plot = check_flag("plot", plot, "CommunicationMonitor")
+        self.prefix = _check_prefix(prefix)
+        self.plot = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
         if self.plot and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
@@ -57,11 +57,9 @@ class CommunicationMonitor(Callback):
         self.rounds: list[AveragingRound] = []
         """The record of every round so far, on every rank."""
         self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
-        self._totals: dict[int, _Totals] = {}  # of each optimizer
+        self._totals: dict[int, Counter[str]] = {}  # of each optimizer
         self._plot_path: str | None = None
         self._transport = "at once"
-
-    # Lightning's hooks
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -113,8 +111,6 @@ class CommunicationMonitor(Callback):
         for *values, ddp_bytes in zip(*columns.values(), state_dict["ddp_bytes"].tolist(), strict=True):
             self._add(AveragingRound(*values), ddp_bytes)
 
-    # What is told
-
     def summary(self) -> dict[str, Any]:
         """The run in numbers.
 
@@ -129,6 +125,7 @@ class CommunicationMonitor(Callback):
         sent = sum(round_.sent_bytes for round_ in self.rounds)
         ddp = sum(self._ddp_bytes)
         periods = [round_.period for round_ in self.rounds if round_.optimizer == 0]
+        triggers = Counter(round_.trigger for round_ in self.rounds)
         return {
             "rounds": len(self.rounds),
             "steps": steps,
@@ -141,11 +138,7 @@ class CommunicationMonitor(Callback):
             "seconds": sum(round_.seconds for round_ in self.rounds),
             "transport": self._transport,
             "dropped": sum(round_.dropped for round_ in self.rounds),
-            "triggers": {
-                name: sum(round_.trigger == name for round_ in self.rounds)
-                for name in TRIGGERS
-                if any(round_.trigger == name for round_ in self.rounds)
-            },
+            "triggers": {name: triggers[name] for name in TRIGGERS if name in triggers},
         }
 
     def _report(self) -> str:
@@ -159,16 +152,15 @@ class CommunicationMonitor(Callback):
             "DDP would have": _readable(summary["sent_bytes_ddp"]),
             "factor saved": "nothing was sent" if factor is None else f"{factor:.1f}x",
             "held up for": f"{summary['seconds']:.2f} s",
+            "rounds travel": summary["transport"] if summary["transport"] != "at once" else None,
+            "dropped": f"{summary['dropped']} time(s) a worker that had diverged" if summary["dropped"] else None,
         }
-        if summary["transport"] != "at once":
-            lines["rounds travel"] = summary["transport"]
-        if summary["dropped"]:
-            lines["dropped"] = f"{summary['dropped']} time(s) a worker that had diverged"
-        return "\n".join(["Averaging rounds", *(f"  {name:<15} {value}" for name, value in lines.items())])
+        return "\n".join(["Averaging rounds", *(f"  {name:<15} {text}" for name, text in lines.items() if text)])
 
     def _on_round(self, trainer: "pl.Trainer", round_: AveragingRound) -> None:
-        optimizer = trainer.optimizers[round_.optimizer]
-        self._add(round_, ring_bytes(round_.local_steps * _gradient_bytes(optimizer), trainer.world_size))
+        groups = trainer.optimizers[round_.optimizer].param_groups
+        gradient_bytes = sum(p.nbytes for group in groups for p in group["params"] if p.requires_grad)
+        self._add(round_, ring_bytes(round_.local_steps * gradient_bytes, trainer.world_size))
         if not trainer.loggers or not trainer.is_global_zero:
             return
         suffix = f"_{round_.optimizer}" if len(trainer.optimizers) > 1 else ""
@@ -181,45 +173,24 @@ class CommunicationMonitor(Callback):
     def _add(self, round_: AveragingRound, ddp_bytes: int) -> None:
         self.rounds.append(round_)
         self._ddp_bytes.append(ddp_bytes)
-        before = self._totals.get(round_.optimizer, _Totals(0, 0, 0, 0))
-        self._totals[round_.optimizer] = _Totals(
-            before.rounds + 1,
-            before.sent_bytes + round_.sent_bytes,
-            before.ddp_bytes + ddp_bytes,
-            before.dropped + round_.dropped,
-        )
+        totals = self._totals.setdefault(round_.optimizer, Counter())
+        totals.update(syncs=1, sent_bytes=round_.sent_bytes, sent_bytes_ddp=ddp_bytes, dropped=round_.dropped)
 
     def _metrics(self, round_: AveragingRound) -> dict[str, float]:
         totals = self._totals[round_.optimizer]
-        metrics: dict[str, float] = {
+        metrics = {
             "variance": round_.variance,
             "variance_over_lr": round_.ratio,
             "period": round_.period,
-            "syncs": totals.rounds,
-            "sent_bytes": totals.sent_bytes,
-            "sent_bytes_ddp": totals.ddp_bytes,
+            **{name: totals[name] for name in ("syncs", "sent_bytes", "sent_bytes_ddp")},
             "round_seconds": round_.seconds,
+            "target": round_.target,
+            "dropped": totals["dropped"] or None,
         }
-        if round_.target is not None:
-            metrics["target"] = round_.target
-        if totals.dropped:
-            metrics["dropped"] = totals.dropped
-        return metrics
-
-
-class _Totals(NamedTuple):
-    rounds: int
-    sent_bytes: int
-    ddp_bytes: int
-    dropped: int
+        return {name: value for name, value in metrics.items() if value is not None}
 
 
 _FLOATS = ("learning_rate", "variance", "ratio", "target", "seconds")
-
-
-def _gradient_bytes(optimizer: Optimizer) -> int:
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 
 
 def _readable(size: float) -> str:
@@ -230,108 +201,16 @@ def _readable(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
-    """Draw the history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
-
-    Args:
-        rounds: the records, in order; several optimizers are drawn side by side.
-        path: the PNG file to write, a path or a URL (``s3://…``, with what fsspec needs for it installed); its folder
-            is made if needed.
-        transport: how rounds travelled, for the title (:attr:`ADPSGDStrategy.transport`).
-
-    Raises:
-        TypeError: if ``rounds`` is not a sequence of records, ``path`` not a path, or ``transport`` not a string.
-        ValueError: if ``rounds`` is empty.
-    """
-    _check_rounds(rounds)
-    if not isinstance(path, str | PathLike):
-        raise TypeError(f"{given('path', path, 'draw')}: expected a str or a Path, got {type_of(path)}.")
-    if not isinstance(transport, str):
-        raise TypeError(f"{given('transport', transport, 'draw')}: expected a str, got {type_of(transport)}.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    indices = sorted({round_.optimizer for round_ in rounds})
-    figure = Figure(figsize=(9.0 * len(indices), 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(indices), sharex="col", squeeze=False)
-    for column, index in enumerate(indices):
-        own = [round_ for round_ in rounds if round_.optimizer == index]
-        title = f"optimizer {index}: " if len(indices) > 1 else ""
-        _draw_period(axes[0][column], own, title, "" if transport == "at once" else f", {transport}")
-        _draw_variance(axes[1][column], own)
-    _save(figure, os.fspath(path))
-
-
-def _save(figure: Any, path: str) -> None:
-    folder, name = os.path.split(path)
-    files = get_filesystem(path)
-    if folder and not files.exists(folder):
-        files.makedirs(folder, exist_ok=True)
-    with files.open(path, "wb") as file:
-        figure.savefig(file, dpi=130, format=os.path.splitext(name)[1][1:] or "png")
-
-
-def _check_rounds(rounds: object) -> None:
-    if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
-        raise TypeError(
-            f"{given('rounds', rounds, 'draw')}: expected a sequence of AveragingRound, got {type_of(rounds)}."
+def _check_prefix(value: str) -> str:
+    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system."""
+    check_instance("CommunicationMonitor", "prefix", value, str, "a str")
+    complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
+    writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
+    if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
+        expected = (
+            f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
+            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
+            " every slash"
         )
-    if not rounds:
-        raise ValueError(
-            f"{given('rounds', rounds, 'draw')}: expected at least one AveragingRound; a CommunicationMonitor has them"
-            " once there was a round."
-        )
-
-
-def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str, transport: str) -> None:
-    steps = [round_.step for round_ in rounds]
-    axis.step(steps, [round_.period for round_ in rounds], where="post", color="C0", label="averaging period p")
-    axis.set_ylabel("averaging period p [steps]", color="C0")
-    axis.set_ylim(bottom=0)
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.25)
-    count = axis.twinx()
-    count.plot(steps, range(1, len(rounds) + 1), color="C1", label="averaging rounds so far")
-    count.set_ylabel("averaging rounds so far", color="C1")
-    count.set_ylim(bottom=0)
-    axis.set_title(f"{title}{len(rounds)} averaging rounds in {steps[-1]} steps{transport}")
-    _legend(axis, count)
-
-
-def _draw_variance(axis: Any, rounds: Sequence[AveragingRound]) -> None:
-    own = [round_ for round_ in rounds if round_.trigger == "period" and round_.variance > 0]
-    forced = [round_ for round_ in rounds if round_.trigger != "period" and round_.variance > 0]
-    aimed = [round_ for round_ in rounds if round_.learning_rate * (round_.target or 0.0) > 0]
-    if own or forced or aimed:
-        axis.set_yscale("log")
-    axis.plot(_steps(own), [r.variance for r in own], ".-", color="C2", lw=0.8, ms=4, label="variance $S_k$")
-    if forced:
-        axis.plot(
-            _steps(forced), [r.variance for r in forced], "x", color="C2", alpha=0.6, ms=5, label="$S_k$, other rounds"
-        )
-    if aimed:
-        axis.plot(
-            _steps(aimed),
-            [r.learning_rate * (r.target or 0.0) for r in aimed],
-            "--",
-            color="C3",
-            label=r"$\gamma_k C_2$",
-        )
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("variance among workers", color="C2")
-    axis.grid(alpha=0.25)
-    rate = axis.twinx()
-    rate.plot(_steps(rounds), [r.learning_rate for r in rounds], color="C4", lw=0.9, label=r"learning rate $\gamma_k$")
-    rate.set_ylabel(r"learning rate $\gamma_k$", color="C4")
-    rate.set_ylim(bottom=0)
-    _legend(axis, rate)
-
-
-def _steps(rounds: Iterable[AveragingRound]) -> list[int]:
-    return [round_.step for round_ in rounds]
-
-
-def _legend(left: Any, right: Any) -> None:
-    handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
-    right.legend(handles=handles, loc="best", fontsize="small", framealpha=0.85)
+        raise wrong_value("CommunicationMonitor", "prefix", value, expected)
+    return value

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_adpsgd import LocalSGD
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout
-from lightning_adpsgd.workers.group import NodeWorkerGroup, WorkerGroup
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
 
 pytestmark = pytest.mark.workers
 
@@ -126,7 +127,7 @@ def settle(kind: str, cycles: list[int]) -> float:
     mine = workers.worker_of(dist.get_rank())
     tensor = torch.zeros(24)
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, torch.bfloat16)
-    averager.differences.start()
+    averager.delta.start()
     total = torch.zeros(24, dtype=torch.float64)
     step = 0
     for parts in cycles:

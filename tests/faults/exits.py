@@ -34,7 +34,8 @@ import torch._dynamo  # noqa: E402  (which every rank would otherwise import by 
 import torch.distributed as dist  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
-from lightning_adpsgd import ADPSGDStrategy, _lightning  # noqa: E402
+from lightning_adpsgd import ADPSGDStrategy  # noqa: E402
+from lightning_adpsgd.trainer import lifecycle  # noqa: E402
 from tests.pool import announce, free_port  # noqa: E402
 from tests.training import Classifier, loader  # noqa: E402
 
@@ -88,8 +89,8 @@ def upload() -> None:
 
 def in_a_hurry() -> None:
     """Shorten what would take a test too long."""
-    _lightning._SECONDS_TO_END = 1
-    _lightning._SECONDS_FOR_LAST_WORDS = 0.2
+    lifecycle._SECONDS_TO_EXIT = 1
+    lifecycle._SECONDS_FOR_CHILDREN_TO_END = 0.2
 
 
 def get_stuck() -> None:

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_adpsgd import ADPSGDStrategy, local_sgd
+from lightning_adpsgd import ADPSGDStrategy
 from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.rounds import engine
 
 torch.set_num_threads(1)  # also before a rank is forked
 
@@ -230,7 +231,7 @@ def main(job: Job) -> None:
 
 def fit(job: Job, rank: int) -> None:
     """Train, and leave the weights."""
-    local_sgd._READS_LATER = job.read_later
+    engine._READS_LATER = job.read_later
     model = Model(job, rank)
     trainer = L.Trainer(
         strategy=ADPSGDStrategy(

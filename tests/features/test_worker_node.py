@@ -27,7 +27,7 @@ from tests.features.outcomes import (
 from tests.features.test_callbacks import BOTH_LOADERS, FALLS, RISES, Scripted, Transfer
 from tests.features.test_optimization import Adversaries, Clipped, GroupsByHand, ScheduledGroups, set_rates
 from tests.trainer.test_resume import Drilled
-from tests.trainer.test_strategy import SignalAt
+from tests.trainer.test_signals import SignalAt
 from tests.training import Classifier, RoundsKept, fit, floats, identical, loader, seeded, trainer, weights
 from tests.workers.test_nodes import announce_nodes
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_adpsgd import LocalSGD, WorkerGroup
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import CollectiveError, HostRows
+from lightning_adpsgd.workers.reduction import CollectiveError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,18 +38,6 @@ def test_numbers_are_not_overwritten_while_they_are_copied(pool):
         assert outcome["means"] == [[0.5, step] for step in range(50)]
 
 
-def test_a_row_is_lent_again_when_the_device_has_read_it():
-    rows, event = HostRows(DEVICE), torch.cuda.Event()
-    row = rows.borrow(4)
-    torch.cuda._sleep(LONG)
-    row.to(DEVICE, non_blocking=True)
-    event.record()
-    rows.give_back(row, event)
-    assert rows.borrow(4).data_ptr() != row.data_ptr()
-    event.synchronize()
-    assert rows.borrow(4).data_ptr() == row.data_ptr()
-
-
 def test_seconds_are_the_devices_and_counted_once():
     stopwatch = Stopwatch(DEVICE)
     torch.cuda._sleep(LONG)
@@ -63,7 +51,7 @@ def test_seconds_are_the_devices_and_counted_once():
 def wait_for_one_that_has_failed() -> str:
     workers, event = WorkerGroup(device=DEVICE), torch.cuda.Event()
     if workers.rank == 1:
-        workers.post_status("had failed at step 2: ValueError: boom", failed=True)
+        workers.peers.post_status("had failed at step 2: ValueError: boom", failed=True)
         return ""
     torch.cuda._sleep(10 * LONG)
     event.record()

@@ -271,7 +271,7 @@ def test_workers_that_part_ways_find_out(pool, stagger, overlap, how):
     assert {outcome.kind for outcome in outcomes} <= {"WorkersDisagreeError", "WorkerLostError"}, outcomes
     found = [outcome.error for outcome in outcomes if outcome.kind == "WorkersDisagreeError"]
     assert found, outcomes
-    assert re.search(r"(a part of an averaging round|the end of a round under way), sent at step", found[0])
+    assert re.search(r"(a fragment of an averaging round|the end of a round under way), sent at step", found[0])
 
 
 def add_parameters(stagger: bool, overlap: int) -> dict:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import CollectiveError, Patience
+from lightning_adpsgd.workers.reduction import CollectiveError, Patience
 
 
 def test_it_runs_from_when_it_is_made_until_it_is_stopped():

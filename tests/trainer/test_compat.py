@@ -6,13 +6,15 @@ import inspect
 import re
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO, async_plugin
 
 import lightning_adpsgd
-from lightning_adpsgd.trainer.compat import snapshot
+from lightning_adpsgd.trainer.compat import snapshot, time_checks
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 ONE_PLACE = "compat.py"
@@ -221,6 +223,13 @@ def test_what_is_written_in_the_background_is_a_copy_where_lightning_takes_none(
     assert copied["epoch"] == 1
     assert at_once["state_dict"]["w"] is weights
     background.teardown()
+
+
+def test_only_timers_with_a_limit_look_at_the_clock_at_every_step():
+    limited, of_epochs, unlimited = Timer({"hours": 1}), Timer({"hours": 1}, interval="epoch"), Timer(None)
+    trainer = SimpleNamespace(callbacks=[unlimited, limited, of_epochs, Callback()])
+    assert [timer for timer, _ in time_checks(trainer)] == [limited]
+    assert all(callable(getattr(*check)) for check in time_checks(trainer))
 
 
 @pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])

@@ -431,3 +431,24 @@ def test_our_checkpoint_goes_on_under_ddp_and_ddps_under_ours(pool, tmp_path):
         assert outcome["theirs"]["steps"] == 40
         assert outcome["theirs"]["rounds"] == [3, 3, 3, 1]
     assert identical([outcome["theirs"]["weights"] for outcome in outcomes])
+
+
+def go_on_from_a_former_version(path: str) -> dict:
+    outcome = drill("adamw", [], path, seed=1)
+    outcome["expected"] = torch.load(path, weights_only=True)["expected"]
+    return outcome
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_would_have_there(pool):
+    """The file was written at step 22 by version 0.1.0, and says what its run came to (Linux, x86-64)."""
+    path = Path(__file__).parents[1] / "data" / "version_0.1.0.ckpt"
+    for outcome in pool.run_trainer(go_on_from_a_former_version, str(path)):
+        expected = outcome["expected"]
+        assert (outcome["period"], outcome["steps"], outcome["sent"]) == tuple(
+            expected[name] for name in ("period", "steps", "sent")
+        )
+        for mine, theirs in zip(outcome["rounds"], expected["rounds"], strict=True):
+            assert mine[:5] == theirs[:5]
+            torch.testing.assert_close(mine[5:8], theirs[5:8], rtol=1e-3, atol=1e-9)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(outcome["weights"][name], weight, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.layout import FlatLayout
-from lightning_adpsgd.workers.group import Contribution, NodeWorkerGroup
+from lightning_adpsgd.workers.group import Contribution
+from lightning_adpsgd.workers.nodes import NodeWorkerGroup
 from tests.training import Classifier, fit, floats, identical, loader, weights
 
 pytestmark = pytest.mark.workers
@@ -27,7 +28,7 @@ def average_over_nodes(length: int, dropped: bool) -> dict:
     before = workers.payload_bytes
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 40)
     deviation = averager.average(share)
-    small = workers.mean(torch.tensor([float(node)]), share)
+    small = workers.launch_mean([float(node)], share).wait()
     return {
         "tensor": tensor,
         "deviation": deviation.item(),

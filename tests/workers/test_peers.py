@@ -1,6 +1,7 @@
 """Workers that are gone are named wherever others wait for them, and what was opened for a run is closed after it."""
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +13,115 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_adpsgd import ADPSGDStrategy, LocalSGD, WorkerGroup
 from lightning_adpsgd.rounds.handshake import KINDS, Handshake, RankState, check_module
+from lightning_adpsgd.workers.peers import Peers
+from lightning_adpsgd.workers.reduction import CollectiveError
 from tests.training import Classifier, fit, identical, loader, weights
 from tests.workers.test_nodes import announce_nodes
+from tests.workers.test_reduction import Device
 
 pytestmark = pytest.mark.workers
+
+
+# What ranks tell each other through the store
+
+
+def statuses_left_behind() -> dict:
+    workers = WorkerGroup()
+    if workers.rank > 0:
+        workers.peers.post_status(f"had enough of rank {workers.rank}")
+    dist.barrier()
+    workers.peers.abort()
+    statuses, answered = workers.peers.statuses(seconds=0.2)
+    lingered = []
+    for _ in range(2):
+        begun = time.monotonic()
+        workers.peers.linger(seconds=20.0)
+        lingered.append(time.monotonic() - begun)
+    return {"statuses": statuses, "answered": answered, "lingered": lingered}
+
+
+def test_statuses_are_found_once_connections_are_closed_and_nobody_waits_for_those_who_linger(pool):
+    outcomes = pool.run(statuses_left_behind, workers=3)
+    first, second, third = (outcome["statuses"] for outcome in outcomes)
+    assert first == {1: "had enough of rank 1", 2: "had enough of rank 2"}
+    assert second == {2: "had enough of rank 2"}
+    assert third == {1: "had enough of rank 1"}
+    assert all(outcome["answered"] and max(outcome["lingered"]) < 20.0 for outcome in outcomes)
+
+
+def silence_of_the_others() -> list[float]:
+    workers = WorkerGroup()
+    lingered = []
+    for _ in range(2 if workers.rank == 0 else 0):
+        begun = time.monotonic()
+        workers.peers.linger(seconds=0.4)
+        lingered.append(time.monotonic() - begun)
+    return lingered
+
+
+def test_first_rank_lingers_once_for_those_who_post_nothing(pool):
+    lingered, _ = pool.run(silence_of_the_others)
+    assert lingered[0] >= 0.4 > lingered[1]
+
+
+def wait_for_one_that_has_failed() -> tuple[str, float]:
+    workers = WorkerGroup()
+    workers.peers.post_status("failed in another run", failed=True)
+    dist.barrier()
+    workers.peers.clear_status()
+    begun = time.monotonic()
+    if workers.rank == 1:
+        workers.peers.post_status("had ended training")
+        time.sleep(1.5)  # who has ended well, or failed in another run, is waited for
+        workers.peers.post_status("had failed at step 2: ValueError: boom", failed=True)
+        return "", 0.0
+    with pytest.raises(CollectiveError) as caught:
+        workers.patience.wait_for(Device(), begun)
+    return str(caught.value), time.monotonic() - begun
+
+
+def test_those_who_wait_for_a_device_hear_of_failures_of_this_run_alone(pool):
+    (told, seconds), *_ = pool.run(wait_for_one_that_has_failed)
+    assert told == "rank 1 has failed meanwhile"
+    assert 3.5 < seconds < 30.0
+
+
+# A process group without a name
+
+
+def abort_without_a_name() -> dict:
+    dist.init_process_group(timeout=timedelta(seconds=30))
+    workers = WorkerGroup()
+    rows = torch.ones(2, 5, dtype=torch.uint8)
+    total = workers.exchange(rows, lambda rows: rows.sum(dim=0).to(torch.uint8), [], [5, 5]).wait()
+    begun = time.monotonic()
+    if workers.rank == 0:
+        workers.peers.abort()
+    else:
+        with pytest.raises(CollectiveError):
+            workers.table([0.0])
+    return {"total": total.tolist(), "connected": dist.is_initialized(), "seconds": time.monotonic() - begun}
+
+
+def test_connections_of_a_group_that_was_made_without_naming_a_backend_are_closed_at_once(pool):
+    outcomes = pool.run_trainer(abort_without_a_name)
+    assert [outcome["total"] for outcome in outcomes] == [[[2] * 5] * 2] * 2
+    assert not outcomes[0]["connected"]
+    assert outcomes[1]["seconds"] < 20.0
+
+
+def test_with_nccl_connections_are_aborted(monkeypatch):
+    # There is no GPU to do it with: what torch is asked for.
+    done = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: None)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    Peers(0, 2, torch.device("cuda")).abort()
+    assert done == ["aborted"]
+    Peers(0, 2, torch.device("cpu")).abort()
+    assert done == ["aborted", "destroyed"]
 
 
 # A worker that goes where others wait for it, outside of a round
@@ -46,7 +152,7 @@ def broadcast_the_weights(model: nn.Module, goes: bool) -> None:
 
 def compare_the_models(model: nn.Module, goes: bool) -> None:
     if goes:
-        Handshake(WorkerGroup(), RankState(KINDS.index("the setup"), 0, fingerprint=1)).hold()
+        Handshake(WorkerGroup(), RankState(KINDS.index("the setup"), 0, fingerprint=1)).complete()
     else:
         check_module(WorkerGroup(), model)
 
@@ -73,8 +179,8 @@ def open_further_connections(model: nn.Module, goes: bool) -> None:
 def compare_what_is_averaged(model: nn.Module, goes: bool) -> None:
     local_sgd = local_sgd_of(model, stagger=True)
     if goes:
-        call = local_sgd._call("a change of what is averaged", "period", 4, fingerprint=1)
-        Handshake(local_sgd.workers, call._replace(step=4)).hold()
+        call = local_sgd._engine._contact.state("a change of what is averaged", "period", 4, fingerprint=1)
+        Handshake(local_sgd.workers, call._replace(step=4)).complete()
     else:
         for _ in range(4):
             local_sgd.step()
@@ -99,14 +205,14 @@ def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
         try:
             place(nn.Linear(3, 2), goes=rank == 1)
             if rank == 1:
-                workers.post_status(f"had no wish to {place.__name__}")
+                workers.peers.post_status(f"had no wish to {place.__name__}")
         except Exception as error:
             told[place.__name__] = type(error).__name__, str(error)
-        workers.abort()
+        workers.peers.abort()
         if rank == 0:
             store.set("next", "")
         else:
-            workers.stay(0.0)  # has heard enough
+            workers.peers.linger(0.0)  # has heard enough
             store.wait(["next"], timedelta(seconds=60))
     return told
 

@@ -1,0 +1,103 @@
+"""What rounds do to an optimizer's state: leave it alone, average its moments or reset them; and share it."""
+
+from typing import Literal
+
+from torch.optim import Optimizer
+
+from lightning_adpsgd.averaging.momentum import LookAhead, check_known_moments
+from lightning_adpsgd.averaging.optimizer_state import (
+    average_moments,
+    forget,
+    has_state,
+    moments,
+    reset_moments,
+    share_state,
+    state_at_start,
+)
+from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+
+
+class StatePolicy:
+    """Applies one policy to one optimizer.
+
+    Args:
+        optimizer: whose state.
+        policy: "local", "average" or "reset".
+        drops: whether workers may be left out of a mean, and then begin anew with the state of the start.
+        workers: with whom.
+        bucket_bytes: the longest range averaged at once.
+
+    Raises:
+        ValueError: if moments are to be reset, and it is not known which those are.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Literal["local", "average", "reset"],
+        drops: bool,
+        workers: WorkerGroup,
+        bucket_bytes: int,
+    ) -> None:
+        if policy == "reset":
+            check_known_moments(optimizer)
+        self._optimizer = optimizer
+        self._policy = policy
+        self._workers = workers
+        self._bucket_bytes = bucket_bytes
+        self._at_start = state_at_start(optimizer) if drops else {}
+        self.anybody_has_state = True
+        """Whether any worker's optimizer has state, as far as is known."""
+        self.shared_at = 0
+        """The step of the latest round for a checkpoint."""
+        self.reset_at = 0
+        """The step at which moments were last reset, on all workers."""
+        self._dropped_at = 0  # the step at which this worker has lost its state alone
+        self._steps = 0
+        self.look_ahead = LookAhead(optimizer, lambda: self._steps - max(self.reset_at, self._dropped_at)).factors
+
+    @property
+    def has_state(self) -> bool:
+        """Whether this worker's optimizer has any."""
+        return has_state(self._optimizer)
+
+    def count(self, steps: int) -> None:
+        """Take note of how many steps the optimizer has taken."""
+        self._steps = steps
+
+    def restored(self, shared_at: int, reset_at: int) -> None:
+        """Take over from a checkpoint."""
+        self.shared_at, self.reset_at, self._dropped_at = shared_at, reset_at, 0
+
+    def is_shared(self) -> bool:
+        """Whether all workers hold the same, since no step was taken after a round for a checkpoint."""
+        return self.shared_at == self._steps or not self.anybody_has_state
+
+    def apply(self, contribution: Contribution, trained: bool, checkpoint: bool) -> None:
+        """Do what is due in a round of everything, after the parameters.
+
+        Args:
+            contribution: this worker's; one that is dropped begins anew.
+            trained: whether there have been steps since the workers were the same.
+            checkpoint: whether all of the state is to be the same afterwards.
+        """
+        if not contribution.contributes:
+            forget(self._optimizer, self._at_start)
+            self._dropped_at = self._steps
+        averages = self._policy == "average"
+        if averages and trained and self.anybody_has_state:
+            average_moments(self._optimizer, self._workers, self._bucket_bytes, contribution)
+        if trained:
+            self.end_round()
+        if checkpoint:
+            if self.anybody_has_state:
+                same = {id(moment) for moment in moments(self._optimizer)} if averages else set()
+                share_state(self._optimizer, self._workers, self._bucket_bytes, same, contribution)
+                self._dropped_at = 0  # it has been given the others' moments
+            self.shared_at = self._steps
+
+    def end_round(self) -> None:
+        """Do what is due when a round has ended whose fragments have travelled by themselves."""
+        if self._policy == "reset":
+            reset_moments(self._optimizer)
+            self.reset_at = self._steps

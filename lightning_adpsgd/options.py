@@ -1,0 +1,181 @@
+"""What there is to choose about averaging rounds: each setting stated, and checked, once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
+from lightning_adpsgd.validation import check_choice, check_instance, check_int, check_number, wrong_type, wrong_value
+
+OptimizerState = Literal["local", "average", "reset"]
+OnDivergence = Literal["raise", "drop"]
+ReduceDtype = Literal["bf16", "fp16"]
+WorkerKind = Literal["device", "node"]
+
+_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# torch counts a timeout in whole milliseconds, and adds it to the time since 1970 in 64-bit nanoseconds.
+_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=1), timedelta(days=36_500)
+
+
+@dataclass(frozen=True)
+class AveragingOptions:
+    """How averaging rounds take place; when they do is up to an :class:`AveragingPeriod`.
+
+    Args:
+        average_buffers: whether floating-point buffers that the module saves (BatchNorm statistics) join the rounds.
+        exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`.
+        optimizer_state: what a round does to momentum and moments: leave them "local", "average" them over the workers,
+            or "reset" them to what they are before the first step.
+        bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
+        on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
+            these workers from the mean.
+        stagger: spread each round over the period.
+        overlap: d, how many local steps go on while a round, or a fragment of it, travels.
+        reduce_dtype: "bf16" or "fp16": the type in which rounds that the period asks for travel; None: as they are.
+
+    Raises:
+        TypeError: if a setting is of the wrong type.
+        ValueError: if a setting is out of range, or cannot be combined with another one.
+    """
+
+    average_buffers: bool = True
+    exclude_buffers: Sequence[str] = ()
+    optimizer_state: OptimizerState = "local"
+    bucket_size_mb: float = 64.0
+    on_divergence: OnDivergence = "raise"
+    stagger: bool = False
+    overlap: int = 0
+    reduce_dtype: ReduceDtype | None = None
+
+    def __post_init__(self) -> None:
+        checked = {
+            "average_buffers": check_instance(None, "average_buffers", self.average_buffers, bool, "True or False"),
+            "exclude_buffers": _check_patterns("exclude_buffers", self.exclude_buffers),
+            "optimizer_state": check_choice(None, "optimizer_state", self.optimizer_state, get_args(OptimizerState)),
+            "bucket_size_mb": _check_bucket_size(self.bucket_size_mb),
+            "on_divergence": check_choice(None, "on_divergence", self.on_divergence, get_args(OnDivergence)),
+            "stagger": check_instance(None, "stagger", self.stagger, bool, "True or False"),
+            "overlap": check_int(None, "overlap", self.overlap, at_least=0),
+            "reduce_dtype": check_choice(None, "reduce_dtype", self.reduce_dtype, (*get_args(ReduceDtype), None)),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # NumPy's numbers have become Python's, lists tuples
+        if self.optimizer_state == "average" and self.is_spread:
+            asked = "stagger=True" if self.stagger else f"overlap={self.overlap}"
+            raise ValueError(
+                f'optimizer_state=\'average\' with {asked}: expected "local" or "reset". The state is averaged in one'
+                " piece, while nobody trains. Leave out one of the two."
+            )
+
+    def check_with(self, period: AveragingPeriod) -> None:
+        """Make sure that a round arrives before ``period`` asks for the next one.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if isinstance(period, ConstantPeriod) and self.overlap >= period.value:
+            raise ValueError(
+                f"overlap={self.overlap} with {period!r}: expected fewer steps than the averaging period. A round has"
+                " to arrive before the next one is sent."
+            )
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The longest range of parameters reduced at once, in bytes."""
+        return int(self.bucket_size_mb * 2**20)
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """The type in which rounds that the period asks for travel; None: that of the parameters."""
+        return None if self.reduce_dtype is None else _WIRE_DTYPES[self.reduce_dtype]
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether rounds are under way while training goes on."""
+        return self.stagger or self.overlap > 0
+
+    @property
+    def transport(self) -> str:
+        """How rounds travel, in words: "at once" where no option changes it."""
+        told = [
+            "spread over the period" if self.stagger else "",
+            f"adopted {self.overlap} step(s) later" if self.overlap else "",
+            f"in {self.reduce_dtype}" if self.reduce_dtype else "",
+        ]
+        return ", ".join(filter(None, told)) or "at once"
+
+
+def options_of(options: AveragingOptions | None, **single: Any) -> AveragingOptions:
+    """The options of a caller that takes them as one argument or as single ones, but not as both.
+
+    Args:
+        options: all of them; None: there are single ones.
+        single: the single ones, which have to be at their defaults if ``options`` is given.
+
+    Raises:
+        TypeError: if an option is of the wrong type.
+        ValueError: if an option is out of range, or given besides ``options``.
+    """
+    made = AveragingOptions(**single)
+    if options is None:
+        return made
+    check_instance(None, "options", options, AveragingOptions, optional=True)
+    also = [f"{f.name}={getattr(made, f.name)!r}" for f in fields(made) if getattr(made, f.name) != f.default]
+    if also:
+        raise ValueError(
+            f"options={options!r} with {', '.join(also)}: expected one or the other. Move what is given besides into"
+            f" AveragingOptions({', '.join(also)})."
+        )
+    return options
+
+
+def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
+    """The rule that an argument named ``period`` stands for.
+
+    Args:
+        period: a rule; an int for a constant period; None for :class:`AdaptivePeriod` with its defaults.
+
+    Raises:
+        TypeError: if it stands for none.
+        ValueError: if it is an int below 1.
+    """
+    if period is None:
+        return AdaptivePeriod()
+    if isinstance(period, Integral) and not isinstance(period, bool):
+        return ConstantPeriod(int(period))
+    expected = "an AveragingPeriod, such as AdaptivePeriod(), or an int for a constant period"
+    return check_instance(None, "period", period, AveragingPeriod, expected)  # type: ignore[return-value]  # not int
+
+
+def check_timeout(value: timedelta | None) -> timedelta | None:
+    """Return ``value`` if it is a duration that torch can wait for, or None. For others torch blames the network.
+
+    Raises:
+        TypeError: if it is something else; a number of seconds is.
+        ValueError: if it is shorter than a millisecond, or longer than a hundred years.
+    """
+    expected = "a datetime.timedelta, such as timedelta(seconds=1800)"
+    timeout = check_instance(None, "timeout", value, timedelta, expected, optional=True)
+    if timeout is not None and not _SHORTEST_TIMEOUT <= timeout <= _LONGEST_TIMEOUT:
+        raise wrong_value(
+            None, "timeout", value, "between a millisecond and a hundred years, as in timedelta(minutes=30)"
+        )
+    return timeout
+
+
+def _check_bucket_size(value: object) -> float:
+    expected = "a positive, finite number of MiB, less than 2**43 of them"  # 64 bits have to count the bytes
+    most = math.nextafter(2.0**43, 0.0)
+    return check_number(None, "bucket_size_mb", value, expected, at_least=math.ulp(0.0), at_most=most)
+
+
+def _check_patterns(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+        raise wrong_type(None, name, value, 'a list of patterns of names, for example ["*.queue"]')
+    return tuple(value)

@@ -1,0 +1,313 @@
+"""The one engine of averaging rounds: holds the handshake, moves what travels, and measures it for one record."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adpsgd.averaging.state_policy import StatePolicy
+from lightning_adpsgd.averaging.tensors import TensorTracker
+from lightning_adpsgd.options import AveragingOptions
+from lightning_adpsgd.rounds.contact import Contact
+from lightning_adpsgd.rounds.full_round import FullRound
+from lightning_adpsgd.rounds.guards import Guards
+from lightning_adpsgd.rounds.handshake import (
+    Handshake,
+    Kind,
+    RankState,
+    SignalFlags,
+    lost,
+    naming_lost_workers,
+)
+from lightning_adpsgd.rounds.measures import Measures, Measuring, learning_rates
+from lightning_adpsgd.rounds.pipeline import Diverged, Drift, Pipeline, SpreadRound
+from lightning_adpsgd.rounds.record import AveragingRound, Trigger
+from lightning_adpsgd.rounds.schedule import StaggeredRounds, WholeRounds
+from lightning_adpsgd.rounds.stopwatch import Stopwatch
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.reduction import CollectiveError
+
+_READS_LATER: bool | None = None
+"""Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
+
+
+class RoundResult(NamedTuple):
+    """What a round came to."""
+
+    record: AveragingRound
+    """All of it but the rule's target."""
+    scalars: list[float]
+    """The means of the numbers that the rule has sent along."""
+    drift: Drift | None
+    """For how long what was sent had drifted; None where that is not to be compared with other rounds at all."""
+    parameters: list[Tensor]
+
+
+class RoundEngine:
+    """Averages one optimizer's parameters: everything at once when told to, or fragments as a schedule says.
+
+    A round of everything holds the handshake before anything is overwritten, and streams bucket by bucket. Fragments
+    travel beside training (see :class:`Pipeline`). Measuring, bookkeeping and records are the same for both.
+
+    Args:
+        optimizer: its parameters are averaged.
+        options: how.
+        module: whose buffers join the rounds, and in which tensors have names; None if there is none.
+        workers: with whom.
+        async_group: the same workers in a process group of its own, for fragments; made if needed.
+        flags: bits that ride along.
+        owners: for each parameter's id, which optimizer averages it, where several have it.
+        index: the optimizer's index.
+        scalars: the numbers that the rule sends along, now.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: AveragingOptions,
+        *,
+        module: nn.Module | None,
+        workers: WorkerGroup,
+        async_group: WorkerGroup | None,
+        flags: SignalFlags,
+        owners: dict[int, Any] | None,
+        index: int,
+        scalars: Callable[[], Sequence[float | Tensor]],
+    ) -> None:
+        learning_rates(optimizer, workers.device)  # of which every group has to have one
+        # Configuration
+        self._workers = workers
+        self._measures = Measures(optimizer, workers, index, scalars)
+        self.tracker = TensorTracker(
+            optimizer,
+            buffers_of=module if options.average_buffers else None,
+            exclude_buffers=options.exclude_buffers,
+            names_of=module,
+            workers=workers,
+            bucket_bytes=options.bucket_bytes,
+            reduce_dtype=options.wire_dtype,
+            # Two corrections of one parameter that are in flight at the same time would add up.
+            owners=owners if options.overlap > 0 else None,
+        )
+        self.state_policy = StatePolicy(
+            optimizer, options.optimizer_state, options.on_divergence == "drop", workers, options.bucket_bytes
+        )
+        self.guards = Guards(workers, index, self.tracker.name_of)
+        self._contact = Contact(optimizer, workers, self.state_policy, self.guards, flags, index)
+        self._full_round = FullRound(
+            self._contact,
+            self.tracker,
+            workers,
+            self.state_policy,
+            self.guards,
+            self._measures,
+            drop=options.on_divergence == "drop",
+            bucket_bytes=options.bucket_bytes,
+        )
+        self._opened: WorkerGroup | None = None
+        self._pipeline: Pipeline | None = None
+        if options.is_spread and workers.count > 1:
+            if async_group is None:
+                # One for each optimizer: where ranks step theirs in different orders, fragments of different sizes
+                # would meet in a common one, for which gloo ends the process before anybody sees that they disagree.
+                with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
+                    async_group = self._opened = workers.new_async_group()
+            self._pipeline = Pipeline(
+                (StaggeredRounds if options.stagger else WholeRounds)(options.overlap),
+                tracker=self.tracker,
+                workers=workers,
+                async_group=async_group,
+                state=self._contact.state,
+                look_ahead=self.state_policy.look_ahead,
+            )
+        # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
+        self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
+
+        # State
+        self.local_steps = 0
+        """Optimizer steps attempted since the latest round."""
+        self.handshakes = 0
+        """How many rounds of everything there were. A record may be read later than that."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps attempted so far."""
+        return self._contact.steps
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether there is something to average: steps since all workers were the same, or residuals of rounding."""
+        if self.local_steps > 0 or self.tracker.has_residual or self.tracker.moved_by_others:
+            return True
+        return self._pipeline is not None and self._pipeline.steps > 0
+
+    def restore(self, steps: int, local_steps: int) -> None:
+        """Go on from a checkpoint's counters."""
+        self._contact.steps, self.local_steps = steps, local_steps
+        self.state_policy.count(steps)
+
+    def mark_synchronized(self) -> None:
+        """Take note that all workers have been given the same, from a file for example."""
+        self.local_steps = 0
+        self.tracker.moved_by_others = False
+        if self._pipeline is not None:
+            self._pipeline.restart()
+        if self._workers.count > 1:
+            self.tracker.mark_synchronized()
+
+    def count_step(self) -> None:
+        """Count a step that the optimizer has attempted."""
+        self._contact.steps += 1
+        self.local_steps += 1
+        self.state_policy.count(self.steps)
+        self.tracker.note_step()
+        if self._pipeline is not None:
+            self._pipeline.count_step()
+
+    def launch(self, period: int) -> None:
+        """Send what is due after a step: a round, or a fragment of one.
+
+        Args:
+            period: p, in force for a round that begins now.
+        """
+        if self._pipeline is not None:
+            self._send(self._pipeline, period)
+        elif self.local_steps >= period:
+            self.run("period", period, later=self._reads_later)
+
+    @torch.inference_mode(False)  # tensors that are made in inference mode could not be written to later
+    @torch.no_grad()
+    def _send(self, pipeline: Pipeline, period: int) -> None:
+        with self._falling_back_to_a_whole_round(period), self._measures.booked():
+            self._measure(*pipeline.send(self.steps, period))
+
+    def land(self, period: int, everything: bool = False) -> list[RoundResult]:
+        """Adopt what has arrived, and return what has been measured.
+
+        Args:
+            period: p, in force.
+            everything: adopt all that is in flight, and wait for all measures.
+        """
+        # In a local step between two rounds there is nothing, and that has to cost nothing.
+        return self._land(period, everything) if self._pipeline is not None or len(self._measures) > 0 else []
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _land(self, period: int, everything: bool) -> list[RoundResult]:
+        if self._pipeline is not None:
+            with self._falling_back_to_a_whole_round(period), self._measures.booked():
+                if everything:
+                    self._measure(*self._pipeline.finish(self.steps))
+                self._measure(*self._pipeline.land(everything))
+        return [self._read(measuring) for measuring in self._measures.pop_ready(self.steps, everything)]
+
+    def keep_for_look_ahead(self, period: int) -> None:
+        """After all is done for a step: keep what is needed to look ahead after the next one."""
+        if self._pipeline is not None:
+            with torch.inference_mode(False), torch.no_grad(), self._measures.booked():
+                self._pipeline.keep_for_look_ahead(period)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def run(self, trigger: Trigger, period: int, also: Sequence[Tensor] = (), later: bool = False) -> None:
+        """Average everything now. Nothing may be in flight.
+
+        Args:
+            trigger: who asks.
+            period: p, in force.
+            also: further tensors to average along.
+            later: whether its measures are to be read after the next step.
+        """
+        tensors = self.tracker.current()
+        tensors.take_over()
+        stopwatch = Stopwatch(self._workers.device, self._workers.patience.wait_for)
+        with self._measures.bytes_booked():
+            numbers, dropped = self._full_round.run(trigger, period, tensors, also, self.has_trained)
+        self.handshakes += 1
+        stopwatch.stop()
+        # The variance among fewer workers is another one, and so is that of a round which replaces fragments.
+        comparable = trigger == "period" and dropped == 0 and self._pipeline is None
+        self._measures.append(
+            Measuring(
+                step=self.steps,
+                trigger=trigger,
+                period=period,
+                drift="a period" if comparable else None,
+                numbers=numbers,
+                groups=tensors.averager.groups,
+                read_at=self.steps + later,
+                local_steps=self.local_steps,
+                dropped=dropped,
+                stopwatch=stopwatch,
+            )
+        )
+        if self._pipeline is not None:
+            self._pipeline.restart()
+        self.tracker.moved_by_others = False
+        self._start_from(self.steps)
+
+    def close(self) -> None:
+        """Close the connections that were opened for fragments; only rounds of everything may follow."""
+        if self._opened is not None:
+            self._opened.close()
+
+    def _lost(self, state: RankState, error: CollectiveError) -> Exception:
+        return lost(self._workers, state, error) if self._pipeline is None else self._pipeline.lost(state, error)
+
+    @contextmanager
+    def _naming_lost_workers(self, kind: Kind, trigger: Trigger, period: int) -> Iterator[None]:
+        try:
+            yield
+        except CollectiveError as error:
+            state = self._contact.state(kind, trigger, period)
+            raise self._lost(state, error) from error
+
+    @contextmanager
+    def _falling_back_to_a_whole_round(self, period: int) -> Iterator[None]:
+        """If some worker has sent what is not finite, deal with that in a round of everything."""
+        try:
+            yield
+            return
+        except Diverged:
+            with self._naming_lost_workers("an averaging round", "period", period):
+                self._measures.discard()
+        self.run("period", period)
+
+    def _measure(self, handshakes: Sequence[Handshake], ended: Sequence[SpreadRound]) -> None:
+        """Take note of handshakes, and begin to find out what rounds whose last fragment has landed have measured."""
+        for handshake in handshakes:
+            self._contact.heed(handshake)
+        for round_ in ended:
+            self._measures.append(
+                Measuring(
+                    step=round_.step,
+                    trigger="period",
+                    period=round_.period,
+                    drift=round_.drift,
+                    numbers=self._measures.launch([*round_.deviations]),
+                    groups=len(round_.deviations),
+                    # Nobody waits for numbers that are not needed before the next step.
+                    read_at=self.steps + (round_.delay > 0),
+                )
+            )
+
+    def _read(self, measuring: Measuring) -> RoundResult:
+        with self._naming_lost_workers("an averaging round", measuring.trigger, measuring.period):
+            means = self._measures.read(measuring)
+        local_steps = measuring.local_steps
+        if local_steps is None:
+            self.state_policy.end_round()
+            local_steps = self.local_steps - (self.steps - measuring.step)
+            self._start_from(measuring.step)
+        record = self._measures.record(measuring, means, local_steps)
+        scalars = means[2 * measuring.groups :]
+        return RoundResult(record, scalars, measuring.drift, self.tracker.current().parameters)
+
+    def _start_from(self, step: int) -> None:
+        """Take note of a round at a step: what is trained since then is what is averaged next."""
+        self.local_steps = self.steps - step
+        if not self.has_trained:
+            self.tracker.note_averaged()

@@ -1,0 +1,64 @@
+"""When the fragments of a round leave, and when their means land: arithmetic of steps, without tensors or processes."""
+
+from abc import ABC, abstractmethod
+
+from typing_extensions import override
+
+
+class Schedule(ABC):
+    """Divides a round into fragments, and says at which local step each leaves and lands.
+
+    A round of period p averages every element once, in one or several fragments. Everything is counted in local steps,
+    not in time, so that all workers do the same at the same step.
+
+    Args:
+        overlap: d, the local steps that go on while a fragment travels; at most p − 1 are.
+    """
+
+    def __init__(self, overlap: int = 0) -> None:
+        self.overlap = overlap
+
+    def delay(self, period: int) -> int:
+        """How many steps after it was sent a fragment's mean is adopted."""
+        return min(self.overlap, period - 1)
+
+    @abstractmethod
+    def fragments(self, period: int) -> int:
+        """How many fragments a round has."""
+
+    @abstractmethod
+    def is_due(self, step: int, sent_at: int, period: int) -> bool:
+        """Whether a fragment is to be sent now.
+
+        Args:
+            step: local steps since all workers were last the same.
+            sent_at: the step at which the latest fragment was sent; 0 if none was.
+            period: p.
+        """
+
+
+class WholeRounds(Schedule):
+    """Everything at once, every p steps."""
+
+    @override
+    def fragments(self, period: int) -> int:
+        return 1
+
+    @override
+    def is_due(self, step: int, sent_at: int, period: int) -> bool:
+        return step - sent_at >= period
+
+
+class StaggeredRounds(Schedule):
+    """One of p fragments after each step; the first one p steps after all workers were the same.
+
+    What has hardly drifted is not worth sending, and its variance would say nothing.
+    """
+
+    @override
+    def fragments(self, period: int) -> int:
+        return period
+
+    @override
+    def is_due(self, step: int, sent_at: int, period: int) -> bool:
+        return sent_at > 0 or step >= period

@@ -1,0 +1,184 @@
+"""All optimizers of a training run: their rounds, handshakes and checkpoint entries, for any door."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adpsgd.averaging.buffers import averaged_buffers
+from lightning_adpsgd.averaging.layout import hash48
+from lightning_adpsgd.local_sgd import LocalSGD
+from lightning_adpsgd.options import AveragingOptions
+from lightning_adpsgd.periods import AveragingPeriod
+from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, SignalFlags, check_module
+from lightning_adpsgd.rounds.record import AveragingRound, Trigger
+from lightning_adpsgd.workers.group import WorkerGroup
+
+
+class TrainingSession:
+    """Holds one :class:`LocalSGD` per optimizer, and does what concerns all of them.
+
+    A door (Lightning's strategy, for example) tells it that optimizers have stepped and that somebody is about to look
+    at the weights; it needs to know nothing of rounds.
+
+    Args:
+        optimizers: of the run; their order is the same on all ranks.
+        period: the rule; each optimizer gets a copy of its own.
+        options: of the rounds.
+        module: the model, whose buffers join the rounds.
+        workers: whom to average with.
+        listeners: are called with the record of every round.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        period: AveragingPeriod,
+        options: AveragingOptions,
+        *,
+        module: nn.Module,
+        workers: WorkerGroup,
+        listeners: Sequence[Callable[[AveragingRound], None]] = (),
+    ) -> None:
+        self.workers = workers
+        self.module = module
+        self.flags = SignalFlags()
+        """Bits that any worker raises, and that all learn at the next round."""
+        self._options = options
+        self._buffers_moved = False
+        owners: dict[int, Any] = {}
+        self.local_sgd = [
+            LocalSGD(
+                optimizer,
+                copy.deepcopy(period),
+                module=module,
+                total_steps="later",
+                options=options,
+                workers=workers,
+                flags=self.flags,
+                owners=owners,
+                index=index,
+            )
+            for index, optimizer in enumerate(optimizers)
+        ]
+        """One per optimizer, in their order."""
+        for listener in listeners:
+            self.subscribe(listener)
+
+    def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
+        """Have ``listener`` called with the record of every round of every optimizer, on every worker."""
+        for local_sgd in self.local_sgd:
+            local_sgd.subscribe(listener)
+
+    def setup(self, total_steps: int | None) -> None:
+        """Tell the rules how long the run is; all workers hold the same when this is called.
+
+        Args:
+            total_steps: K, the steps that each optimizer will take; None if it is not known.
+        """
+        for local_sgd in self.local_sgd:
+            local_sgd.setup(total_steps)
+            local_sgd.mark_synchronized()
+
+    def of(self, optimizer: Optimizer) -> LocalSGD | None:
+        """The one that counts an optimizer's steps; None if that is none of the run's."""
+        return next((each for each in self.local_sgd if each.optimizer is optimizer), None)
+
+    def note_forward(self) -> None:
+        """Take note that a forward pass may move buffers, such as BatchNorm's statistics."""
+        self._buffers_moved = True
+
+    def step(self, local_sgd: LocalSGD) -> None:
+        """Count a step of an optimizer, and average if its period is over."""
+        local_sgd.step()
+        if not local_sgd.has_trained:
+            self._buffers_moved = False
+
+    def average(self, trigger: Trigger, further: Sequence[Tensor] = ()) -> bool:
+        """Average what has been trained since the latest round, if anything has.
+
+        Args:
+            trigger: who asks.
+            further: tensors to average along, with which there is a round in any case.
+
+        Returns:
+            Whether there was a round, so that all workers are known to be at the same point.
+        """
+        also = [*further]
+        if self._buffers_moved and self._options.average_buffers and not any(ls.has_trained for ls in self.local_sgd):
+            # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
+            also += [buffer for _, buffer in averaged_buffers(self.module, self._options.exclude_buffers)]
+        self._buffers_moved = False
+        before = self._handshakes
+        for place, local_sgd in enumerate(self.local_sgd):
+            local_sgd.average(trigger, also if place == 0 else ())
+        return self._handshakes > before
+
+    def handshake(self, kind: Kind, where: str = "") -> None:
+        """Make sure that all workers are about to do the same.
+
+        Args:
+            kind: what they are about to do.
+            where: the hook that this rank is in, for error messages.
+
+        Raises:
+            WorkersDisagreeError: on every worker, if they are not.
+            WorkerLostError: if a worker does not come.
+        """
+        if self.workers.size > 1:
+            state = RankState(KINDS.index(kind), sum(local_sgd.steps for local_sgd in self.local_sgd))
+            Handshake(self.workers, state, where).complete()
+
+    def adopt_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give all workers the first worker's ``tensors``, if they differ from worker to worker."""
+        each = [
+            hash48(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            for tensor in tensors
+        ]
+        if len(self.workers.table([hash48(repr(each).encode())]).unique()) > 1:
+            check_module(self.workers, self.module)
+            self.workers.broadcast_(tensors)
+
+    @property
+    def progress(self) -> str:
+        """Where this worker stands, in words."""
+        return ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self.local_sgd)
+
+    def state_dict(self, with_optimizers: bool = True) -> dict[str, Any]:
+        """What a checkpoint needs: who has written it, and each optimizer's counters and rule.
+
+        Args:
+            with_optimizers: whether it holds more than weights.
+        """
+        state: dict[str, Any] = {
+            "workers": self.workers.count,
+            "ranks": self.workers.size,
+            "averaged": all(local_sgd.is_complete for local_sgd in self.local_sgd),
+            "rank": self.workers.rank,
+        }
+        if with_optimizers:
+            state["optimizers"] = [local_sgd.state_dict() for local_sgd in self.local_sgd]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, where all workers have been given the same weights and optimizer state."""
+        for local_sgd, saved in zip(self.local_sgd, state["optimizers"], strict=False):
+            local_sgd.load_state_dict(saved)
+            local_sgd.mark_synchronized()
+
+    def go_on_from(self, former: "TrainingSession") -> None:
+        """Take over counters and rules of a session before on the same model, if it had as many optimizers."""
+        if len(former.local_sgd) == len(self.local_sgd):
+            self.load_state_dict(former.state_dict())
+
+    def close(self) -> None:
+        """Close the connections that were opened for this run."""
+        for local_sgd in self.local_sgd:
+            local_sgd.close()
+
+    @property
+    def _handshakes(self) -> int:
+        return sum(local_sgd.handshakes for local_sgd in self.local_sgd)

@@ -1,0 +1,83 @@
+"""How a process ends after a failure: without leaving other processes waiting for it, and without waiting for them."""
+
+import atexit
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_adpsgd.trainer.compat import stop_watching_children
+from lightning_adpsgd.workers.group import WorkerGroup
+
+_SECONDS_FOR_CHILDREN_TO_END = 10.0
+_SECONDS_FOR_OTHERS_TO_READ = 2.0
+_SECONDS_TO_EXIT = 40
+
+_failures: list[tuple[DDPStrategy, WorkerGroup, BaseException]] = []
+
+
+def end_others_at_exit(strategy: DDPStrategy, workers: WorkerGroup, exception: BaseException) -> None:
+    """After a failure on this rank: make sure that no other rank waits for it once the process has ended.
+
+    Lightning does not stop the processes that its launcher has started: they would find out in their next collective,
+    with NCCL only after its timeout. So at exit this process closes its connections, which they notice, and gives them
+    some seconds to report before it kills them. If the script goes on instead, call :func:`forget_failure`.
+    """
+    if workers.size == 1:
+        return
+    if not _failures:
+        atexit.register(_end_others)
+    _failures[:] = [(strategy, workers, exception)]
+
+
+def forget_failure() -> None:
+    """The script has caught the error and goes on: leave the other processes alone."""
+    _failures.clear()
+    atexit.unregister(_end_others)
+
+
+def _end_others() -> None:
+    stop_watching_children()  # it would kill this process, with another exit code, as soon as a child has ended
+    for strategy, workers, _ in _failures:
+        workers.peers.abort()
+        workers.peers.linger(seconds=_SECONDS_FOR_OTHERS_TO_READ)
+        children = getattr(strategy.launcher, "procs", None) or []
+        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN_TO_END
+        for rank, child in enumerate(children, strategy.global_rank + 1):
+            if not isinstance(child, subprocess.Popen):
+                continue
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                if workers.peers.is_ending(rank):
+                    continue  # by itself, and it may still have files to upload
+                child.kill()
+                child.wait()
+
+
+@atexit.register  # when this package is imported, so that it runs after what scripts and loggers register later
+def _limit_the_time_to_exit() -> None:
+    """Have the system end this process if native threads that wait for another rank keep it from exiting."""
+    if not any(_ends_the_process(exception) for *_, exception in _failures) or not hasattr(signal, "alarm"):
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_SECONDS_TO_EXIT)
+    threading.Thread(target=_postpone_the_alarm, daemon=True).start()
+
+
+def _ends_the_process(exception: BaseException) -> bool:
+    if isinstance(exception, SIGTERMException):
+        return False  # all ranks have raised it at the same step: none waits for another
+    # The interpreter records an uncaught error, unless it stands for an exit.
+    return not isinstance(exception, Exception) or getattr(sys, "last_value", None) is not None
+
+
+def _postpone_the_alarm() -> None:
+    """Postpone it for as long as the interpreter runs threads: other work at exit may take the time it needs."""
+    while True:
+        signal.alarm(_SECONDS_TO_EXIT)
+        time.sleep(0.5)

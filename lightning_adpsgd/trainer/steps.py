@@ -1,0 +1,95 @@
+"""Counts optimizer steps, however they are taken, and says where on the axis of the loss their rounds belong."""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_adpsgd.rounds.record import AveragingRound
+from lightning_adpsgd.session import TrainingSession
+from lightning_adpsgd.trainer.compat import step_of_the_loss, trainer_of
+from lightning_adpsgd.trainer.weights import AveragedWeights
+
+_LATEST_STEPS = 16  # of which it is known where they belong, beside those of a round in flight
+
+
+class CountedSteps(AveragedWeights):
+    """Tells the session of every step of an optimizer, also of those that are taken past Lightning."""
+
+    def __init__(self, **launching: Any) -> None:
+        super().__init__(**launching)
+        self._stepping = False
+        self._step_hooks: list[RemovableHandle] = []
+        self._logged_steps: dict[int, deque[tuple[int, int]]] = {}  # of each optimizer's latest steps
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "pl.LightningModule | Module | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Step the optimizer, then count the attempt, which averages if the period is over."""
+        self._stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._stepping = False
+        self._count_step(optimizer)
+        return output
+
+    def logged_step(self, round_: AveragingRound) -> int:
+        """The step at which to log a round of this fit, on the axis of the loss: that of the batch it came after.
+
+        Lightning counts batches that led to a step there, where ``trainer.global_step`` counts the steps of all
+        optimizers. The record of a round that the period asks for may come some steps after the round.
+        """
+        if round_.trigger == "period":
+            for step, logged_step in self._logged_steps.get(round_.optimizer, ()):
+                if step == round_.step:
+                    return logged_step
+        trainer = trainer_of(self.lightning_module)
+        return round_.step if trainer is None else step_of_the_loss(trainer)
+
+    def _watch_steps(self, session: TrainingSession) -> None:
+        """Be told of steps that are taken past Lightning, until :meth:`_stop_watching`."""
+        self._logged_steps = {}
+        for local_sgd in session.local_sgd:
+            with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
+                self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
+
+    def _stop_watching(self) -> None:
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
+
+    def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step that was taken past Lightning, with ``self.optimizers(use_pl_optimizer=False)`` for example."""
+        if not self._stepping:
+            self._count_step(optimizer)
+
+    def _count_step(self, optimizer: Optimizer) -> None:
+        self._second_weights_moved = True
+        local_sgd = None if self._session is None else self._session.of(optimizer)
+        if self._session is not None and local_sgd is not None:
+            trainer = trainer_of(self.lightning_module)
+            if trainer is not None:
+                latest = deque[tuple[int, int]](maxlen=local_sgd.options.overlap + _LATEST_STEPS)
+                latest = self._logged_steps.setdefault(local_sgd.index, latest)
+                latest.append((local_sgd.steps + 1, step_of_the_loss(trainer)))
+            self._session.step(local_sgd)
+        elif optimizer.param_groups:
+            raise MisconfigurationException(
+                f"A {type(optimizer).__name__} was stepped that is none of the optimizers that configure_optimizers()"
+                f" had returned when fit began. {type(self).__name__} keeps count of each optimizer's local steps:"
+                " return all optimizers from configure_optimizers(), and change them in place (add_param_group) instead"
+                " of replacing them."
+            )
