@@ -1,46 +1,44 @@
 """What `link.py` compares: ways to train one model on many workers, each as its own project recommends.
 
-Those that average parameters do so every `period` steps, so that all of them have the same number of rounds. What a
-contender says it has sent is its own account where it keeps one (``adpsgd``, PowerSGD); for the others it is what a
-ring all-reduce sends for the tensors that it reduces.
+Those that average parameters do so every `period` steps, so that all of them have the same number of rounds. The bytes
+that a contender reports are its own count where it has one (``adpsgd``, PowerSGD, QSGD); for the others they are what a
+ring all-reduce sends for the tensors that were reduced.
 
-What sets some of them apart from what else there is, and is not this package's merit:
+Where the comparison is unfair for reasons that are not this package's merit:
 
 - Lightning broadcasts a tensor at every batch in every strategy of several processes (whether SIGTERM has come), so
-  ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. It is what they cost their users, and is kept.
-- Lightning registers no communication hook on a CPU. It is done here for the contenders that have one; left to
-  Lightning, ``post-local-sgd`` would send gradients and parameters both.
-- Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, post-local SGD
-  included. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nobody averages them.
-- ``accelerate`` and ``torchft`` are plain loops, without a Trainer and what it takes per step, while the time that
-  everybody is compared with, ``none``, has it: where a step is short they look better than they communicate. Compare
-  them with ``none-loop``, and with ``adpsgd-loop``, which is this package's `LocalSGD` in the same loop.
+  ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. Their users pay it too, so it is kept.
+- Lightning registers no communication hook on a CPU. Here it is done for the contenders that have one; otherwise
+  ``post-local-sgd`` would send both gradients and parameters.
+- Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, also in post-local
+  SGD. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nothing averages them.
+- ``accelerate`` and ``torchft`` are plain loops without the cost of a Trainer, but everything is compared with
+  ``none``, which has one: with short steps they look better than they communicate. Compare them with ``none-loop``, and
+  with ``adpsgd-loop``, which is this package's `LocalSGD` in the same loop.
 - ``accelerate`` makes one all-reduce per parameter, each waited for, after a barrier.
-- ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse looks for one
-  every 100 ms by default; here it does so every 10 ms, because only one long wait per round would be measured.
-- ``adpsgd-bf16`` does not send in a ring but from each rank to each other one: with several ranks per host, more than
-  what is reported for a rank leaves the host. The same goes for ``qsgd``.
-- PowerSGD gets all gradients in one bucket, when the backward pass is over. Its hook waits for collectives inside of
-  callbacks, which gloo runs on two threads: with more buckets it hangs. And it compresses matrices, so how much it
-  saves depends on the shapes of the model, and what it loses is not in a time per step: look at the loss.
-- ``qsgd`` quantizes on the cores that train, in PyTorch's operations and not in a kernel made for it, and only the
-  first of its two phases can hide behind the backward pass, while all of ``ddp`` can. Where the link is fast, or cores
-  are few, that takes more time than it saves. What its noise costs is in the loss, as with PowerSGD.
-- ``even`` has as many rounds as `Plan.mean_period` says, spread over the whole run: give it the mean period that an
-  adaptive run has had, and both have sent the same. How many of them are in the timed steps, may differ by one.
+- ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse checks for one
+  every 100 ms by default; here every 10 ms, because otherwise only that wait would be measured.
+- ``adpsgd-bf16`` and ``qsgd`` send directly from each rank to each other rank, not in a ring: with several ranks per
+  host, more than what is reported for a rank leaves the host.
+- PowerSGD gets all gradients in one bucket, after the backward pass. Its hook waits for collectives inside of
+  callbacks, which gloo runs on two threads, so that it hangs with more buckets. It compresses matrices, so the saving
+  depends on the shapes of the model, and its loss of accuracy does not show in the time per step: look at the loss.
+- ``qsgd`` quantizes on the cores that train, with PyTorch's operations and without a special kernel, and only the first
+  of its two phases can hide behind the backward pass, while all of ``ddp`` can. With a fast link or few cores this
+  takes longer than it saves. The effect of its noise is in the loss, as with PowerSGD.
+- ``even`` has as many rounds as `Plan.mean_period` says, spread over the whole run: with the mean period of an adaptive
+  run, both send the same. The number of its rounds in the timed steps can differ by one.
 """
 
 import gc
-import inspect
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
@@ -52,33 +50,51 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from benchmarks.baselines import EvenRounds, HookedDDP, QSGDStrategy
-from benchmarks.ranks import ADDRESS
-from benchmarks.training import Recipe, Record, Recorder, Sent, Task, loss_of, new_loader, new_network, new_optimizer
-from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, LocalSGD
+from benchmarks.frame.rank import ADDRESS
+from benchmarks.frame.trainer import Rounds, Sent, new_trainer, unknown_options
+from benchmarks.training import (
+    Recipe,
+    Record,
+    Recorder,
+    Task,
+    loss_of,
+    model_size,
+    new_loader,
+    new_network,
+    new_optimizer,
+)
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, LocalSGD
 from lightning_adpsgd.rounds.record import ring_bytes
 
 POWERSGD_RANK = 2  # what its paper uses for images
-FIRST_POWERSGD_STEP = 2  # the least that PyTorch allows
+FIRST_POWERSGD_STEP = 2  # the smallest that PyTorch allows
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, whoever's it is."""
+    """A run, the same for every contender."""
 
     recipe: Recipe
     hosts: int
     ranks_per_host: int
     period: int
-    adapt: bool
-    """Whether ``AdaptivePeriod`` is to leave the period; it samples for the first quarter of the run then."""
-    mean_period: float | None = None
-    """Steps per averaging round of ``even``, which need not be whole."""
+    adapt: bool  # whether ``AdaptivePeriod`` changes the period, after it has sampled for a quarter of the run
+    mean_period: float | None = None  # steps per averaging round of ``even``; need not be whole
 
     @property
     def world_size(self) -> int:
         """All ranks."""
         return self.hosts * self.ranks_per_host
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Plan":
+        """A plan as an order has it."""
+        return cls(**{**content, "recipe": Recipe(**content["recipe"])})
 
 
 @dataclass(frozen=True)
@@ -86,12 +102,10 @@ class Contender:
     """A way to train."""
 
     name: str
-    train: Callable[[Plan, Record], None]
-    """Trains on the calling rank, whose rank is in the environment as torchrun leaves it there."""
-    why_not: Callable[[Plan], str | None] = lambda plan: None
-    """Why it cannot take part, as a sentence; None if it can."""
+    train: Callable[[Plan, Record], None]  # trains on the calling rank, whose environment is as torchrun sets it
+    why_not: Callable[[Plan], str | None] = lambda plan: None  # why it cannot take part; None if it can
     sends_in_slices: bool = False
-    """Whether every rank of a host sends a slice; otherwise the ring leaves each host from one rank only."""
+    """Whether every rank of a host sends a slice to other hosts; in a ring only one of them does."""
 
 
 # Lightning
@@ -99,25 +113,14 @@ class Contender:
 
 def _fit(plan: Plan, record: Record, strategy: Strategy, *callbacks: Callback, **options: Any) -> None:
     task = Task(plan.recipe)
-    settings = {"devices": plan.ranks_per_host, "num_nodes": plan.hosts, **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        callbacks=[*callbacks, Recorder(record)],
-        max_epochs=1,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    settings = {"devices": plan.ranks_per_host, "num_nodes": plan.hosts, "max_epochs": 1, **options}
+    trainer = new_trainer(strategy, *callbacks, Recorder(record), use_distributed_sampler=False, **settings)
     trainer.fit(task, new_loader(plan.recipe, _rank(), plan.world_size))
     _disconnect()
 
 
 def _alone(plan: Plan, record: Record) -> None:
-    """Each rank is Lightning's trainer of a single device, and knows of no other one."""
+    """Each rank is a Trainer on a single device, and knows of no other rank."""
     strategy = SingleDeviceStrategy(torch.device("cpu"))
     _fit(plan, record, strategy, devices=1, num_nodes=1, plugins=[LightningEnvironment()])
 
@@ -140,12 +143,12 @@ def _ddp_powersgd(plan: Plan, record: Record) -> None:
         return states[0]
 
     def sent() -> Sent:
-        # It counts from its first step on; a run's timed steps come later.
+        # It counts from its first step on, which is before the timed steps.
         compressed = states[0].total_numel_after_compression if states else 0
         return Sent(record.steps, ring_bytes(4 * compressed, plan.world_size))
 
     record.sent = sent
-    one_bucket = 1 + 4 * _parameters(plan) // 2**20  # in MB
+    one_bucket = 1 + 4 * model_size(plan.recipe) // 2**20  # in MB
     _fit(plan, record, HookedDDP(powerSGD_hook, new_state, bucket_cap_mb=one_bucket))
 
 
@@ -156,7 +159,7 @@ def _qsgd(plan: Plan, record: Record) -> None:
 
 
 def _post_local_sgd(plan: Plan, record: Record) -> None:
-    # Gradients are reduced among the ranks of a host; where there is one, that is left out.
+    # Gradients are reduced among the ranks of a host, if there are several.
     state = PostLocalSGDState(None, None, start_localSGD_iter=0, post_local_gradient_allreduce=plan.ranks_per_host > 1)
 
     def with_subgroup() -> PostLocalSGDState:
@@ -164,7 +167,7 @@ def _post_local_sgd(plan: Plan, record: Record) -> None:
             state.subgroup, _ = dist.new_subgroups(group_size=plan.ranks_per_host)
         return state
 
-    # Lightning's averager, which looks at the state, averages after the first step and then once in a period.
+    # Lightning's averager, which reads the state, averages after the first step and then once per period.
     record.sent = _every_period(plan, lambda: -(-record.steps // plan.period))
     _fit(
         plan,
@@ -173,28 +176,9 @@ def _post_local_sgd(plan: Plan, record: Record) -> None:
     )
 
 
-class RoundCounter(Callback):
-    """Adds up what averaging rounds report."""
-
-    def __init__(self) -> None:
-        self.sent = Sent()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Be told of rounds."""
-        trainer.strategy.subscribe(self.add)
-
-    def add(self, round_: AveragingRound) -> None:
-        """Add one."""
-        self.sent = Sent(self.sent.rounds + 1, self.sent.bytes + round_.sent_bytes)
-
-
-def _constant(plan: Plan, record: Record) -> None:
-    _average(plan, record, period=plan.period)
-
-
-def _even(plan: Plan, record: Record) -> None:
+def _even_rounds(plan: Plan) -> EvenRounds:
     assert plan.mean_period is not None
-    _average(plan, record, EvenRounds(max(1, round(plan.recipe.steps / plan.mean_period))))
+    return EvenRounds(max(1, round(plan.recipe.steps / plan.mean_period)))
 
 
 def _needs_mean_period(plan: Plan) -> str | None:
@@ -202,37 +186,33 @@ def _needs_mean_period(plan: Plan) -> str | None:
 
 
 def _average(plan: Plan, record: Record, period: AveragingPeriod | int, **options: Any) -> None:
-    counter = RoundCounter()
-    record.sent = lambda: counter.sent
-    _fit(plan, record, ADPSGDStrategy(period=period, **options), counter)
+    rounds = Rounds()
+    record.sent = rounds.sent
+    _fit(plan, record, ADPSGDStrategy(period=period, **options), rounds)
 
 
 def _adaptive(plan: Plan) -> AdaptivePeriod:
-    # While it samples, which may be throughout, the period stays what it was at first.
+    # While it samples, the period keeps its first value.
     return AdaptivePeriod(initial=plan.period, sampling=0.25 if plan.adapt else 1.0)
 
 
 def _adpsgd(name: str, sends_in_slices: bool = False, **options: Any) -> Contender:
-    """The package with some of its options, which this version of it may not have."""
+    """This package with some of its options."""
 
     def train(plan: Plan, record: Record) -> None:
         _average(plan, record, _adaptive(plan), **options)
 
     def why_not(plan: Plan) -> str | None:
-        known = inspect.signature(ADPSGDStrategy).parameters
-        unknown = [f"{option}={value!r}" for option, value in options.items() if option not in known]
-        if unknown:
-            return f"this version of lightning_adpsgd does not have {', '.join(unknown)}"
         if options.get("worker") == "node" and plan.ranks_per_host == 1:
             return "with one rank per host it is the same as adpsgd; see --ranks-per-host"
         if options.get("overlap", 0) >= plan.period:
             return f"overlap={options['overlap']} needs a longer period than {plan.period}"
-        return None
+        return unknown_options(options)
 
     return Contender(name, train, why_not, sends_in_slices)
 
 
-# Others, in a loop of their own
+# Others, in a plain loop
 
 
 def _loop(
@@ -263,10 +243,10 @@ def _loop_adpsgd(plan: Plan, record: Record) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     network = new_network(plan.recipe)
     optimizer = new_optimizer(plan.recipe, network)
-    counter = RoundCounter()
-    record.sent = lambda: counter.sent
+    rounds = Rounds()
+    record.sent = rounds.sent
     local_sgd = LocalSGD(optimizer, _adaptive(plan), module=network, total_steps=plan.recipe.steps)
-    local_sgd.subscribe(counter.add)
+    local_sgd.subscribe(rounds.kept.append)
     _loop(plan, record, network, optimizer, after_step=local_sgd.step)
     _disconnect()
 
@@ -287,7 +267,7 @@ def _accelerate(plan: Plan, record: Record) -> None:
 
 
 def _torchft(plan: Plan, record: Record) -> None:
-    """Every rank is a replica group of its own, with its own store and manager; rank 0 has the lighthouse."""
+    """Every rank is a replica group with its own store and manager; rank 0 has the lighthouse."""
     from torchft.coordination import LighthouseServer
     from torchft.local_sgd import LocalSGD
     from torchft.manager import Manager
@@ -320,7 +300,7 @@ def _torchft(plan: Plan, record: Record) -> None:
     record.sent = _every_period(plan, manager.current_step)
     with LocalSGD(manager, network, optimizer, sync_every=plan.period):
         _loop(plan, record, network, optimizer)
-    record.meet()  # none may leave while others are in the last round
+    record.meet()  # no rank may leave while others are in the last round
     manager.shutdown(wait=False)
     if lighthouse is not None:
         lighthouse.shutdown()
@@ -342,8 +322,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("post-local-sgd", _post_local_sgd),
         Contender("accelerate", _accelerate, _needs("accelerate")),
         Contender("torchft", _torchft, _needs("torchft")),
-        Contender("constant", _constant),
-        Contender("even", _even, _needs_mean_period),
+        Contender("constant", lambda plan, record: _average(plan, record, plan.period)),
+        Contender("even", lambda plan, record: _average(plan, record, _even_rounds(plan)), _needs_mean_period),
         Contender("adpsgd-loop", _loop_adpsgd),
         _adpsgd("adpsgd"),
         _adpsgd("adpsgd-overlap", overlap=1),
@@ -364,23 +344,18 @@ def _rank() -> int:
 
 
 def _every_step(plan: Plan, record: Record, bytes_per_parameter: int) -> Callable[[], Sent]:
-    payload = bytes_per_parameter * _parameters(plan)
+    payload = bytes_per_parameter * model_size(plan.recipe)
     return lambda: Sent(record.steps, ring_bytes(record.steps * payload, plan.world_size))
 
 
 def _every_period(plan: Plan, rounds: Callable[[], int]) -> Callable[[], Sent]:
-    payload = 4 * _parameters(plan)
+    payload = 4 * model_size(plan.recipe)
     return lambda: Sent(rounds(), ring_bytes(rounds() * payload, plan.world_size))
 
 
-def _parameters(plan: Plan) -> int:
-    return sum(parameter.numel() for parameter in new_network(plan.recipe).parameters())
-
-
 def _disconnect() -> None:
-    gc.collect()  # what a run has left may hold connections
+    gc.collect()  # garbage of a run may hold connections
     if dist.is_initialized():
-        # A gloo group that is destroyed right after its last collective can wait for its own threads for ever (seen
-        # with torch 2.4).
+        # A gloo group that is destroyed right after its last collective can hang (seen with torch 2.4).
         time.sleep(0.05)
         dist.destroy_process_group()

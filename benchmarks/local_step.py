@@ -1,32 +1,32 @@
-"""What does a local step cost beyond Lightning's step on a single device? Both in turn, a fraction of a second each.
+"""What does a local step cost beyond Lightning's step on a single device? Both take turns of a fraction of a second.
 
     .venv/bin/python -m benchmarks.local_step [--ranks 2] [--fits 3] [--turns 40] [--json FILE]
 
 How it is measured
 ------------------
-Three contenders, each with `--ranks` processes of one thread:
+There are three contenders, each with `--ranks` processes of one thread:
 
-- single: each process is a `Trainer(strategy=SingleDeviceStrategy(...))` that knows of no other one.
+- single: each process is a `Trainer(strategy=SingleDeviceStrategy(...))` that knows of no other process.
 - adpsgd: they are the ranks of one `Trainer(strategy=ADPSGDStrategy(period=...))` with a period that does not end.
-- control: `single` once more. What it differs by is the noise of this measurement.
+- control: `single` once more. Its difference from `single` is the noise of the measurement.
 
 All of them are in the middle of a `fit`, but only one contender's processes run at a time, for about
-`--stretch-seconds`; then they wait and the next contender's go on (A B C A B C, `--turns` times). So all meet the same
-moods of the machine. The first step of a stretch is not timed. What is timed, is whole steps, from the end of one to
-the end of a later one as a callback sees them, with all that the Trainer and the strategy do; batches are in memory.
-This is done `--fits` times with other weights and batches; from one to the next the contenders change processes.
+`--stretch-seconds`; then they wait and the next contender's continue (A B C A B C, `--turns` times). The first step of
+a stretch is not timed. What is timed is whole steps, from the end of one to the end of a later one as a callback sees
+them, with everything that the Trainer and the strategy do; batches are in memory. All this is repeated `--fits` times
+with other weights and batches, and each time the contenders change processes.
 
-Two models: `few` has 8 tensors (a perceptron), `many` has 5,000 small ones (a linear layer whose rows are parameters of
-their own). They are small, so that a step is short and what the Trainer and the strategy do in it has weight.
+Two models: `few` has 8 tensors (a perceptron), `many` has 5,000 small ones (a linear layer whose rows are separate
+parameters). They are small, so that a step is short and the overhead of the Trainer and the strategy is visible.
 
-A turn's ratio is the quotient of what a contender and `single` took per step in it, the mean over the ranks. The table
-shows the median of the ratios, and between which two of them the true median lies with 95 % confidence; overhead is
-the median of the differences. If 1.01 lies within the interval, the machine is too noisy for so few turns: take more.
-If the control's interval does not hold 1, something else disturbs the measurement. Processes are not equally fast,
-for the memory they were given: with 3, 6 or more fits each contender has had all of them equally often.
+The ratio of a turn is what a contender took per step in it, the mean over the ranks, divided by what `single` took. The
+table shows the median of the ratios with its 95 % confidence interval; overhead is the median of the differences. If
+1.01 lies within the interval, the machine is too noisy for so few turns: take more. If the control's interval does not
+contain 1, something else disturbs the measurement. Processes are not equally fast, because of where their memory is:
+with 3, 6 or more fits each contender has had all of them equally often.
 
-The same is shown for the time that the processes spent on a processor, all their threads together. A local step waits
-for nothing, so on an idle machine that is the same; on a busy one it leaves out the time that others take.
+The same is shown for the processor time of all threads. A local step waits for nothing, so on an idle machine that is
+the same; on a busy one it leaves out the time that other processes take.
 
 The exit code is 0, or 2 if nothing could be measured.
 """
@@ -34,49 +34,63 @@ The exit code is 0, or 2 if nothing could be measured.
 import argparse
 import gc
 import os
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from benchmarks import report
-from benchmarks.machine import Device, Stopwatch, Timing, connect, divide, free_port, this_machine
-from benchmarks.ranks import Parent, RankFailedError, Ranks, ranks, serve
+from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, say, settings, several
+from benchmarks.frame.device import Device, Stopwatch, Timing
+from benchmarks.frame.group import connect, divide
+from benchmarks.frame.rank import Parent
+from benchmarks.frame.ranks import Ranks, free_port, local_ranks
+from benchmarks.frame.results import write_json
+from benchmarks.frame.table import Column, interval, table
+from benchmarks.frame.trainer import NEVER, Batches, all_ranks, new_device_trainer
+from benchmarks.frame.turns import median, median_interval, quartiles, ratios
 from lightning_adpsgd import ADPSGDStrategy
 
 REFERENCE = "single"
 CONTENDERS = (REFERENCE, "adpsgd", "control")
 MODELS = ("few", "many")
-NEVER = 10**9
-"""A period that does not end."""
 GOAL = 1.01
 
 WIDTH, LAYERS = 512, 4  # of the perceptron
-ROWS, COLUMNS_OF_A_ROW = 5000, 32  # of the layer with many tensors
+ROWS, ROW_LENGTH = 5000, 32  # of the layer with many tensors
 BATCH_SIZE = 32
 WARMUP_STEPS = 5
-UNTIMED_STEPS = 1  # of a stretch: others have had the caches meanwhile
+UNTIMED_STEPS = 1  # at the beginning of a stretch: others have used the caches meanwhile
 TRIAL_STEPS = 10
 
+
+def _clock_columns(clock: str, step: str, prefix: str) -> list[Column]:
+    return [
+        Column(step, f"{clock}.step_seconds", ".3f", 1e3),
+        Column(f"{prefix}ratio", _unless_reference(f"{clock}.ratio"), ".4f"),
+        Column(f"{prefix}95 %", _unless_reference(interval(f"{clock}.ratio_interval", ".4f"))),
+        Column(f"{prefix}overhead [us]", _unless_reference(f"{clock}.overhead_seconds"), ".1f", 1e6),
+    ]
+
+
+def _unless_reference(value: str | Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    look_up = Column("", value).look_up
+    return lambda row: None if row["contender"] == REFERENCE else look_up(row)
+
+
 COLUMNS = (
-    "model",
-    "tensors",
-    "contender",
-    "step [ms]",
-    "ratio",
-    "95 %",
-    "overhead [us]",
-    "CPU [ms]",
-    "CPU ratio",
-    "CPU 95 %",
-    "CPU overhead [us]",
-    "goal",
+    Column("model", "model"),
+    Column("tensors", "tensors", ","),
+    Column("contender", "contender"),
+    *_clock_columns("wall", "step [ms]", ""),
+    *_clock_columns("cpu", "CPU [ms]", "CPU "),
+    Column("goal", "goal", ".2f"),
 )
 
 
@@ -84,12 +98,7 @@ COLUMNS = (
 
 
 class Rows(nn.Module):
-    """A linear layer, each row of whose weights is a parameter of its own.
-
-    Args:
-        rows: how many, which are the layer's outputs.
-        columns: its inputs.
-    """
+    """A linear layer; each of the ``rows`` of its weights, with ``columns`` inputs, is a separate parameter."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -101,11 +110,7 @@ class Rows(nn.Module):
 
 
 class Task(L.LightningModule):
-    """Brings a network's outputs close to 0.
-
-    Args:
-        network: what to train.
-    """
+    """Minimizes the outputs of a network."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -116,145 +121,66 @@ class Task(L.LightningModule):
         return self.network(batch).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum, slow enough to go on for ever."""
+        """SGD with momentum, slow enough to run for any number of steps."""
         return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
 
 
 def new_network(model: str) -> nn.Module:
     """A network of one of ``MODELS``."""
     if model == "many":
-        return Rows(ROWS, COLUMNS_OF_A_ROW)
+        return Rows(ROWS, ROW_LENGTH)
     layers = [module for _ in range(LAYERS) for module in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
 def new_batch(model: str) -> Tensor:
     """Its inputs."""
-    return torch.randn(BATCH_SIZE, COLUMNS_OF_A_ROW if model == "many" else WIDTH)
-
-
-class Batches:
-    """The same batch, time and again, at no cost.
-
-    Args:
-        batch: where the model is.
-        count: how often.
-    """
-
-    def __init__(self, batch: Any, count: int) -> None:
-        self._batch = batch
-        self._count = count
-
-    def __len__(self) -> int:
-        """How often."""
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batch."""
-        for _ in range(self._count):
-            yield self._batch
+    return torch.randn(BATCH_SIZE, ROW_LENGTH if model == "many" else WIDTH)
 
 
 # On each rank
 
 
+@dataclass(eq=False)
 class Stretches(Callback):
-    """Times stretches of steps in turn with other processes: waits while they run theirs.
+    """Times stretches of steps in turn with other processes, and waits while those run theirs."""
 
-    Args:
-        device: what the steps run on.
-        steps: to time in each stretch.
-        turns: stretches.
-        meet: waits for all processes, those of other contenders among them.
-        warmup: steps before the first stretch, at least one.
-        untimed: steps at the beginning of each stretch.
-        place: whose turn comes first, second and so on.
-        places: how many take turns.
-    """
+    device: Device
+    steps: int  # to time in each stretch
+    turns: int  # stretches
+    meet: Callable[[], None]  # waits for all processes, those of other contenders among them
+    warmup: int  # steps before the first stretch, at least one
+    untimed: int = 0  # steps at the beginning of each stretch
+    place: int = 0  # in the order of turns
+    places: int = 1  # how many take turns
+    timings: list[Timing] = field(default_factory=list)  # of the stretches so far
 
-    def __init__(
-        self,
-        device: Device,
-        steps: int,
-        turns: int,
-        meet: Callable[[], None],
-        *,
-        warmup: int,
-        untimed: int = 0,
-        place: int = 0,
-        places: int = 1,
-    ) -> None:
-        self.timings: list[Timing] = []
-        """Of the stretches so far."""
-        self.total_steps = warmup + turns * (untimed + steps)
-        self._device = device
-        self._stopwatch = Stopwatch(device)
-        self._steps = steps
-        self._turns = turns
-        self._meet = meet
-        self._warmup = warmup
-        self._untimed = untimed
-        self._place = place
-        self._places = places
+    def __post_init__(self) -> None:
+        self.total_steps = self.warmup + self.turns * (self.untimed + self.steps)
+        self.stopwatch = Stopwatch(self.device)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         """Stop, wait, start."""
-        turn, within = divmod(batch_idx + 1 - self._warmup, self._untimed + self._steps)
-        if not 0 <= turn <= self._turns:
+        turn, within = divmod(batch_idx + 1 - self.warmup, self.untimed + self.steps)
+        if not 0 <= turn <= self.turns:
             return
         if within == 0:
             if turn > 0:
-                self.timings.append(self._stopwatch.stop())
+                self.timings.append(self.stopwatch.stop())
             self._wait(turn)
-        if within == self._untimed and turn < self._turns:
-            self._stopwatch.start()
+        if within == self.untimed and turn < self.turns:
+            self.stopwatch.start()
 
     def _wait(self, turn: int) -> None:
-        """All meet before each stretch of any, and after the last one."""
-        self._device.finish()
+        """All processes meet before each stretch of any of them, and after the last one."""
+        self.device.finish()
         if turn == 0:
-            gc.collect()  # what other fits have left is not collected meanwhile
-        before = self._place + 1 if turn == 0 else 0
-        after = self._places - self._place if turn == self._turns else 0
-        between = self._places if 0 < turn < self._turns else 0
+            gc.collect()  # so that garbage of other fits is not collected later
+        before = self.place + 1 if turn == 0 else 0
+        after = self.places - self.place if turn == self.turns else 0
+        between = self.places if 0 < turn < self.turns else 0
         for _ in range(before + between + after):
-            self._meet()
-
-
-def new_trainer(strategy: Strategy | None, device: Device, *callbacks: Callback) -> L.Trainer:
-    """A Trainer that does nothing but train, on ranks that are all on one device.
-
-    Args:
-        strategy: of several processes, and made for :func:`all_ranks`; None is a single device's.
-        device: which one.
-        callbacks: of the Trainer.
-    """
-    plugins = []
-    if strategy is None:
-        strategy, plugins = SingleDeviceStrategy(device.torch), [LightningEnvironment()]
-    return L.Trainer(
-        accelerator="gpu" if device.is_cuda else "cpu",
-        devices=1,
-        strategy=strategy,
-        plugins=plugins,
-        callbacks=[*callbacks],
-        max_epochs=1,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def all_ranks(device: Device) -> dict[str, Any]:
-    """What tells a strategy that all ranks are on one device: the Trainer itself would want one for each."""
-    return {
-        "parallel_devices": [device.torch] * int(os.environ["WORLD_SIZE"]),
-        "process_group_backend": torch.distributed.get_backend(),
-    }
+            self.meet()
 
 
 def new_strategy(contender: str, device: Device) -> Strategy | None:
@@ -262,30 +188,26 @@ def new_strategy(contender: str, device: Device) -> Strategy | None:
     return ADPSGDStrategy(period=NEVER, **all_ranks(device)) if contender == "adpsgd" else None
 
 
-def take_turns(order: Mapping[str, Any], place: int, meet: Callable[[], None], device: Device) -> list[Timing]:
-    """Time a contender's local steps on the calling rank."""
+def carry_out(order: Mapping[str, Any], parent: Parent) -> list[Timing]:
+    """Time local steps on the calling process, as a rank of one of the contenders."""
+    group, device = divide(order["ranks"]), Device(order["device"])
+    place = place_of(group, order["seed"])
+    connect(order["backend"], order["master_ports"][group])
     torch.manual_seed(1000 * order["seed"] + int(os.environ["RANK"]))
     stretches = Stretches(
         device,
         order["steps"],
         order["turns"],
-        meet,
+        parent.meet,
         warmup=WARMUP_STEPS,
         untimed=UNTIMED_STEPS,
         place=place,
         places=len(CONTENDERS),
     )
     batches = Batches(new_batch(order["model"]).to(device.torch), stretches.total_steps)
-    trainer = new_trainer(new_strategy(CONTENDERS[place], device), device, stretches)
+    trainer = new_device_trainer(new_strategy(CONTENDERS[place], device), device, stretches)
     trainer.fit(Task(new_network(order["model"])), batches)
     return stretches.timings
-
-
-def carry_out(order: Mapping[str, Any], parent: Parent) -> list[Timing]:
-    """Carry out an order on the calling process, as a rank of one of the contenders."""
-    group = divide(order["ranks"])
-    connect(order["master_ports"][group], order["backend"])
-    return take_turns(order, place_of(group, order["seed"]), parent.meet, Device(order["device"]))
 
 
 def place_of(group: int, fit: int) -> int:
@@ -301,41 +223,25 @@ class PerStep(NamedTuple):
 
     seconds: float
     cpu_seconds: float
-    device_seconds: float | None
-    """None on a CPU."""
+    device_seconds: float | None  # None on a CPU
 
 
 def combine(answers: Sequence[Sequence[Sequence[Any]]], steps: int) -> list[PerStep]:
-    """Put the timings of a contender's ranks together, turn by turn.
-
-    Args:
-        answers: of :func:`take_turns`, from each rank.
-        steps: in each stretch.
-    """
+    """Put the timings of a contender's ranks together, turn by turn, for so many steps in each stretch."""
     return [_per_step([Timing(*answer) for answer in turn], steps) for turn in zip(*answers, strict=True)]
 
 
 def _per_step(timings: Sequence[Timing], steps: int) -> PerStep:
     on_device = [timing.device_seconds for timing in timings if timing.device_seconds is not None]
-
-    def mean(seconds: Sequence[float]) -> float:
-        return sum(seconds) / len(seconds) / steps
-
     return PerStep(
-        mean([timing.ended - timing.began for timing in timings]),
-        mean([timing.cpu_seconds for timing in timings]),
-        mean(on_device) if on_device else None,
+        statistics.fmean(timing.seconds for timing in timings) / steps,
+        statistics.fmean(timing.cpu_seconds for timing in timings) / steps,
+        statistics.fmean(on_device) / steps if on_device else None,
     )
 
 
 def as_rows(model: str, steps: int, turns: Mapping[str, Sequence[PerStep]]) -> list[dict[str, Any]]:
-    """One row of numbers per contender.
-
-    Args:
-        model: what was trained.
-        steps: in each stretch.
-        turns: of each contender, the one that it is compared with among them.
-    """
+    """One row of numbers per contender, the reference included."""
     tensors = sum(1 for _ in new_network(model).parameters())
     rows = []
     for contender, mine in turns.items():
@@ -348,7 +254,7 @@ def as_rows(model: str, steps: int, turns: Mapping[str, Sequence[PerStep]]) -> l
                 "steps": steps,
                 "wall": _compared([each.seconds for each in turns[REFERENCE]], [each.seconds for each in mine]),
                 "cpu": _compared([each.cpu_seconds for each in turns[REFERENCE]], [each.cpu_seconds for each in mine]),
-                "device_step_seconds": report.median(on_device) if on_device else None,
+                "device_step_seconds": median(on_device) if on_device else None,
                 "goal": GOAL if contender == "adpsgd" else None,
             }
         )
@@ -357,162 +263,95 @@ def as_rows(model: str, steps: int, turns: Mapping[str, Sequence[PerStep]]) -> l
 
 def _compared(reference: Sequence[float], mine: Sequence[float]) -> dict[str, Any]:
     """The times of a contender, compared turn by turn."""
-    ratios = [each / other for other, each in zip(reference, mine, strict=True)]
+    quotients = ratios(mine, reference)
     overheads = [each - other for other, each in zip(reference, mine, strict=True)]
     return {
-        "step_seconds": report.median(mine),
-        "step_quartiles": report.quartiles(mine),
-        "ratio": report.median(ratios),
-        "ratio_interval": report.median_interval(ratios),
-        "ratio_of_medians": report.median(mine) / report.median(reference),
-        "overhead_seconds": report.median(overheads),
-        "overhead_interval": report.median_interval(overheads),
+        "step_seconds": median(mine),
+        "step_quartiles": quartiles(mine),
+        "ratio": median(quotients),
+        "ratio_interval": median_interval(quotients),
+        "ratio_of_medians": median(mine) / median(reference),
+        "overhead_seconds": median(overheads),
+        "overhead_interval": median_interval(overheads),
         "turns": [*mine],
     }
-
-
-def readable(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of numbers as a row of the table."""
-    texts = {"model": row["model"], "tensors": f"{row['tensors']:,}", "contender": row["contender"]}
-    for clock, name, prefix in (("wall", "step", ""), ("cpu", "CPU", "CPU ")):
-        numbers = row[clock]
-        texts[f"{name} [ms]"] = f"{1e3 * numbers['step_seconds']:.3f}"
-        if row["contender"] != REFERENCE:
-            low, high = numbers["ratio_interval"]
-            texts[f"{prefix}ratio"] = f"{numbers['ratio']:.4f}"
-            texts[f"{prefix}95 %"] = f"{low:.4f} to {high:.4f}"
-            texts[f"{prefix}overhead [us]"] = f"{1e6 * numbers['overhead_seconds']:.1f}"
-    return texts | {"goal": "" if row["goal"] is None else f"{row['goal']:.2f}"}
 
 
 # The measurement
 
 
 def measure(
-    started: Ranks,
-    per_contender: int,
-    models: Sequence[str],
-    *,
-    fits: int,
-    turns: int,
-    stretch_seconds: float,
-    common: Mapping[str, Any] | None = None,
+    started: Ranks, models: Sequence[str], options: argparse.Namespace, common: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Measure on processes that carry out orders with :func:`carry_out`.
+    """Measure; a row per model and contender.
 
     Args:
-        started: the processes, ``per_contender`` for each contender.
-        per_contender: how many run at a time.
+        started: as many processes as :func:`processes` says, which carry out orders with :func:`carry_out`.
         models: what to train.
-        fits: of each contender.
-        turns: in each fit.
-        stretch_seconds: about how long to time in each turn.
-        common: what is in every order: the device and the backend; a CPU and gloo by default.
-
-    Returns:
-        A row per model and contender.
+        options: ``ranks``, ``fits``, ``turns`` and ``stretch_seconds`` of the command.
+        common: entries of every order, by default a CPU and gloo.
     """
-    common = {"device": "cpu", "backend": "gloo", "ranks": per_contender, **(common or {})}
-    common["master_ports"] = [free_port() for _ in CONTENDERS]
+    size, ports = options.ranks, [free_port() for _ in CONTENDERS]
+    common = {"device": "cpu", "backend": "gloo", "ranks": size, "master_ports": ports, **(common or {})}
 
     def take(model: str, seed: int, turns: int, steps: int) -> dict[str, list[PerStep]]:
         answers = started.run({**common, "model": model, "seed": seed, "turns": turns, "steps": steps})
-        groups = [answers[first : first + per_contender] for first in range(0, len(answers), per_contender)]
+        groups = [answers[first : first + size] for first in range(0, len(answers), size)]
         return {CONTENDERS[place_of(group, seed)]: combine(each, steps) for group, each in enumerate(groups)}
 
     rows = []
     for model in models:
-        # The first fit of a process imports and compiles what later ones have.
+        # The first fit of a process is slower, because of imports and compilation.
         trials = [take(model, fit, turns=1, steps=TRIAL_STEPS) for fit in range(len(CONTENDERS))]
         fastest = min(turns[0].seconds for trial in trials for turns in trial.values())
-        steps = max(1, round(stretch_seconds / fastest))
+        steps = max(1, round(options.stretch_seconds / fastest))
         taken: dict[str, list[PerStep]] = {contender: [] for contender in CONTENDERS}
-        for fit in range(fits):
-            print(f"{model}: fit {fit + 1} of {fits}, {turns} turns of {steps} steps", file=sys.stderr, flush=True)
-            for contender, each in take(model, fit, turns, steps).items():
+        for fit in range(options.fits):
+            say(f"{model}: fit {fit + 1} of {options.fits}, {options.turns} turns of {steps} steps")
+            for contender, each in take(model, fit, options.turns, steps).items():
                 taken[contender] += each
         rows += as_rows(model, steps, taken)
     return rows
 
 
-def processes(per_contender: int) -> int:
-    """How many are needed so that each contender has so many."""
-    return per_contender * len(CONTENDERS)
-
-
-def run_rank() -> None:
-    """Carry out orders on this rank."""
-    torch.set_num_threads(1)
-    serve(carry_out)
+def processes(options: argparse.Namespace) -> int:
+    """How many are needed for all contenders."""
+    return options.ranks * len(CONTENDERS)
 
 
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    if options.rank_process:
-        run_rank()
-        return 0
-    command = ["-m", "benchmarks.local_step", "--rank-process"]
-    try:
-        with this_machine() as cluster, ranks(cluster, processes(options.ranks), command) as started:
-            rows = measure(
-                started,
-                options.ranks,
-                options.models,
-                fits=options.fits,
-                turns=options.turns,
-                stretch_seconds=options.stretch_seconds,
-            )
-    except RankFailedError as error:
-        print(f"Nothing was measured. {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; the ranks are ended.", file=sys.stderr)
-        return 130
+def _measure_and_print(options: argparse.Namespace) -> int:
+    with local_ranks(processes(options), "benchmarks.local_step") as started:
+        rows = measure(started, options.models, options)
     turns = f"{options.fits} fits of {options.turns} turns of about {options.stretch_seconds:g} s"
     print(f"{options.ranks} processes at a time; {turns}\n")
-    print(report.table([readable(row) for row in rows], COLUMNS))
+    print(table(rows, COLUMNS))
     if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "rank_process")}
-        report.write_json(options.json, "local_step", settings, rows)
+        write_json(options.json, "local_step", settings(options), rows)
     return 0
 
 
 def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how long to measure local steps."""
-    parser.add_argument("--fits", type=report.number(1), default=3, metavar="N", help="of each contender (3)")
-    parser.add_argument(
-        "--stretch-seconds",
-        type=report.number(1e-3, 3600, float),
-        default=0.25,
-        metavar="T",
-        help="about how long to time local steps in a turn (0.25)",
-    )
+    """Add the arguments about how long local steps are measured."""
+    add, seconds = parser.add_argument, number(1e-3, 3600, float)
+    add("--fits", type=number(1), default=3, metavar="N", help="of each contender (3)")
+    add("--stretch-seconds", type=seconds, default=0.25, metavar="T", help="of local steps in a turn, about (0.25)")
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.local_step",
-        description="Compare a local step with Lightning's step on a single device.",
-    )
-    add = parser.add_argument
-    add("--ranks", type=report.number(1), default=2, metavar="N", help="processes at a time (2)")
-    add(
-        "--models",
-        type=report.several(report.one_of(MODELS)),
-        default=[*MODELS],
-        metavar="A,B",
-        help=f"of {', '.join(MODELS)} (both)",
-    )
-    add("--turns", type=report.number(1), default=40, metavar="N", help="of each contender in a fit (40)")
+def parse(arguments: Arguments) -> argparse.Namespace:
+    """The options."""
+    parser = new_parser("benchmarks.local_step", "Compare a local step with Lightning's step on a single device.")
+    add, models = parser.add_argument, several(one_of(MODELS))
+    add("--ranks", type=number(1), default=2, metavar="N", help="processes at a time (2)")
+    add("--models", type=models, default=[*MODELS], metavar="A,B", help=f"of {', '.join(MODELS)} (both)")
+    add("--turns", type=number(1), default=40, metavar="N", help="of each contender in a fit (40)")
     add_turn_arguments(parser)
-    add("--json", type=report.output_file, metavar="FILE", help="write all numbers to this file")
-    add("--rank-process", action="store_true", help=argparse.SUPPRESS)  # how ranks are started
     return parser.parse_args(arguments)
 
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

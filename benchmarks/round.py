@@ -1,114 +1,89 @@
-"""What does an averaging round cost beyond its all-reduce? Each in turn, in the same processes, on the same link.
+"""What does an averaging round cost beyond its all-reduce? Both take turns, in the same processes, on the same link.
 
     .venv/bin/python -m benchmarks.round [--parameters 1,5,25,100] [--breakdown] [--json FILE]
     sudo .venv/bin/python -m benchmarks.round --rate-mbit 1000 --parameters 25
 
-Without `--rate-mbit` the ranks talk over this machine's loopback. With it, each has a host of its own behind a link of
-that speed (network namespaces, see `hosts.py`; Linux and root only). The backend is gloo; each rank computes with one
-thread. There is no other work: this is what a round costs where nothing hides it.
+Without `--rate-mbit` the ranks communicate over this machine's loopback. With it, each rank has its own host behind a
+link of that speed (network namespaces, see `frame/hosts.py`; Linux and root only). The backend is gloo; each rank
+computes with one thread. There is no other work: this is the cost of a round where nothing hides it.
 
 How it is measured
 ------------------
 - all-reduce: a bare `torch.distributed.all_reduce` of one flat fp32 tensor with as many elements as the model has
-  parameters. It is the floor: the least that has to cross the network, in one piece, with nothing copied or computed.
-- round: `LocalSGD.average()` as a period's end calls it, after a local step that has moved every parameter by a
-  different amount on each rank, from the call to the return: the workers' meeting, copies, reductions, the variance,
-  the record. The model has `--tensors` parameters of nearly equal size: 8 are few, 5,000 are many.
+  parameters. It is the lower bound: what has to cross the network, in one piece, with nothing copied or computed.
+- round: `LocalSGD.average()` as at the end of a period, after a local step that has moved every parameter by a
+  different amount on each rank, from the call to its return: handshake, copies, reductions, variance, record. The model
+  has `--tensors` parameters of nearly equal size.
 
-They alternate (A B A B), `--turns` times after two that are not timed. Before each, all ranks wait for each other
-without using the network; a turn takes from the last one's start to the last one's end. The ratio is that of the
-medians. The range beside it is that of the quotients of turns: between its ends lies their median with 95 %
-confidence, so a goal that lies within is neither reached nor missed.
+They alternate (A B A B), `--turns` times after two turns that are not timed. Before each, all ranks wait for each other
+without using the network; a turn takes from the last rank's start to the last rank's end. The ratio is that of the
+medians. The range beside it is the 95 % confidence interval of the median of the ratios within a turn; a goal inside of
+it is neither reached nor missed.
 
-- CPU: the time that all threads of a rank spent on a processor, the backend's own among them; the mean over the ranks.
-  With no more processors than ranks, nothing can be shorter than that: it is the floor for a round on loopback, where
-  the network costs a processor's time and cannot hide anything.
-- extra memory: what the process takes at most during a model's first round, beyond what it took before (model and
-  optimizer), after it was made to hand all freed memory back to the system; the largest of the ranks. Linux only.
-  Beside it what of that is kept after the round, and what the bare all-reduce takes, which has buffers in gloo.
+- CPU: processor time of all threads of a rank, the backend's included; the mean over the ranks. Where there are no more
+  processors than ranks, a round on loopback cannot be shorter: the network itself costs processor time.
+- extra memory: the peak of the process during a model's first round, beyond what it had before (model and optimizer),
+  after it was made to return all freed memory to the system; the largest of the ranks. Linux only. Next to it what is
+  kept after the round, and what the bare all-reduce takes for gloo's buffers.
 
-With `--breakdown` there are as many rounds again in which parts of the package are timed, each from outside and without
-the parts that it calls. What crosses the network is waited for under "wait for mean", in so far as nothing else was
-done meanwhile. A part that this version of the package does not have is named.
+With `--breakdown` as many rounds again run under PyTorch's profiler, which records the package's spans (`adpsgd::pack`
+and so on). Their times include the profiler's own. "reduce" is the time that the round waited for the network. A span
+that did not occur is named below the table.
 
 The exit code is 0, or 2 if nothing could be measured.
 """
 
 import argparse
-import importlib
+import itertools
+import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks import report
-from benchmarks.hosts import HostsUnavailableError, hosts
-from benchmarks.machine import Device, Extra, Timing, connect, free_port, this_machine
-from benchmarks.ranks import Parent, RankFailedError, Ranks, ranks, serve
-from lightning_adpsgd import LocalSGD, Workers
+from benchmarks.frame.command import FAILED, Arguments, new_main, new_parser, number, rate, say, settings, several
+from benchmarks.frame.device import Device, Extra, Timing
+from benchmarks.frame.errors import NotMeasuredError
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
+from benchmarks.frame.ranks import Ranks, linked_ranks
+from benchmarks.frame.results import write_json
+from benchmarks.frame.spans import SPANS, Taken, recorded_spans
+from benchmarks.frame.table import Column, bytes_readable, interval, table
+from benchmarks.frame.trainer import NEVER
+from benchmarks.frame.turns import median, median_interval, ratios, turns
+from lightning_adpsgd import LocalSGD, WorkerGroup
 
 CONTENDERS = ("all-reduce", "round")
 WARMUP_TURNS = 2
-NEVER = 10**9
-"""A period that does not end."""
-
 GOAL_PARAMETERS = 25_000_000
-GOALS = {"loopback": 1.25, "1000 Mbit/s": 1.05}
-"""For the ratio, by link."""
-GOAL_BUCKETS = 2.0
+GOALS = {"loopback": 1.25, "1000 Mbit/s": 1.05}  # for the ratio, by link
 
+CASE_COLUMNS = (Column("link", "link"), Column("parameters", "parameters", ","), Column("tensors", "tensors", ","))
 COLUMNS = (
-    "link",
-    "parameters",
-    "tensors",
-    "all-reduce [ms]",
-    "its CPU [ms]",
-    "round [ms]",
-    "round CPU [ms]",
-    "ratio",
-    "95 %",
-    "goal",
-    "extra memory",
-    "in buckets",
-    "kept",
-    "all-reduce's",
+    *CASE_COLUMNS,
+    Column("all-reduce [ms]", "all_reduce_seconds", ".2f", 1e3),
+    Column("its CPU [ms]", "all_reduce_cpu_seconds", ".2f", 1e3),
+    Column("round [ms]", "round_seconds", ".2f", 1e3),
+    Column("round CPU [ms]", "round_cpu_seconds", ".2f", 1e3),
+    Column("ratio", "ratio", ".3f"),
+    Column("95 %", interval("ratio_interval", ".3f")),
+    Column("goal", "goal", ".2f"),
+    Column("extra memory", lambda row: "unknown" if row["extra_bytes"] is None else bytes_readable(row["extra_bytes"])),
+    Column("in buckets", "extra_buckets", ".2f"),
+    Column("kept", "kept_bytes", bytes_readable),
+    Column("all-reduce's", "all_reduce_extra_bytes", bytes_readable),
 )
-BREAKDOWN_COLUMNS = ("link", "parameters", "tensors", "part", "calls", "time [ms]", "share")
-
-
-class Part(NamedTuple):
-    """A part of a round: a function, a method or a property of the package."""
-
-    module: str
-    name: str
-    whole: bool = False
-    """Whether the parts that it calls are counted as its own; if not, they are counted by themselves only."""
-
-
-PARTS = {
-    "payload": Part("lightning_adpsgd.averaging.tensors", "TensorTracker.current"),
-    "fingerprint": Part("lightning_adpsgd.averaging.layout", "FlatLayout.fingerprint"),
-    "finite?": Part("lightning_adpsgd.averaging.layout", "FlatLayout.are_finite"),
-    "meeting: send": Part("lightning_adpsgd.workers.group", "WorkerGroup.launch_table", whole=True),
-    "cut": Part("lightning_adpsgd.averaging.layout", "FlatLayout.cut"),
-    "new buffer": Part("lightning_adpsgd.averaging.layout", "FlatLayout.new_buffer"),
-    "pack and divide": Part("lightning_adpsgd.averaging.layout", "FlatLayout.pack"),
-    "send": Part("lightning_adpsgd.workers.group", "WorkerGroup.sum_"),
-    "wait for mean": Part("lightning_adpsgd.workers.reduction", "Reduction.wait"),
-    "difference": Part("lightning_adpsgd.averaging.layout", "Chunk.difference"),
-    "unpack": Part("lightning_adpsgd.averaging.layout", "Chunk.unpack"),
-    "square and add up": Part("lightning_adpsgd.averaging.averager", "ParameterAverager.finish"),
-    "rest of averaging": Part("lightning_adpsgd.averaging.averager", "ParameterAverager.average"),
-    "small mean: send": Part("lightning_adpsgd.workers.group", "WorkerGroup.launch_mean", whole=True),
-    "optimizer state": Part("lightning_adpsgd.local_sgd", "LocalSGD._treat_optimizer_state", whole=True),
-    "rule and record": Part("lightning_adpsgd.local_sgd", "LocalSGD._finish", whole=True),
-}
+BREAKDOWN_COLUMNS = (
+    *CASE_COLUMNS,
+    Column("part", "part"),
+    Column("calls", "calls", "d"),
+    Column("time [ms]", "seconds", ".3f", 1e3),
+    Column("share", "share", ".1%"),
+)
 
 
 class Case(NamedTuple):
@@ -120,7 +95,7 @@ class Case(NamedTuple):
 
 
 class Durations(NamedTuple):
-    """Of each turn, over all ranks."""
+    """Seconds of each turn."""
 
     all_reduce: list[float]
     round: list[float]
@@ -130,32 +105,25 @@ class Durations(NamedTuple):
 
 
 class Subject:
-    """A model that is averaged in rounds, and a flat tensor of its size that is only reduced.
-
-    Args:
-        case: the model.
-        device: where it is.
-    """
+    """A model that is averaged in rounds, and a flat tensor of its size that is only reduced."""
 
     def __init__(self, case: Case, device: Device) -> None:
-        sizes = [
-            case.parameters * (i + 1) // case.tensors - case.parameters * i // case.tensors for i in range(case.tensors)
-        ]
-        self._parameters = [nn.Parameter(torch.full((size,), 0.1, device=device.torch)) for size in sizes]
+        ends = [case.parameters * place // case.tensors for place in range(case.tensors + 1)]
+        sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+        self.parameters = [nn.Parameter(torch.full((size,), 0.1, device=device.torch)) for size in sizes]
         self._flat = torch.empty(case.parameters, device=device.torch)
         self._drift = 1e-3 * (1 + (dist.get_rank() if dist.is_initialized() else 0))
         self._local_sgd = LocalSGD(
-            torch.optim.SGD(self._parameters, lr=0.1),
+            torch.optim.SGD(self.parameters, lr=0.1),
             period=NEVER,
             bucket_size_mb=case.bucket_size_mb,
-            workers=Workers(device=device.torch),
+            workers=WorkerGroup(device=device.torch),
         )
-        self.payload_bytes = 0
-        """What the latest round has put into collectives."""
+        self.payload_bytes = 0  # of the latest round
 
     def prepare(self) -> None:
-        """Take a local step, and make the flat tensor anew."""
-        torch._foreach_add_([parameter.data for parameter in self._parameters], self._drift)
+        """Take a local step, and fill the flat tensor."""
+        torch._foreach_add_([parameter.data for parameter in self.parameters], self._drift)
         self._local_sgd.step()
         self._flat.fill_(1.0)
 
@@ -169,15 +137,11 @@ class Subject:
         self.payload_bytes = round_.payload_bytes
 
 
-def take_turns(case: Case, turns: int, meet: Callable[[], None], device: Device) -> dict[str, Any]:
-    """Time both contenders in turn on the calling rank.
-
-    Returns:
-        For each contender the timings of all turns; and the bytes of a round.
-    """
+def take_turns(case: Case, count: int, meet: Callable[[], None], device: Device) -> dict[str, Any]:
+    """Time both contenders in turn on the calling rank; returns the timings of each, and the bytes of a round."""
     subject = Subject(case, device)
     timings: dict[str, list[Timing]] = {contender: [] for contender in CONTENDERS}
-    for turn, contender in report.turns(CONTENDERS, WARMUP_TURNS + turns):
+    for turn, contender in turns(CONTENDERS, WARMUP_TURNS + count):
         subject.prepare()
         device.finish()
         meet()
@@ -187,30 +151,23 @@ def take_turns(case: Case, turns: int, meet: Callable[[], None], device: Device)
     return {**timings, "payload_bytes": subject.payload_bytes}
 
 
-def take_parts(case: Case, turns: int, meet: Callable[[], None], device: Device) -> dict[str, Any]:
-    """Time the parts of rounds on the calling rank.
-
-    Returns:
-        Of each round, the seconds and calls of each part and the seconds of all; and the parts that there are not.
-    """
-    subject = Subject(case, device)
-    rounds = []
-    with Parts(PARTS, device) as parts:
-        for turn in range(WARMUP_TURNS + turns):
-            subject.prepare()
-            device.finish()
-            meet()
-            parts.clear()
+def take_parts(case: Case, count: int, meet: Callable[[], None], device: Device) -> list[dict[str, Any]]:
+    """Time the spans of rounds on the calling rank; of each round, the seconds of all and what each span took."""
+    subject, rounds = Subject(case, device), []
+    for _ in range(WARMUP_TURNS + count):
+        subject.prepare()
+        device.finish()
+        meet()
+        with recorded_spans() as parts:
             timing = device.time(lambda: subject.run("round"))
-            if turn >= WARMUP_TURNS:
-                rounds.append({"total": timing.ended - timing.began, "parts": dict(parts.taken)})
-    return {"rounds": rounds, "unknown": parts.unknown}
+        rounds.append({"total": timing.seconds, "parts": parts})
+    return rounds[WARMUP_TURNS:]
 
 
-def take_memory(case: Case, device: Device) -> dict[str, Any]:
-    """Find out what memory either contender takes on the calling rank."""
+def take_memory(case: Case, device: Device) -> dict[str, Extra]:
+    """Measure the memory that each contender takes on the calling rank."""
     subject = Subject(case, device)
-    dist.all_reduce(torch.zeros(1, device=device.torch))  # a backend's first collective makes what all of them use
+    dist.all_reduce(torch.zeros(1, device=device.torch))  # a backend's first collective allocates what all of them use
     extra = {}
     for contender in CONTENDERS:
         subject.prepare()
@@ -218,137 +175,33 @@ def take_memory(case: Case, device: Device) -> dict[str, Any]:
     return extra
 
 
-def carry_out(order: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
+def carry_out(order: Mapping[str, Any], parent: Parent) -> Any:
     """Carry out an order on the calling rank."""
-    device = Device(order["device"])
-    connect(order["master_port"], order["backend"])
-    case = Case(*order["case"])
+    device, case = Device(order["device"]), Case(*order["case"])
+    connect(order["backend"])
     if order["measure"] == "memory":
         return take_memory(case, device)
     take = {"turns": take_turns, "parts": take_parts}[order["measure"]]
     return take(case, order["turns"], parent.meet, device)
 
 
-# Where the time of a round goes
-
-
-class Taken(NamedTuple):
-    """What one part has taken."""
-
-    seconds: float = 0.0
-    calls: int = 0
-
-
-class Parts:
-    """Times calls of functions from outside, while it is entered.
-
-    Args:
-        parts: what to time.
-        device: waited for before and after each call, which takes time by itself on an accelerator.
-    """
-
-    def __init__(self, parts: Mapping[str, Part], device: Device) -> None:
-        self.taken: dict[str, Taken] = {}
-        """By each part so far."""
-        self.unknown: list[str] = []
-        """Parts whose function there is not."""
-        self._parts = parts
-        self._device = device
-        self._under_way: list[_Call] = []
-        self._patches = ExitStack()
-
-    def __enter__(self) -> "Parts":
-        for name, part in self._parts.items():
-            owner, attribute = _find(part)
-            if owner is None:
-                self.unknown.append(name)
-                continue
-            original = vars(owner)[attribute]
-            setattr(owner, attribute, self._timed(name, original))
-            self._patches.callback(setattr, owner, attribute, original)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patches.close()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.taken.clear()
-
-    def _timed(self, name: str, original: Any) -> Any:
-        if isinstance(original, property):
-            return property(self._timed(name, original.fget))
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._under_way and self._under_way[-1].whole:
-                return original(*args, **kwargs)
-            self._device.finish()
-            self._under_way.append(_Call(self._parts[name].whole, time.perf_counter()))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._device.finish()
-                self._note(name, self._under_way.pop())
-
-        return timed
-
-    def _note(self, name: str, call: "_Call") -> None:
-        seconds = time.perf_counter() - call.began
-        if self._under_way:
-            self._under_way[-1].inside += seconds
-        before = self.taken.get(name, Taken())
-        self.taken[name] = Taken(before.seconds + seconds - call.inside, before.calls + 1)
-
-
-@dataclass
-class _Call:
-    whole: bool
-    began: float
-    inside: float = 0.0
-    """Seconds of the parts that it has called."""
-
-
-def _find(part: Part) -> tuple[Any, str]:
-    """The module or class that holds a part, and its name there; None if there is no such thing."""
-    *path, attribute = part.name.split(".")
-    try:
-        owner: Any = importlib.import_module(part.module)
-        for name in path:
-            owner = getattr(owner, name)
-    except (ImportError, AttributeError):
-        return None, attribute
-    return (owner if attribute in vars(owner) else None), attribute
-
-
 # Arithmetic
 
 
-def combine(answers: Sequence[Mapping[str, Any]]) -> Durations:
-    """Of each turn, the time from the last rank's start to the last rank's end.
+def combine(answers: Sequence[Mapping[str, Any]]) -> tuple[Durations, Durations]:
+    """Put the answers of all ranks by :func:`take_turns` together.
 
-    Args:
-        answers: of :func:`take_turns`, from all ranks.
+    Returns:
+        Of each turn, the time from the last rank's start to the last rank's end; and the processor time, the mean over
+        the ranks.
     """
-
-    def durations(contender: str) -> list[float]:
-        turns = zip(*(answer[contender] for answer in answers), strict=True)
-        return [max(end for _, end, *_ in turn) - max(begin for begin, *_ in turn) for turn in turns]
-
-    return Durations(*map(durations, CONTENDERS))
-
-
-def on_processors(answers: Sequence[Mapping[str, Any]]) -> Durations:
-    """Of each turn, the seconds on a processor, the mean over the ranks.
-
-    Args:
-        answers: of :func:`take_turns`, from all ranks.
-    """
-
-    def seconds(contender: str) -> list[float]:
-        turns = zip(*(answer[contender] for answer in answers), strict=True)
-        return [sum(Timing(*timing).cpu_seconds for timing in turn) / len(turn) for turn in turns]
-
-    return Durations(*map(seconds, CONTENDERS))
+    by_turn = [
+        [[Timing(*timing) for timing in turn] for turn in zip(*(answer[contender] for answer in answers), strict=True)]
+        for contender in CONTENDERS
+    ]
+    wall = [[max(t.ended for t in turn) - max(t.began for t in turn) for turn in each] for each in by_turn]
+    cpu = [[statistics.fmean(t.cpu_seconds for t in turn) for turn in each] for each in by_turn]
+    return Durations(*wall), Durations(*cpu)
 
 
 def as_row(
@@ -359,18 +212,8 @@ def as_row(
     payload_bytes: int,
     extra: Sequence[Mapping[str, Sequence[int | None]]],
 ) -> dict[str, Any]:
-    """Everything about one case, as numbers.
-
-    Args:
-        link: its name.
-        case: what was averaged.
-        durations: of all turns.
-        cpu: seconds on a processor, of all turns.
-        payload_bytes: of one round.
-        extra: of :func:`take_memory`, from all ranks.
-    """
-    all_reduce, round_ = map(report.median, durations)
-    quotients = [mine / bare for bare, mine in zip(*durations, strict=True)]
+    """All numbers of one case; ``extra`` has the answers of :func:`take_memory` from all ranks."""
+    all_reduce, round_ = map(median, durations)
     rounds = [Extra(*each["round"]) for each in extra]
     extra_bytes = _largest([each.bytes for each in rounds])
     return {
@@ -379,10 +222,10 @@ def as_row(
         "payload_bytes": payload_bytes,
         "all_reduce_seconds": all_reduce,
         "round_seconds": round_,
-        "all_reduce_cpu_seconds": report.median(cpu.all_reduce),
-        "round_cpu_seconds": report.median(cpu.round),
+        "all_reduce_cpu_seconds": median(cpu.all_reduce),
+        "round_cpu_seconds": median(cpu.round),
         "ratio": round_ / all_reduce,
-        "ratio_interval": report.median_interval(quotients),
+        "ratio_interval": median_interval(ratios(durations.round, durations.all_reduce)),
         "goal": GOALS.get(link) if case.parameters == GOAL_PARAMETERS else None,
         "extra_bytes": extra_bytes,
         "extra_buckets": None if extra_bytes is None else extra_bytes / (case.bucket_size_mb * 2**20),
@@ -398,63 +241,16 @@ def _largest(values: Sequence[int | None]) -> int | None:
 
 
 def breakdown(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The parts of rounds, in order, and what is left: medians over the rounds.
-
-    Args:
-        rounds: of :func:`take_parts`, from one rank.
-    """
-    names = [name for name in PARTS if any(name in round_["parts"] for round_ in rounds)]
-    total = report.median([round_["total"] for round_ in rounds])
-    parts = {name: [Taken(*round_["parts"].get(name, (0.0, 0))) for round_ in rounds] for name in names}
-    rest = [round_["total"] - sum(seconds for seconds, _ in round_["parts"].values()) for round_ in rounds]
+    """The spans of rounds, in order, and the rest: medians over the answer of :func:`take_parts` of one rank."""
+    total = median([round_["total"] for round_ in rounds])
+    rest = median([round_["total"] - sum(seconds for seconds, _ in round_["parts"].values()) for round_ in rounds])
+    rows = []
+    for name in dict.fromkeys([*SPANS, *(name for round_ in rounds for name in round_["parts"])]):
+        taken = [Taken(*round_["parts"].get(name, ())) for round_ in rounds]
+        rows.append((name, round(median([each.calls for each in taken])), median([each.seconds for each in taken])))
     return [
-        {
-            "part": name,
-            "calls": round(report.median([each.calls for each in taken])),
-            "seconds": report.median([each.seconds for each in taken]),
-            "share": report.median([each.seconds for each in taken]) / total,
-        }
-        for name, taken in parts.items()
-    ] + [
-        {"part": "the rest", "calls": None, "seconds": report.median(rest), "share": report.median(rest) / total},
-        {"part": "all", "calls": None, "seconds": total, "share": 1.0},
-    ]
-
-
-def readable(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of numbers as a row of the table."""
-    low, high = row["ratio_interval"]
-    known = row["extra_bytes"] is not None
-    return {
-        "link": row["link"],
-        "parameters": f"{row['parameters']:,}",
-        "tensors": f"{row['tensors']:,}",
-        "all-reduce [ms]": f"{1e3 * row['all_reduce_seconds']:.2f}",
-        "its CPU [ms]": f"{1e3 * row['all_reduce_cpu_seconds']:.2f}",
-        "round [ms]": f"{1e3 * row['round_seconds']:.2f}",
-        "round CPU [ms]": f"{1e3 * row['round_cpu_seconds']:.2f}",
-        "ratio": f"{row['ratio']:.3f}",
-        "95 %": f"{low:.3f} to {high:.3f}",
-        "goal": "" if row["goal"] is None else f"{row['goal']:.2f}",
-        "extra memory": report.bytes_readable(row["extra_bytes"]) if known else "unknown",
-        "in buckets": f"{row['extra_buckets']:.2f}" if known else "",
-        "kept": report.bytes_readable(row["kept_bytes"]) if known else "",
-        "all-reduce's": report.bytes_readable(row["all_reduce_extra_bytes"]) if known else "",
-    }
-
-
-def readable_parts(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The parts of a row's rounds as rows of a table."""
-    where = {"link": row["link"], "parameters": f"{row['parameters']:,}", "tensors": f"{row['tensors']:,}"}
-    return [
-        where
-        | {
-            "part": part["part"],
-            "calls": "" if part["calls"] is None else str(part["calls"]),
-            "time [ms]": f"{1e3 * part['seconds']:.3f}",
-            "share": f"{part['share']:.1%}",
-        }
-        for part in row["breakdown"]
+        {"part": name, "calls": calls, "seconds": seconds, "share": seconds / total}
+        for name, calls, seconds in [*rows, ("the rest", None, rest), ("all", None, total)]
     ]
 
 
@@ -465,7 +261,7 @@ def measure(
     started: Ranks,
     link: str,
     cases: Sequence[Case],
-    turns: int,
+    count: int,
     *,
     parts: bool = False,
     common: Mapping[str, Any] | None = None,
@@ -474,84 +270,65 @@ def measure(
 
     Args:
         started: the ranks.
-        link: the name of what joins them.
+        link: the name of the link between them.
         cases: what to average.
-        turns: timed ones.
-        parts: whether to time the parts as well.
-        common: what is in every order: the device and the backend; a CPU and gloo by default.
-
-    Returns:
-        A row per case.
+        count: timed turns.
+        parts: whether to time the spans as well.
+        common: entries of every order, by default a CPU and gloo.
     """
-    common = {"device": "cpu", "backend": "gloo", "master_port": free_port(), **(common or {})}
+    common = {"device": "cpu", "backend": "gloo", **(common or {})}
 
-    def take(what: str, case: Case) -> list[dict[str, Any]]:
-        print(f"{link}: {case.parameters:,} parameters in {case.tensors:,}, {what}", file=sys.stderr, flush=True)
-        return started.run({**common, "measure": what, "case": case, "turns": turns})
+    def take(what: str, case: Case) -> list[Any]:
+        say(f"{link}: {case.parameters:,} parameters in {case.tensors:,}, {what}")
+        return started.run({**common, "measure": what, "case": case, "turns": count})
 
     timings = [take("turns", case) for case in cases]
     by_part = [take("parts", case) for case in cases] if parts else []
-    extra = [take("memory", case) for case in cases]  # at last: afterwards a process is slower
+    extra = [take("memory", case) for case in cases]  # last, because it slows down the process
     rows = [
-        as_row(link, case, combine(answers), on_processors(answers), answers[0]["payload_bytes"], memory)
+        as_row(link, case, *combine(answers), answers[0]["payload_bytes"], memory)
         for case, answers, memory in zip(cases, timings, extra, strict=True)
     ]
     for row, answers in zip(rows, by_part, strict=False):
-        row["breakdown"] = breakdown(answers[0]["rounds"])
-        row["unknown_parts"] = answers[0]["unknown"]
+        row["breakdown"] = breakdown(answers[0])
+        row["unknown_parts"] = [part["part"] for part in row["breakdown"] if part["calls"] == 0]
     return rows
 
 
-@contextmanager
-def linked(count: int, rate_mbit: float | None) -> Iterator[Ranks]:
-    """Ranks on hosts that are linked at a rate; on this machine's loopback if there is none."""
-    command = ["-m", "benchmarks.round", "--rank-process"]
-    with ExitStack() as stack:
-        if rate_mbit is None:
-            yield stack.enter_context(ranks(stack.enter_context(this_machine()), count, command))
-        else:
-            cluster = stack.enter_context(hosts(count, rate_mbit=rate_mbit))
-            yield stack.enter_context(ranks(cluster, 1, command))
-
-
-def run_rank() -> None:
-    """Carry out orders on this rank."""
-    torch.set_num_threads(1)
-    serve(carry_out)
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tables."""
+    text = table(rows, COLUMNS)
+    parts = [{**row, **part} for row in rows for part in row.get("breakdown", ())]
+    if parts:
+        text += f"\n\nSpans of a round, on the first rank\n\n{table(parts, BREAKDOWN_COLUMNS)}"
+    missing = sorted({name for row in rows for name in row.get("unknown_parts", ())})
+    return f"{text}\n\nSpans that did not occur: {', '.join(missing)}" if missing else text
 
 
 # The command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit code."""
-    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    if options.rank_process:
-        run_rank()
-        return 0
+def _measure_and_print(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
-    try:
-        for rate in options.rate_mbit:
-            with linked(options.ranks, rate) as started:
-                rows += measure(started, _name(rate), cases(options), options.turns, parts=options.breakdown)
-    except (HostsUnavailableError, RankFailedError) as error:
-        if rows:
-            print(page(rows))
-        print(f"Nothing was measured on {_name(rate)}. {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; the ranks are ended.", file=sys.stderr)
-        return 130
+    for speed in options.rate_mbit:
+        link = "loopback" if speed is None else f"{speed:g} Mbit/s"
+        try:
+            with linked_ranks(options.ranks, speed, "benchmarks.round") as started:
+                rows += measure(started, link, cases(options), options.turns, parts=options.breakdown)
+        except NotMeasuredError as error:
+            if rows:
+                print(page(rows))
+            say(f"Nothing was measured on {link}. {error}")
+            return FAILED
     print(f"{options.ranks} ranks, buckets of {options.bucket_size_mb:g} MiB; {options.turns} turns\n")
     print(page(rows))
     if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "rank_process")}
-        report.write_json(options.json, "round", settings, rows)
+        write_json(options.json, "round", settings(options), rows)
     return 0
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What the command line asks for."""
+    """The cases that the command line asks for."""
     return [
         Case(round(millions * 1e6), tensors, options.bucket_size_mb)
         for millions in options.parameters
@@ -559,41 +336,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All that there is to read."""
-    text = report.table([readable(row) for row in rows], COLUMNS)
-    taken_apart = [row for row in rows if "breakdown" in row]
-    if taken_apart:
-        parts = [part for row in taken_apart for part in readable_parts(row)]
-        text += f"\n\nParts of a round, on the first rank\n\n{report.table(parts, BREAKDOWN_COLUMNS)}"
-        unknown = sorted({name for row in taken_apart for name in row["unknown_parts"]})
-        if unknown:
-            text += f"\n\nNot in this version of the package: {', '.join(unknown)}"
-    return text
-
-
-def _name(rate_mbit: float | None) -> str:
-    return "loopback" if rate_mbit is None else f"{rate_mbit:g} Mbit/s"
-
-
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says what is averaged, and how often."""
+    """Add the arguments about what is averaged."""
     add = parser.add_argument
-    add(
-        "--parameters",
-        type=report.several(report.number(1e-6, 10**4, float)),
-        default=[1.0, 5.0, 25.0, 100.0],
-        metavar="M,M",
-        help="of the model, in millions (1,5,25,100)",
-    )
-    add(
-        "--tensors",
-        type=report.several(report.number(1, 10**6)),
-        default=[8, 5000],
-        metavar="N,N",
-        help="that hold the parameters (8,5000)",
-    )
-    add("--bucket-size-mb", type=report.number(1e-6, 2**20, float), default=64.0, metavar="B", help="in MiB (64)")
+    parameters, tensors = several(number(1e-6, 10**4, float)), several(number(1, 10**6))
+    defaults = [1.0, 5.0, 25.0, 100.0]
+    add("--parameters", type=parameters, default=defaults, metavar="M,M", help="of the model, in millions (1,5,25,100)")
+    add("--tensors", type=tensors, default=[8, 5000], metavar="N,N", help="that hold the parameters (8,5000)")
+    add("--bucket-size-mb", type=number(1e-6, 2**20, float), default=64.0, metavar="B", help="in MiB (64)")
 
 
 def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -603,33 +353,21 @@ def check_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--tensors {most}: expected at most as many as there are --parameters, got {fewest:g} millions.")
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.round",
-        description="Compare an averaging round with a bare all-reduce of the same bytes.",
-    )
+def parse(arguments: Arguments) -> argparse.Namespace:
+    """The options."""
+    parser = new_parser("benchmarks.round", "Compare an averaging round with a bare all-reduce of the same bytes.")
     add = parser.add_argument
-    add("--ranks", type=report.number(2, 250), default=2, metavar="N", help="processes (2)")
-    add(
-        "--rate-mbit",
-        type=report.several(_rate),
-        default=[None],
-        metavar="R,R",
-        help="of each rank's link; none is loopback (none)",
-    )
+    add("--ranks", type=number(2, 250), default=2, metavar="N", help="processes (2)")
+    add("--rate-mbit", type=several(rate), default=[None], metavar="R,R", help="of each link; none is loopback (none)")
     add_case_arguments(parser)
-    add("--turns", type=report.number(1), default=15, metavar="N", help="of each contender, timed (15)")
-    add("--breakdown", action="store_true", help="say where the time of a round goes")
-    add("--json", type=report.output_file, metavar="FILE", help="write all numbers to this file")
-    add("--rank-process", action="store_true", help=argparse.SUPPRESS)  # how ranks are started
+    add("--turns", type=number(1), default=15, metavar="N", help="of each contender, timed (15)")
+    add("--breakdown", action="store_true", help="show what each stage of a round takes")
     options = parser.parse_args(arguments)
     check_cases(parser, options)
     return options
 
 
-def _rate(given: str) -> float | None:
-    return None if given == "none" else report.number(1, kind=float)(given)
-
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,12 @@
-"""What every contender of `link.py` trains: one model, one optimizer, the same batches; and the record of a run."""
+"""What every contender of `link.py` trains (one model, one optimizer, the same batches), and the record of a run."""
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.hosts import INTERFACE
+from benchmarks.frame.hosts import Counters
+from benchmarks.frame.trainer import Sent, parameter_count, whole_batch
 
 MODELS = ("mlp", "resnet8", "resnet20", "resnet18")
 HIDDEN_LAYERS = 4
-POOLED = 192  # inputs of the multilayer perceptron: images of 32 by 32 pixels and 3 colours, pooled to 8 by 8
+POOLED = 192  # inputs of the perceptron: images of 32 by 32 pixels and 3 colours, pooled to 8 by 8
 CLASSES = 10
 EXAMPLES = 2048  # random ones per rank
 FEWEST_PARAMETERS = 10_000
@@ -30,37 +29,25 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, by whatever contender."""
+    """What is trained, whichever contender does it."""
 
-    model: str
-    """One of ``MODELS``."""
-    parameters: int
-    """Of the multilayer perceptron, about; the others have the number they have."""
-    batch_size: int
-    """Per rank."""
+    model: str  # one of ``MODELS``
+    parameters: int  # of the multilayer perceptron, approximately; the other models have fixed sizes
+    batch_size: int  # per rank
     learning_rate: float
     seed: int
     steps: int
     pause_ms: float = 0.0
-    """Time for which a step's forward and backward pass leave the processor alone, as they do on an accelerator."""
-    data: str | None = None
-    """The folder with CIFAR-10; None is random images."""
-    verify: bool = True
-    """Whether the files have to be those that were published, rather than the same images packed anew."""
-    images: int | None = None
-    """How many training images to take, the first ones; None is all."""
-
-
-# The model
+    """Time per step for which forward and backward pass sleep, in place of an accelerator that computes."""
+    data: str | None = None  # the folder with CIFAR-10; None is random images
+    verify: bool = True  # whether the files have to be the published ones, not the same images repacked
+    images: int | None = None  # take only the first so many training images; None is all
 
 
 class Pause(nn.Module):
-    """Sleeps, one part in the forward pass and two in the backward pass, which is how long these take elsewhere.
+    """Sleeps ``seconds``, a third of it in the forward pass and the rest in the backward pass.
 
-    Stands for the time in which an accelerator computes: the process waits and its cores are free.
-
-    Args:
-        seconds: for both passes together.
+    It stands for an accelerator that computes: the process waits and its cores are free.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -95,10 +82,10 @@ def new_network(recipe: Recipe) -> nn.Module:
     return build_network(recipe.model, num_classes=CLASSES, in_channels=3)
 
 
-def parameter_count(recipe: Recipe) -> int:
+def model_size(recipe: Recipe) -> int:
     """How many parameters the model has."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in new_network(recipe).parameters())
+        return parameter_count(new_network(recipe))
 
 
 def _perceptron(recipe: Recipe) -> nn.Module:
@@ -106,15 +93,15 @@ def _perceptron(recipe: Recipe) -> nn.Module:
     layers: list[nn.Module] = [nn.AvgPool2d(4), nn.Flatten()]
     for inputs, outputs in itertools.pairwise([POOLED, *[width] * HIDDEN_LAYERS]):
         layer = nn.Linear(inputs, outputs)
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # or the first hundred steps would learn nothing
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # otherwise the first hundred steps learn nothing
         layers += [layer, nn.ReLU()]
-        if recipe.pause_ms > 0:  # behind each layer, so that DDP can send its gradient while others are computed
+        if recipe.pause_ms > 0:  # after each layer, so that DDP can send its gradient while others are computed
             layers.append(Pause(recipe.pause_ms / 1000 / HIDDEN_LAYERS))
     return nn.Sequential(*layers, nn.Linear(width, CLASSES))
 
 
 def _width(parameters: int) -> int:
-    """Of hidden layers that have so many parameters, with input and output layer."""
+    """Of hidden layers, so that the model has about so many parameters."""
     square, linear = HIDDEN_LAYERS - 1, POOLED + HIDDEN_LAYERS + CLASSES
     return round((math.sqrt(linear**2 + 4 * square * (parameters - CLASSES)) - linear) / (2 * square))
 
@@ -131,11 +118,7 @@ def loss_of(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Task(L.LightningModule):
-    """The same for Lightning.
-
-    Args:
-        recipe: what to train.
-    """
+    """A recipe for Lightning."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -151,71 +134,56 @@ class Task(L.LightningModule):
         return new_optimizer(self.recipe, self.network)
 
 
-# The data
-
-
+@dataclass(eq=False)
 class Images(Dataset):
-    """Images and labels in memory, handed out in whole batches."""
+    """Images and labels in memory, returned in whole batches."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch; a DataLoader asks for it in one go."""
+        """A batch."""
         return self.images[indices], self.labels[indices]
 
 
+@dataclass(eq=False)
 class Shuffled(Sampler[int]):
-    """All examples in random order, then all in another one, and so on: the whole run is one epoch for the Trainer.
+    """All examples in random order, then all in another order, and so on: the run is one epoch for the Trainer.
 
-    What a trainer does between epochs is not what is measured.
-
-    Args:
-        examples: how many there are.
-        draws: how many to draw in the whole run.
-        seed: of the order.
+    What a trainer does between epochs is not to be measured. ``draws`` are those of the whole run.
     """
 
-    def __init__(self, examples: int, draws: int, seed: int) -> None:
-        self._examples = examples
-        self._draws = draws
-        self._seed = seed
+    examples: int
+    draws: int
+    seed: int
 
     def __len__(self) -> int:
-        """The number of draws."""
-        return self._draws
+        return self.draws
 
     def __iter__(self) -> Iterator[int]:
-        """Draw; the same each time."""
-        generator = torch.Generator().manual_seed(self._seed)
-        orders = (torch.randperm(self._examples, generator=generator).tolist() for _ in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(orders), self._draws)
+        generator = torch.Generator().manual_seed(self.seed)
+        orders = (torch.randperm(self.examples, generator=generator).tolist() for _ in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(orders), self.draws)
 
 
 def new_loader(recipe: Recipe, rank: int, world_size: int) -> DataLoader:
-    """One rank's batches, the same ones for every contender."""
+    """One rank's batches, the same for every contender."""
     images = _random_images(recipe.seed, rank) if recipe.data is None else _cifar10(recipe, rank, world_size)
-    torch.manual_seed(recipe.seed + 1 + rank)  # of what augments
+    torch.manual_seed(recipe.seed + 1 + rank)  # of the augmentation
     return DataLoader(
         images,
         batch_size=recipe.batch_size,
         sampler=Shuffled(len(images), recipe.steps * recipe.batch_size, recipe.seed + 1 + rank),
-        collate_fn=_as_is,
+        collate_fn=whole_batch,
     )
-
-
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
 
 
 @cache
 def _random_images(seed: int, rank: int) -> Images:
-    """Noise around one image per class: what is learned in a few hundred steps, and not at once."""
+    """Noise around one image per class, which takes a few hundred steps to learn."""
     centres = 0.05 * torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     centres = centres.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     generator = torch.Generator().manual_seed(seed + 1 + rank)
@@ -225,7 +193,7 @@ def _random_images(seed: int, rank: int) -> Images:
 
 @cache
 def _cifar10(recipe: Recipe, rank: int, world_size: int) -> Dataset:
-    """Every world_size-th image, cut and mirrored at random."""
+    """Every world_size-th image, cropped and mirrored at random."""
     from examples.image_classification.data import DATASETS, ImageData, TensorImages  # needs torchvision
 
     data = ImageData(root=recipe.data, verify=recipe.verify, download=False, train_images=recipe.images)
@@ -236,52 +204,15 @@ def _cifar10(recipe: Recipe, rank: int, world_size: int) -> Dataset:
     return TensorImages(images, labels, facts.mean, facts.std, augment=True)
 
 
-# The record
-
-
-class Sent(NamedTuple):
-    """What a rank has communicated since the start of a run."""
-
-    rounds: int = 0
-    """Averages of the model or of its gradient over all ranks."""
-    bytes: int = 0
-    """What this rank says that it has sent to others, or what a ring all-reduce sends for what it has reduced."""
-
-
-class Traffic(NamedTuple):
-    """What an interface has sent since it was made."""
-
-    bytes: int
-    packets: int
-
-
-class Interface:
-    """This host's interface; reading it takes microseconds, so that it can be read at every step."""
-
-    def __init__(self) -> None:
-        folder = Path("/sys/class/net") / INTERFACE / "statistics"
-        self._files = [os.open(folder / f"tx_{name}", os.O_RDONLY) for name in Traffic._fields]
-
-    def sent(self) -> Traffic:
-        """What it has sent so far."""
-        return Traffic(*(int(os.pread(file, 32, 0)) for file in self._files))
-
-
 class Record:
-    """What one rank notes down at each step of a run.
+    """What one rank records at each step of a run; ``meet`` waits for all ranks, without the network."""
 
-    Args:
-        meet: waits for all ranks, without the network.
-        traffic: what this host's interface has sent so far.
-    """
-
-    def __init__(self, meet: Callable[[], None], traffic: Callable[[], Traffic]) -> None:
-        self.sent: Callable[[], Sent] = Sent
-        """To be set by the contender: what was communicated so far."""
+    def __init__(self, meet: Callable[[], None], counters: Callable[[], Counters]) -> None:
+        self.sent: Callable[[], Sent] = Sent  # what was communicated so far; the contender sets it
         self.meet = meet
-        self._traffic = traffic
+        self._counters = counters
         self._losses: list[float] = []
-        self._notes: list[tuple[float, Traffic, Sent]] = []
+        self._notes: list[tuple[float, Counters, Sent]] = []
 
     @property
     def steps(self) -> int:
@@ -289,42 +220,42 @@ class Record:
         return len(self._losses)
 
     def begin(self) -> None:
-        """Begin together, immediately before the first step."""
+        """Wait for all ranks, immediately before the first step."""
         self.meet()
         self._note()
 
     def step(self, loss: Tensor) -> None:
-        """Note down a step, with all that belongs to it."""
+        """Record a step."""
         self._losses.append(float(loss))
         self._note()
 
     def as_json(self) -> dict[str, list]:
-        """All of it: of each step its loss; the rest before the first step and after each."""
-        times, traffic, sent = zip(*self._notes, strict=True)
+        """The loss of each step, and everything else before the first step and after each."""
+        times, counters, sent = zip(*self._notes, strict=True)
         return {
             "losses": self._losses,
             "times": list(times),
-            "tx_bytes": [each.bytes for each in traffic],
-            "tx_packets": [each.packets for each in traffic],
+            "tx_bytes": [each.tx_bytes for each in counters],
+            "tx_packets": [each.tx_packets for each in counters],
             "rounds": [each.rounds for each in sent],
             "sent_bytes": [each.bytes for each in sent],
         }
 
     def _note(self) -> None:
-        self._notes.append((time.perf_counter(), self._traffic(), self.sent()))
+        self._notes.append((time.perf_counter(), self._counters(), self.sent()))
 
 
 class Recorder(Callback):
-    """Has a Trainer keep the record."""
+    """Fills a record during a fit."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
-        """Begin together."""
+        """Wait for all ranks."""
         if index == 0:
             self._record.begin()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        """Note down a step, its averaging round included."""
+        """Record a step, with its averaging round."""
         self._record.step(outputs["loss"])

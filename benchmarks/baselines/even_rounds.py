@@ -15,10 +15,9 @@ class EvenRounds(AveragingPeriod):
     K. It is CPSGD as ``ConstantPeriod`` is, at a mean period that need not be whole: for comparison with an adaptive
     run that has had as many rounds.
 
-    A round that something else asks for (validation, a checkpoint) starts the strategy's count of local steps anew, so
-    the next round of the schedule comes late by as many steps as had been counted. The round after it is again where
-    the schedule has it, since each period ends at the first due step that lies ahead. Such a run has those extra
-    rounds, and may have fewer than ``rounds`` that the period asked for.
+    A round that something else asks for (validation, a checkpoint) restarts the strategy's count of local steps, so the
+    next round of the schedule is late by the steps counted until then; the one after it is on schedule again. Such a
+    run has those extra rounds, and may have fewer than ``rounds`` that the period asked for.
 
     Args:
         rounds: averaging rounds in the whole run.
@@ -48,12 +47,7 @@ class EvenRounds(AveragingPeriod):
 
     @override
     def setup(self, total_steps: int | None) -> None:
-        """Take note of K.
-
-        Raises:
-            TypeError: if ``total_steps`` is neither an int nor None.
-            ValueError: if it is None, or there are more rounds than steps.
-        """
+        """Store K; a ValueError if it is None, or if there are more rounds than steps."""
         steps = check_total_steps(total_steps, "EvenRounds.setup")
         if steps is None:
             raise ValueError(
@@ -65,21 +59,21 @@ class EvenRounds(AveragingPeriod):
 
     @override
     def update(self, step: int, *, ratio: float, learning_rate: float) -> None:
-        """Take note of the step; the variance changes nothing."""
+        """Store the step; the variance changes nothing."""
         self._step = step
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """How far the schedule has come, and K."""
+        """The step and K."""
         return {"step": self._step, "total_steps": self._total_steps}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the saved schedule, even if the run is longer now; ``rounds`` is the constructor's.
+        """Continue the saved schedule, even if the run is longer now; ``rounds`` is the constructor's.
 
         Raises:
             TypeError: if ``state`` or one of its entries is of the wrong type.
-            ValueError: if an entry is missing or out of range. The rule is then as it was before.
+            ValueError: if an entry is missing or out of range; the rule is then unchanged.
         """
         saved = check_state("EvenRounds", state, ("step", "total_steps"))
         where = "EvenRounds.load_state_dict"

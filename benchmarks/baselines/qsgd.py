@@ -27,8 +27,7 @@ class QSGDCodec(NamedTuple):
     In a message every bucket is a row of bytes: a code per element, as int8, and the norm, as fp32.
     """
 
-    bucket_size: int = 512
-    """d; elements that share a norm. A larger one takes fewer bytes and errs more."""
+    bucket_size: int = 512  # d; elements that share a norm. A larger one takes fewer bytes and errs more
 
     def rows(self, numel: int) -> int:
         """Buckets for so many elements; the last one may not be full, and takes as many bytes as the others."""
@@ -78,14 +77,10 @@ class QSGDCodec(NamedTuple):
 class _Exchange:
     """A DDP bucket under way: quantized slices are sent to their owners, and the owners' means to everybody."""
 
-    gradient: Tensor
-    """As DDP has it, shape (numel,); holds the mean in the end."""
-    future: "torch.futures.Future[Tensor]"
-    """What DDP waits for."""
-    slices: Sequence[int]
-    """Rows of each rank's slice; as even as possible, without padding."""
-    sent: Any = None
-    """Kept while it travels."""
+    gradient: Tensor  # as DDP has it, shape (numel,); holds the mean in the end
+    future: "torch.futures.Future[Tensor]"  # what DDP waits for
+    slices: Sequence[int]  # rows of each rank's slice; as even as possible, without padding
+    sent: Any = None  # kept while it travels
     received: Any = None
     work: Any = None
 
@@ -122,10 +117,8 @@ class QSGDReducer:
         self._seed = seed
 
         # State
-        self.steps = 0
-        """Reductions of all gradients."""
-        self.sent_bytes = 0
-        """What this rank has sent to others."""
+        self.steps = 0  # reductions of all gradients
+        self.sent_bytes = 0  # what this rank has sent to others
         self._generator: torch.Generator | None = None
         self._under_way: list[_Exchange] = []
 

@@ -20,46 +20,29 @@ The exit code is 0, 2 if something failed, and 130 after Ctrl-C.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.machine import this_machine
+from benchmarks.frame.command import FAILED, Arguments, new_main, number, one_of, output_file, say, several
+from benchmarks.frame.errors import NotMeasuredError
+from benchmarks.frame.ranks import ranks, this_machine
 from benchmarks.paper.links import read_links
 from benchmarks.paper.page import Page
 from benchmarks.paper.plan import SCALES, Run, Study, runs_of
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store, do
-from benchmarks.paper.training import carry_out
-from benchmarks.ranks import RankFailedError, ranks, serve
-from benchmarks.report import number, one_of, output_file, several
 from examples.image_classification.data import DATASETS
 
-FAILED, INTERRUPTED = 2, 130
-RANK_PROCESS = "--rank-process"
 LINK_RESULTS = Path("benchmarks/results")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, write, and return the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == [RANK_PROCESS]:  # how ranks are started
-        serve(carry_out)
-        return 0
-    options = parse(arguments)
-    try:
-        if not options.page_only:
-            train(options)
-    except (RankFailedError, DataMissingError) as error:
-        print(f"A run could not be finished; those before it are kept. {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("Interrupted; runs that are done are kept, and the same command goes on.", file=sys.stderr)
-        return INTERRUPTED
+def _train_and_write(options: argparse.Namespace) -> int:
+    if not options.page_only:
+        train(options)
     page = new_page(options)
     if page is None:
-        print(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.", file=sys.stderr)
+        say(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.")
         return FAILED
     options.page.write_text(page.text())
     page.draw()
@@ -67,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# The runs
-
-
-class DataMissingError(RuntimeError):
+class DataMissingError(NotMeasuredError):
     """There are no images to train on."""
 
 
@@ -83,18 +63,16 @@ def train(options: argparse.Namespace) -> None:
     """
     runs, store = runs_of(_studies(options), options.seeds), Store(_folder(options))
     missing = [run for run in runs if store.result(run) is None]
-    _say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
+    say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
     if not missing:
         return
     order = {"data": str(options.data), "device": options.device, "backend": options.backend}
     order["verify"] = find_images(options.data)
     workers = missing[0].task.workers
-    _say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
-    with (
-        this_machine() as (machine,),
-        ranks([machine] * workers, 1, ["-m", "benchmarks.paper", RANK_PROCESS]) as started,
-    ):
-        for _ in do(missing, started, store, order, lambda run: _command(run, options), _say):
+    say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
+    # One host per rank: NCCL refuses two ranks of one host on one GPU.
+    with this_machine() as (machine,), ranks([machine] * workers, 1, "benchmarks.paper.training") as started:
+        for _ in do(missing, started, store, order, lambda run: _command(run, options), say):
             pass
 
 
@@ -114,9 +92,9 @@ def find_images(folder: Path) -> bool:
         except RuntimeError:
             continue
         if not published:
-            _say(f"The files in {folder} are not those that were published; they are read as they are.")
+            say(f"The files in {folder} are not those that were published; they are read as they are.")
         return published
-    _say(f"CIFAR-10 is not in {folder}: downloading it.")
+    say(f"CIFAR-10 is not in {folder}: downloading it.")
     try:
         facts.original(str(folder), train=True, download=True)
     except (OSError, RuntimeError) as error:
@@ -134,9 +112,6 @@ def _command(run: Run, options: argparse.Namespace) -> str:
 
 def _base_command(options: argparse.Namespace) -> str:
     return f"python -m benchmarks.paper --scale {options.scale} --data {options.data} --runs {options.runs}"
-
-
-# The page
 
 
 def new_page(options: argparse.Namespace) -> Page | None:
@@ -165,15 +140,8 @@ def _images(options: argparse.Namespace) -> Path:
     return images
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-# The command
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What is asked for."""
+def parse(arguments: Arguments) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper", description="Reproduce the paper's comparison on CIFAR-10."
     )
@@ -197,6 +165,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--backend nccl: expected --device cuda with it; on a CPU ranks talk with gloo.")
     return options
 
+
+main = new_main(
+    parse,
+    _train_and_write,
+    failed="A run could not be finished; those before it are kept.",
+    interrupted="Runs that are done are kept; the same command continues.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

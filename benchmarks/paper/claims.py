@@ -1,4 +1,4 @@
-"""The paper's claims (arXiv:2007.06134), and what they come to here."""
+"""The paper's claims (arXiv:2007.06134), and whether they are reproduced here."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,29 +8,22 @@ from benchmarks.paper.links import PAPER_SPEEDUPS, Link
 from benchmarks.paper.plan import ADPSGD, CPSGD_8, MATCHED, QSGD, RARE, Contender, Task
 from benchmarks.paper.results import Outcomes, accuracy, final_loss, rounds, sent_bytes, until
 
-EQUALLY_MANY = 1.01
-"""Times as many rounds."""
+EQUALLY_MANY = 1.01  # times as many rounds
 
 
 class Claim(NamedTuple):
-    """A claim of the paper, and what came of it here."""
+    """A claim of the paper, and the result here."""
 
     text: str
     verdict: str
-    sentences: Sequence[str]
-    """The figures behind the verdict."""
+    sentences: Sequence[str]  # the figures behind the verdict
 
 
 def verdict(better: Sequence[Sequence[float]]) -> str:
-    """What several comparisons come to.
+    """The verdict on several comparisons, given how much better each was with each seed; negative is worse.
 
-    Args:
-        better: for each comparison how much better it was with each seed; negative is worse.
-
-    Returns:
-        ``reproduced`` if it was better with every seed of every comparison, ``not reproduced`` if in no comparison the
-        mean was better, ``reproduced in part`` between the two, with how often it was better, and ``not measured``
-        without any runs.
+    It is ``reproduced`` if it was better with every seed of every comparison, ``not reproduced`` if in no comparison
+    the mean was better, ``reproduced in part`` between the two, and ``not measured`` without any runs.
     """
     known = [differences for differences in better if differences]
     if not known:
@@ -45,13 +38,7 @@ def verdict(better: Sequence[Sequence[float]]) -> str:
 
 
 def claims(outcomes: Outcomes, tasks: Sequence[Task], links: Mapping[str, Link]) -> list[Claim]:
-    """The paper's claims and what came of them.
-
-    Args:
-        outcomes: of the runs.
-        tasks: of the paper's comparison.
-        links: measurements on links, by the paper's network.
-    """
+    """The paper's claims, judged by the outcomes of its comparison and by measurements on links."""
     return [_against_cpsgd(outcomes, tasks), _against_qsgd(outcomes, tasks, links), _speedups(links)]
 
 

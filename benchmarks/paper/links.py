@@ -10,8 +10,7 @@ from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, Contende
 
 PAPER_SPEEDUPS = {"100 Gbps": (1.14, 1.27), "10 Gbps": (1.46, 1.95)}
 """Of ADPSGD over full communication (arXiv:2007.06134, abstract)."""
-PAPER_PERIOD = 8
-"""Averaging period of the paper's CPSGD, whose communication ADPSGD's is not to exceed."""
+PAPER_PERIOD = 8  # averaging period of the paper's CPSGD, whose communication ADPSGD's is not to exceed
 FILES = {"100 Gbps": "link_100gbps.json", "10 Gbps": "link_10gbps.json"}
 """The measurements on links that stand for the paper's two networks."""
 _ON_LINKS = {FULL.name: "ddp", CPSGD_8.name: "constant", MATCHED.name: "even", ADPSGD.name: "even", QSGD.name: "qsgd"}
@@ -21,19 +20,13 @@ _ON_LINKS = {FULL.name: "ddp", CPSGD_8.name: "constant", MATCHED.name: "even", A
 class Link(NamedTuple):
     """A measurement on links."""
 
-    file: str
-    """As readers are to be told."""
+    file: str  # as the page names it
     command: str
-    text: str
-    """What was measured."""
-    step_seconds: Mapping[str, float]
-    """By contender's name in `benchmarks.contenders`."""
-    speedups: Mapping[str, float]
-    """Over full communication; the same names."""
-    lost: float
-    """The share of full communication's time that communication took."""
-    mean_period: float
-    """Of ``even``, which stands for ADPSGD."""
+    text: str  # what was measured
+    step_seconds: Mapping[str, float]  # by contender's name in `benchmarks.contenders`
+    speedups: Mapping[str, float]  # over full communication; the same names
+    lost: float  # the share of full communication's time that communication took
+    mean_period: float  # of ``even``, which stands for ADPSGD
 
     def speedup(self, contender: Contender) -> float | None:
         """How many times as fast as full communication; None if it was not measured."""
@@ -69,10 +62,6 @@ def communication_share(speedup: float, period: float = PAPER_PERIOD) -> float:
 
     A step of full communication takes t + c, one with a round every p steps t + c/p. From s = (t + c)/(t + c/p) follows
     c/(t + c) = (1 - 1/s)/(1 - 1/p).
-
-    Args:
-        speedup: s.
-        period: p, the mean averaging period.
     """
     return (1 - 1 / speedup) / (1 - 1 / period)
 

@@ -14,11 +14,7 @@ CLASSES = 10
 
 
 def new_network(name: str) -> nn.Module:
-    """The network of that name for colour images of 32 pixels and ten classes, freshly initialised.
-
-    Args:
-        name: one of `SMALL`, or of the image example's architectures.
-    """
+    """A new network for colour images of 32 pixels and ten classes: one of `SMALL` or of the image example."""
     network = SMALL[name]() if name in SMALL else ARCHITECTURES[name](CLASSES, 3)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, arXiv:1502.01852
@@ -26,11 +22,6 @@ def new_network(name: str) -> nn.Module:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return network.to(memory_format=torch.channels_last)
-
-
-def parameter_count(name: str) -> int:
-    """How many parameters a network has."""
-    return sum(parameter.numel() for parameter in new_network(name).parameters())
 
 
 def _vgg_tiny() -> nn.Module:
@@ -68,14 +59,7 @@ def _resnet_tiny() -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer (Dosovitskiy et al., arXiv:2010.11929) for images of 32 pixels, pooled by the mean.
-
-    Args:
-        width: of a token.
-        depth: encoder layers.
-        heads: per layer.
-        patch: height and width of what becomes a token, in pixels.
-    """
+    """A vision transformer (Dosovitskiy et al., arXiv:2010.11929) for images of 32 pixels, pooled by the mean."""
 
     def __init__(self, width: int = 48, depth: int = 3, heads: int = 3, patch: int = 4) -> None:
         super().__init__()

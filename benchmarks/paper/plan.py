@@ -9,42 +9,35 @@ Method = Literal["full", "qsgd", "constant", "matched", "adaptive"]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to bring the workers' models together."""
+    """A way to combine the workers' models."""
 
     name: str
     title: str
     method: Method
     """``matched`` is CPSGD that spreads as many rounds as ``adpsgd`` had with the same task and seed over the run."""
-    period: int | None = None
-    """Of ``constant``; the first one of ``adaptive``."""
-    sampling: float | None = None
-    """Of ``adaptive``: K_s, as a share of the run."""
-    optimizer_state: str = "local"
-    """What a round does to momentum and moments."""
+    period: int | None = None  # of ``constant``; the first one of ``adaptive``
+    sampling: float | None = None  # of ``adaptive``: K_s, as a share of the run
+    optimizer_state: str = "local"  # what a round does to momentum and moments
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, whoever does it."""
+    """What is trained, whichever contender does it."""
 
     name: str
     title: str
     network: str
     workers: int
-    batch_size: int
-    """Images per worker and step."""
-    images: int | None
-    """The first so many of the training images; None is all."""
+    batch_size: int  # images per worker and step
+    images: int | None  # the first so many of the training images; None is all
     epochs: int
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["steps", "cosine"] = "steps"
     """Both after a linear warm-up: two decays to a tenth each, or a cosine to 0."""
-    learning_rate: float = 0.1
-    """The peak."""
+    learning_rate: float = 0.1  # the peak
     weight_decay: float = 5e-4
     warmup_epochs: float = 1.0
-    decay_at: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the run."""
+    decay_at: tuple[float, ...] = (0.5, 0.75)  # shares of the run
 
 
 class Run(NamedTuple):
@@ -56,22 +49,18 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Where it is kept, below a folder of runs."""
+        """Its file in a folder of runs."""
         return f"{self.task.name}/{self.contender.name}-seed{self.seed}.json"
 
     def settings(self, rounds: int | None) -> dict[str, Any]:
-        """All that it depends on.
-
-        Args:
-            rounds: those of ``adpsgd``, for a contender that is ``matched``.
-        """
+        """Everything that it depends on; ``rounds`` are those of ``adpsgd``, for a contender that is ``matched``."""
         task = {**_untitled(self.task), "decay_at": list(self.task.decay_at)}
         known = {"task": task, "contender": _untitled(self.contender), "seed": self.seed}
         return known if rounds is None else {**known, "rounds": rounds}
 
 
 def _untitled(described: Contender | Task) -> dict[str, Any]:
-    """All that something is, but for what it is called on the page."""
+    """All fields but the title."""
     return {name: value for name, value in asdict(described).items() if name != "title"}
 
 
@@ -104,8 +93,7 @@ def _adaptive(initial: int, sampling: float) -> Contender:
     return Contender(name, title, "adaptive", period=initial, sampling=sampling)
 
 
-RARE = _adaptive(8, 0.25)
-"""With a first period as long as CPSGD's, it has fewer rounds."""
+RARE = _adaptive(8, 0.25)  # with a first period as long as CPSGD's, it has fewer rounds
 FULL = Contender("full", "full communication", "full")
 CPSGD_8 = Contender("cpsgd-8", "CPSGD, p = 8", "constant", period=8)
 MATCHED = Contender("cpsgd-matched", "CPSGD, as many rounds", "matched")
@@ -123,9 +111,6 @@ GRID = tuple(_adaptive(initial, sampling) for initial in (2, 4, 8) for sampling 
 MOMENTUM = (CPSGD_8, _constant(16, "average"), _constant(8, "average"), _constant(8, "reset"))
 MOMENTS = (CPSGD_8, _constant(24, "average"), _constant(8, "average"))
 """Adam has two of them, so that a round which averages them sends three times as much."""
-
-
-# The scales
 
 
 def _tasks(networks: Sequence[tuple[str, str, str]], **common: Any) -> tuple[Task, ...]:
@@ -188,12 +173,7 @@ SCALES: dict[str, tuple[Study, ...]] = {
 
 
 def runs_of(studies: Sequence[Study], seeds: int | None = None) -> list[Run]:
-    """Every run once, study by study and seed by seed.
-
-    Args:
-        studies: what to answer.
-        seeds: how many at most; None is what each study asks for.
-    """
+    """Every run once, study by study and seed by seed; at most so many seeds, by default what each study asks for."""
     found = {
         run.file: run
         for study in studies

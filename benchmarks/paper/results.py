@@ -6,11 +6,12 @@ with the same weights and saw the same batches.
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
+from benchmarks.frame.turns import median
 from benchmarks.paper.plan import Contender, Run, Task
 from benchmarks.paper.runs import Result, Store
-from benchmarks.report import median
 
 QUARTERS = 4
 POINTS = 100  # per cent
@@ -18,24 +19,14 @@ POINTS = 100  # per cent
 Value = Callable[[Result], float]
 
 
-def final_loss(result: Result) -> float:
-    """Cross-entropy of the averaged model on all training images."""
-    return result["final_loss"]
-
-
-def accuracy(result: Result) -> float:
-    """Contribution of the test images that the averaged model gets right."""
-    return result["accuracy"]
-
-
-def rounds(result: Result) -> float:
-    """Averages over all workers, of parameters or of gradients."""
-    return result["rounds"]
-
-
-def sent_bytes(result: Result) -> float:
-    """By each worker."""
-    return result["sent_bytes"]
+final_loss: Value = itemgetter("final_loss")
+"""Cross-entropy of the averaged model on all training images."""
+accuracy: Value = itemgetter("accuracy")
+"""Share of the test images that the averaged model gets right."""
+rounds: Value = itemgetter("rounds")
+"""Averages over all workers, of parameters or of gradients."""
+sent_bytes: Value = itemgetter("sent_bytes")
+"""By each worker."""
 
 
 def mean_period(result: Result) -> float:
@@ -43,15 +34,11 @@ def mean_period(result: Result) -> float:
     return result["steps"] / result["rounds"]
 
 
-# Over seeds
-
-
 class Spread(NamedTuple):
     """A number of several runs."""
 
     mean: float
-    deviation: float | None
-    """None if there is only one run."""
+    deviation: float | None  # None if there is only one run
 
     def text(self, digits: int, factor: float = 1.0, sign: bool = False) -> str:
         """As ``mean ± deviation``."""
@@ -67,12 +54,12 @@ def spread(values: Iterable[float]) -> Spread:
     """
     known = list(values)
     if not known:
-        raise ValueError("spread(): expected one value at least, got none.")
+        raise ValueError("spread(): expected at least one value, got none.")
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 def in_words(differences: Sequence[float], digits: int, factor: float = 1.0, unit: str = "") -> str:
-    """DeltaCodec as text: mean, spread, and with how many seeds they had the mean's sign."""
+    """Differences as text: mean, spread, and with how many seeds they had the mean's sign."""
     mean = statistics.fmean(differences)
     alike = sum(difference * mean > 0 for difference in differences)
     word = "lower" if mean < 0 else "higher"
@@ -81,16 +68,10 @@ def in_words(differences: Sequence[float], digits: int, factor: float = 1.0, uni
 
 
 class Outcomes:
-    """All runs that are done.
-
-    Args:
-        store: where they are.
-        runs: which of them to look at.
-    """
+    """The results of those ``runs`` that are done, from a ``store``."""
 
     def __init__(self, store: Store, runs: Iterable[Run]) -> None:
-        self.missing: list[Run] = []
-        """Those that are not done."""
+        self.missing: list[Run] = []  # runs that are not done
         self._results: dict[tuple[str, str], dict[int, Result]] = {}
         for run in runs:
             result = store.result(run)
@@ -100,11 +81,11 @@ class Outcomes:
                 self._results.setdefault((run.task.name, run.contender.name), {})[run.seed] = result
 
     def results(self, task: Task, contender: Contender) -> Mapping[int, Result]:
-        """What came of a contender with a task, by seed; empty if nothing is done."""
+        """The results of a contender with a task, by seed; empty if nothing is done."""
         return self._results.get((task.name, contender.name), {})
 
     def known(self, task: Task, contenders: Iterable[Contender]) -> list[Contender]:
-        """Those contenders of which a run is done."""
+        """The contenders that have results."""
         return [contender for contender in contenders if self.results(task, contender)]
 
     def of(self, task: Task, contender: Contender, value: Value) -> Spread:
@@ -121,13 +102,10 @@ class Outcomes:
         return [value(first[seed]) - value(second[seed]) for seed in sorted(first.keys() & second.keys())]
 
     def against(self, task: Task, contender: Contender, other: Contender) -> str:
-        """What ends differently with a contender than with another one, as text; they need a seed in common."""
+        """Differences of loss and accuracy to another contender, as text; they need a seed in common."""
         losses = self.differences(task, contender, other, final_loss)
         gains = self.differences(task, contender, other, accuracy)
         return f"final loss {in_words(losses, 4)}, accuracy {in_words(gains, 2, POINTS, ' points')}"
-
-
-# When a loss is reached
 
 
 class Reached(NamedTuple):
@@ -148,9 +126,6 @@ def until(result: Result, loss: float) -> Reached | None:
             return Reached(*(before[name] + share * (point[name] - before[name]) for name in ("epoch", "sent_bytes")))
         before = point
     return None
-
-
-# What the rule sees
 
 
 def by_quarter(result: Result, name: str) -> list[float | None]:

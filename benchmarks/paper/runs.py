@@ -8,27 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.machine import free_port
+from benchmarks.accuracy import judgement
+from benchmarks.frame.ranks import Ranks
+from benchmarks.frame.results import machine
+from benchmarks.frame.table import bytes_readable
+from benchmarks.frame.turns import median
 from benchmarks.paper.plan import ADPSGD, Run
-from benchmarks.ranks import Ranks
 
 Result = dict[str, Any]
-"""What came of a run, see :func:`combine`."""
+"""Of a run, see :func:`combine`."""
 
 
 class Store:
-    """A folder with a file per run that is done.
-
-    Args:
-        folder: is made when the first run is kept.
-    """
+    """A folder with a file per run that is done; it is made when the first run is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def result(self, run: Run) -> Result | None:
-        """What came of a run; None if it was not done, or with other settings than it has now."""
+        """The result of a run; None if it was not done, or with other settings than it has now."""
         settings = self.settings(run)
         file = self.folder / run.file
         if settings is None or not file.is_file():
@@ -44,21 +42,14 @@ class Store:
         return None if model is None else run.settings(model["rounds"])
 
     def keep(self, run: Run, result: Result, command: str, data: Mapping[str, Any]) -> None:
-        """Write a run down, whole or not at all.
-
-        Args:
-            run: the run.
-            result: what came of it.
-            command: what does this run and no other.
-            data: what is to be said of the images.
-        """
+        """Write a run's file, completely or not at all, with the command that does this run only."""
         file = self.folder / run.file
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "command": command,
             "settings": self.settings(run),
             "data": dict(data),
-            "machine": report.machine(),
+            "machine": machine(),
             "result": result,
         }
         partial = file.with_suffix(".partial")
@@ -79,7 +70,7 @@ def _compact(content: Mapping[str, Any]) -> str:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
-    """What all ranks say about one run, put together.
+    """Put the answers of all ranks about one run together.
 
     Returns:
         ``steps``, ``parameters``, ``rounds`` (averages over all workers, of parameters or of gradients), ``sent_bytes``
@@ -89,16 +80,16 @@ def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
         ``averaging`` (a list for each property of the rounds).
     """
     first = answers[0]
-    accuracy = sum(answer["right"] for answer in answers) / first["test_images"]
+    judged = judgement(answers)
     curve = [_point(points, first["test_images"]) for points in zip(*(a["curve"] for a in answers), strict=True)]
-    curve[-1] |= {"accuracy": accuracy, "sent_bytes": first["sent_bytes"]}  # once all have met at the end
+    curve[-1] |= {"accuracy": judged["accuracy"], "sent_bytes": first["sent_bytes"]}  # after the last round
     return {
         "steps": first["steps"],
         "parameters": first["parameters"],
         "rounds": first["rounds"],
         "sent_bytes": first["sent_bytes"],
-        "final_loss": _rounded(sum(answer["train_loss_sum"] for answer in answers) / first["train_images"]),
-        "accuracy": accuracy,
+        "final_loss": _rounded(judged["final_loss"]),
+        "accuracy": judged["accuracy"],
         "curve": curve,
         "averaging": first["averaging"],
     }
@@ -128,30 +119,26 @@ def do(
     command_of: Callable[[Run], str],
     say: Callable[[str], None],
 ) -> Iterator[Run]:
-    """Do the runs that are not done, keep each, and say how long the rest will take.
+    """Do the missing runs, those first that others depend on; keep each, and yield it when it is done.
 
     Args:
-        missing: which ones; what another one depends on comes first.
+        missing: the runs.
         started: the ranks.
         store: where to keep them.
         order: what all orders to the ranks have in common: data, verify, device, backend.
         command_of: the command that does a run and no other.
-        say: is told what came of each, and what is left.
-
-    Yields:
-        Each run when it is done.
+        say: is told the result of each, and how long the rest will take.
     """
     seconds: dict[str, list[float]] = {}
-    common = {**order, "master_port": free_port()}
     for place, run in enumerate(missing):
         began = time.monotonic()
-        result = combine(started.run({**common, "settings": store.settings(run)}))
+        result = combine(started.run({**order, "settings": store.settings(run)}))
         store.keep(run, result, command_of(run), {"verified": order["verify"]})
         seconds.setdefault(run.task.name, []).append(time.monotonic() - began)
         left = time_left(missing[place + 1 :], seconds)
         say(
             f"{place + 1:>{len(str(len(missing)))}} of {len(missing)}  {run.task.title}, {run.contender.title}, seed"
-            f" {run.seed}: {result['rounds']:,} rounds, {report.bytes_readable(result['sent_bytes'])},"
+            f" {run.seed}: {result['rounds']:,} rounds, {bytes_readable(result['sent_bytes'])},"
             f" loss {result['final_loss']:.4f}, accuracy {100 * result['accuracy']:.2f} %"
             f"  ({seconds[run.task.name][-1]:.0f} s; {_minutes(left)})"
         )
@@ -159,14 +146,9 @@ def do(
 
 
 def time_left(missing: Sequence[Run], seconds: Mapping[str, Sequence[float]]) -> float:
-    """Seconds that the missing runs take if each takes as long as those of its task, or of all tasks, have taken.
-
-    Args:
-        missing: the runs.
-        seconds: of runs that were done, by task; of one at least.
-    """
-    overall = report.median([each for known in seconds.values() for each in known])
-    return sum(report.median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
+    """Seconds that the missing runs take if each takes as long as those of its task, or of all tasks, have taken."""
+    overall = median([each for known in seconds.values() for each in known])
+    return sum(median(seconds[run.task.name]) if run.task.name in seconds else overall for run in missing)
 
 
 def _minutes(seconds: float) -> str:

@@ -1,8 +1,9 @@
-"""What a rank does for a run: train as one of the contenders, and note down what can be said about it afterwards."""
+"""What a rank does for a run: train as one of the contenders, and return the numbers of the run."""
 
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -15,28 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.accuracy import ddp_bytes, evaluate
+from benchmarks.accuracy import ddp_sent, evaluate, judge
 from benchmarks.baselines import EvenRounds, QSGDStrategy
-from benchmarks.machine import connect
+from benchmarks.frame.group import connect
+from benchmarks.frame.rank import Parent
+from benchmarks.frame.trainer import Losses, Rounds, Sent, new_trainer, parameter_count, whole_batch
 from benchmarks.paper.networks import new_network
-from benchmarks.ranks import Parent
 from examples.image_classification.data import ImageData, TensorImages
 from examples.image_classification.model import learning_rate_factor
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, AveragingRound, ConstantPeriod
 
 MOMENTUM = 0.9
-EVALUATED_EVERY = 2
-"""Epochs."""
-DIGITS = 6
-"""That are kept of a number."""
+EVALUATED_EVERY = 2  # epochs
+DIGITS = 6  # that are kept of a number
 
 
 class Classifier(L.LightningModule):
-    """A network with the task's optimizer and schedule, which takes one step per optimizer step.
-
-    Args:
-        task: the settings of a `plan.Task`, as JSON has them.
-    """
+    """A network with the optimizer and the schedule of a task, which is a `plan.Task` as JSON."""
 
     def __init__(self, task: Mapping[str, Any]) -> None:
         super().__init__()
@@ -74,30 +70,19 @@ def rate_factor(step: int, total: int, task: Mapping[str, Any]) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+@dataclass(eq=False)
 class Observer(Callback):
-    """Notes down losses and rounds, and looks at the averaged model now and then without touching what is trained.
+    """Sums up each epoch, and evaluates the averaged model now and then without changing what is trained."""
 
-    Args:
-        test: what the averaged model is looked at with.
-        seed: of what augments images, which differs from rank to rank.
-    """
-
-    def __init__(self, test: TensorImages, seed: int) -> None:
-        self.losses: list[Tensor] = []
-        self.rounds: list[AveragingRound] = []
-        self.curve: list[dict[str, Any]] = []
-        self._test = test
-        self._seed = seed
+    test: TensorImages  # to evaluate the averaged model with
+    seed: int  # of the augmentation, which differs from rank to rank
+    losses: Losses
+    rounds: Rounds
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Be told of rounds, and have images augmented in another way on each rank."""
-        torch.manual_seed(1000 * (self._seed + 1) + trainer.global_rank)
-        if isinstance(trainer.strategy, ADPSGDStrategy):
-            trainer.strategy.subscribe(self.rounds.append)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        """Keep a loss, as a tensor that nobody waits for."""
-        self.losses.append(outputs["loss"].detach())
+        """Seed the augmentation of this rank."""
+        torch.manual_seed(1000 * (self.seed + 1) + trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sum up an epoch."""
@@ -105,26 +90,26 @@ class Observer(Callback):
         share = slice(trainer.global_rank, None, trainer.world_size)
         right = None
         if last % EVALUATED_EVERY == 0 and last < (trainer.max_epochs or 0):
-            _, right = evaluate(averaged(pl_module.network), self._test, share)
-        steps = len(self.losses) // last
+            _, right = evaluate(averaged(pl_module.network), self.test, share)
+        losses = self.losses.of_steps
         self.curve.append(
             {
                 "epoch": last,
-                "step": len(self.losses),
-                "loss": float(torch.stack(self.losses[-steps:]).mean()),
-                "sent_bytes": sent_bytes(trainer, pl_module, self.rounds),
+                "step": len(losses),
+                "loss": float(torch.stack(losses[-(len(losses) // last) :]).mean()),
+                "sent_bytes": sent(trainer, pl_module, self.rounds).bytes,
                 "right": right,
             }
         )
 
 
-def sent_bytes(trainer: L.Trainer, model: nn.Module, rounds: list[AveragingRound]) -> int:
+def sent(trainer: L.Trainer, model: nn.Module, rounds: Rounds) -> Sent:
     """What this rank has sent since the run began."""
     if isinstance(trainer.strategy, ADPSGDStrategy):
-        return sum(round_.sent_bytes for round_ in rounds)
+        return rounds.sent()
     if isinstance(trainer.strategy, QSGDStrategy):
-        return trainer.strategy.sent_bytes
-    return ddp_bytes(model, trainer.world_size) * trainer.global_step
+        return Sent(trainer.global_step, trainer.strategy.sent_bytes)
+    return ddp_sent(model, trainer)
 
 
 def averaged(network: nn.Module) -> nn.Module:
@@ -162,65 +147,43 @@ def new_period(contender: Mapping[str, Any], rounds: int | None) -> AveragingPer
 
 @cache
 def read(data: str, verify: bool, images: int | None) -> ImageData:
-    """The images, which are read once and stay from run to run."""
+    """The images, which stay in memory from run to run."""
     module = ImageData(root=data, verify=verify, download=False, train_images=images)
     module.setup("fit")
     return module
 
 
 def train(order: Mapping[str, Any]) -> dict[str, Any]:
-    """Train on the calling rank.
-
-    Returns:
-        What `runs.combine` puts together with what the others return.
-    """
+    """Train on the calling rank; `runs.combine` puts the results of all ranks together."""
     settings, device = order["settings"], order["device"]
     task, seed = settings["task"], settings["seed"]
     data = read(order["data"], order["verify"], task["images"])
     L.seed_everything(seed, verbose=False)
     model = Classifier(task)
-    observer = Observer(data.val_set, seed)
+    losses, rounds = Losses(), Rounds()
+    observer = Observer(data.val_set, seed, losses, rounds)
     data.train_set.augment = True
-    trainer = L.Trainer(
+    trainer = new_trainer(
+        new_strategy(settings["contender"], settings.get("rounds"), order["backend"]),
+        losses,
+        rounds,
+        observer,
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
         num_nodes=task["workers"],
-        strategy=new_strategy(settings["contender"], settings.get("rounds"), order["backend"]),
-        callbacks=[observer],
         max_epochs=task["epochs"],
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    loader = DataLoader(data.train_set, batch_size=task["batch_size"], shuffle=True, drop_last=True, collate_fn=_as_is)
-    trainer.fit(model, loader)
-    return _account(trainer, model, observer, data, device)
-
-
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
-
-
-def _account(trainer: L.Trainer, model: Classifier, observer: Observer, data: ImageData, device: str) -> dict[str, Any]:
-    network = averaged(model.network.to(device))
-    share = slice(trainer.global_rank, None, trainer.world_size)
-    data.train_set.augment = False
-    train_loss, _ = evaluate(network, data.train_set, share)
-    _, right = evaluate(network, data.val_set, share)
-    by_period = isinstance(trainer.strategy, ADPSGDStrategy)
+    options = {"batch_size": task["batch_size"], "collate_fn": whole_batch}
+    trainer.fit(model, DataLoader(data.train_set, shuffle=True, drop_last=True, **options))
+    in_all = sent(trainer, model, rounds)
     return {
         "steps": trainer.global_step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "rounds": len(observer.rounds) if by_period else trainer.global_step,
-        "sent_bytes": sent_bytes(trainer, model, observer.rounds),
+        "parameters": parameter_count(model),
+        "rounds": in_all.rounds,
+        "sent_bytes": in_all.bytes,
         "curve": observer.curve,
-        "averaging": _columns(observer.rounds) if trainer.global_rank == 0 else {},
-        "train_loss_sum": train_loss,
-        "train_images": len(data.train_set),
-        "right": right,
-        "test_images": len(data.val_set),
+        "averaging": _columns(rounds.kept) if trainer.global_rank == 0 else {},
+        **judge(averaged(model.network.to(device)), data, trainer),
     }
 
 
@@ -235,6 +198,5 @@ def _short(value: Any) -> Any:
 
 def carry_out(order: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
     """Carry out an order on the calling rank."""
-    torch.set_num_threads(1)
-    connect(order["master_port"], order["backend"])
+    connect(order["backend"])
     return train(order)

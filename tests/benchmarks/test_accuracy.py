@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,23 +7,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.accuracy import (
+    COLUMNS,
     CONTENDERS,
     OPTIONS,
     REFERENCE,
     as_rows,
     combine,
-    ddp_bytes,
     evaluate,
+    main,
     measure,
     new_strategy,
-    readable,
 )
-from benchmarks.report import table
-from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
+from lightning_adpsgd import ADPSGDStrategy
+from tests.benchmarks.helpers import FakeRanks, measured
 from tests.examples.test_image_classification import write_cifar10
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 240
 SETTINGS = {"epochs": 2, "initial": 4, "period": None, "learning_rate": 0.1}
 
 
@@ -58,6 +54,11 @@ def test_losses_are_means_over_all_ranks_and_right_answers_are_added_up():
     }
 
 
+def shown(row):
+    """The cells of a row, by column."""
+    return {column.title: column.text(row) for column in COLUMNS}
+
+
 def a_run(accuracy, **changes):
     names = ("steps", "rounds", "sent_bytes", "last_epoch_loss", "final_loss")
     return dict.fromkeys(names, 1.0) | {"accuracy": accuracy} | changes
@@ -76,7 +77,7 @@ def test_row_has_mean_and_sample_deviation_over_the_seeds():
 def test_one_seed_has_no_deviation():
     (row,) = as_rows({REFERENCE: {0: a_run(0.5)}})
     assert row["accuracy_sd"] is None
-    assert readable(row)["accuracy [%]"] == "50.00"
+    assert shown(row)["accuracy [%]"] == "50.00"
 
 
 def test_difference_to_plain_is_taken_within_a_seed():
@@ -89,21 +90,16 @@ def test_difference_to_plain_is_taken_within_a_seed():
 def test_without_plain_there_is_nothing_to_compare_with():
     (row,) = as_rows({"stagger": {0: a_run(0.5)}})
     assert row["accuracy_vs_plain"] is None
-    assert readable(row)["vs plain"] == ""
+    assert shown(row)["vs plain"] == ""
 
 
 def test_table_shows_percent_megabytes_and_the_spread_of_several_seeds():
     plain = {0: a_run(0.5), 1: a_run(0.52)}
     other = {0: a_run(0.51, sent_bytes=2e6, steps=100.0), 1: a_run(0.54, sent_bytes=3e6, steps=100.0)}
-    row = readable(as_rows({REFERENCE: plain, "stagger": other})[1])
+    row = shown(as_rows({REFERENCE: plain, "stagger": other})[1])
     assert (row["seeds"], row["steps"], row["sent [MB]"]) == ("2", "100", "2.5")
     assert (row["accuracy [%]"], row["vs plain"]) == ("52.50 ± 2.12", "+1.50")
     assert row["last epoch's loss"] == "1.000 ± 0.000"
-    assert "52.50 ± 2.12" in table([row], list(row))
-
-
-def test_ddp_sends_all_gradients_around_a_ring():
-    assert ddp_bytes(nn.Linear(3, 2), workers=4) == 2 * 3 / 4 * 4 * 8
 
 
 # What is trained, and how it is judged
@@ -112,13 +108,6 @@ def test_ddp_sends_all_gradients_around_a_ring():
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_every_contender_has_a_strategy(contender):
     assert isinstance(new_strategy(contender, SETTINGS), ADPSGDStrategy) == (contender != "ddp")
-
-
-def test_period_is_adaptive_unless_a_constant_one_is_given():
-    adaptive, constant = (new_strategy("stagger", SETTINGS | {"period": period})._period for period in (None, 7))
-    assert isinstance(adaptive, AdaptivePeriod)
-    assert isinstance(constant, ConstantPeriod)
-    assert (adaptive.value, constant.value) == (4, 7)
 
 
 def test_options_of_contenders_that_share_a_part_are_told_apart():
@@ -156,50 +145,36 @@ def test_shares_of_all_ranks_add_up_to_all_images_in_evaluation_mode():
 # Runs that are kept
 
 
-class FakeRanks:
-    """Ranks that note their orders and answer what can be told apart."""
-
-    def __init__(self):
-        self.orders = []
-
-    def run(self, order):
-        self.orders.append(order)
-        return [an_answer(right=len(self.orders)), an_answer(right=0)]
-
-    @property
-    def asked(self):
-        """Contenders and seeds."""
-        return [(order["contender"], order["seed"]) for order in self.orders]
-
-
-def measured(folder, names=("plain", "stagger"), seeds=(0, 1), settings=SETTINGS):
-    ranks = FakeRanks()
-    return ranks, measure(ranks, names, seeds, settings, Path("data"), folder)
+def run_all(folder, names=("plain", "stagger"), seeds=(0, 1), settings=SETTINGS):
+    """The contenders and seeds that ranks were asked for, their orders, and the runs."""
+    ranks = FakeRanks(lambda count: [an_answer(right=count), an_answer(right=0)])
+    runs = measure(ranks, names, seeds, settings, Path("data"), folder)
+    return [(order["contender"], order["seed"]) for order in ranks.orders], ranks.orders, runs
 
 
 def test_every_contender_is_run_with_every_seed_and_told_the_settings(tmp_path):
-    ranks, runs = measured(None)
-    assert ranks.asked == [("plain", 0), ("stagger", 0), ("plain", 1), ("stagger", 1)]
-    assert all(order["settings"] == SETTINGS and order["data"] == "data" for order in ranks.orders)
+    asked, orders, runs = run_all(None)
+    assert asked == [("plain", 0), ("stagger", 0), ("plain", 1), ("stagger", 1)]
+    assert all(order["settings"] == SETTINGS and order["data"] == "data" for order in orders)
     assert {name: [*by_seed] for name, by_seed in runs.items()} == {"plain": [0, 1], "stagger": [0, 1]}
     assert runs["stagger"][0]["accuracy"] == 0.2
 
 
 def test_run_that_is_kept_with_the_same_settings_is_not_run_again(tmp_path):
-    _, first = measured(tmp_path, seeds=(1,))
-    ranks, second = measured(tmp_path, names=("stagger", "plain"), seeds=(0, 1))
-    assert ranks.asked == [("stagger", 0), ("plain", 0)]
+    _, _, first = run_all(tmp_path, seeds=(1,))
+    asked, _, second = run_all(tmp_path, names=("stagger", "plain"), seeds=(0, 1))
+    assert asked == [("stagger", 0), ("plain", 0)]
     assert [second[name][1] for name in ("plain", "stagger")] == [first[name][1] for name in ("plain", "stagger")]
     assert [*second["plain"]] == [0, 1]
-    ranks, third = measured(tmp_path)
-    assert ranks.asked == []
+    asked, _, third = run_all(tmp_path)
+    assert asked == []
     assert third == second
 
 
 def test_run_that_is_kept_with_other_settings_is_run_again(tmp_path):
-    measured(tmp_path, seeds=(0,))
-    ranks, runs = measured(tmp_path, names=("stagger",), seeds=(0,), settings=SETTINGS | {"initial": 5})
-    assert ranks.asked == [("stagger", 0)]
+    run_all(tmp_path, seeds=(0,))
+    asked, _, runs = run_all(tmp_path, names=("stagger",), seeds=(0,), settings=SETTINGS | {"initial": 5})
+    assert asked == [("stagger", 0)]
     assert runs["stagger"][0]["accuracy"] == 0.1  # the first answer of these ranks
     kept = json.loads((tmp_path / "stagger-seed0.json").read_text())
     assert kept == {"settings": SETTINGS | {"initial": 5}, "run": runs["stagger"][0]}
@@ -207,7 +182,7 @@ def test_run_that_is_kept_with_other_settings_is_run_again(tmp_path):
 
 def test_run_that_is_not_to_be_kept_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    measured(None)
+    run_all(None)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -217,22 +192,19 @@ def test_run_that_is_not_to_be_kept_writes_nothing(tmp_path, monkeypatch):
 @pytest.mark.workers
 def test_contenders_are_trained_and_compared_and_their_runs_are_kept(tmp_path):
     write_cifar10(tmp_path)
-    file, kept = tmp_path / "measured.json", tmp_path / "runs"
+    kept = tmp_path / "runs"
     options = (
         "--repacked --images 18 --contenders plain,stagger-overlap --seeds 1 --workers 2 --batch-size 3 --epochs 1"
     )
-    places = ["--data", str(tmp_path), "--json", str(file), "--runs", str(kept)]
-    command = [sys.executable, "-m", "benchmarks.accuracy", *options.split(), "--initial", "2", *places]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert finished.returncode == 0, finished.stderr
-    assert "resnet8, 2 workers with batches of 3, 1 epochs of 18 images, adaptive period, 2 at first" in finished.stdout
+    places = ["--data", str(tmp_path), "--runs", str(kept)]
+    printed, numbers = measured(main, tmp_path / "measured.json", *options.split(), "--initial", "2", *places)
+    assert "resnet8, 2 workers with batches of 3, 1 epochs of 18 images, adaptive period, 2 at first" in printed
 
-    numbers = json.loads(file.read_text())
     assert numbers["benchmark"] == "accuracy"
     assert numbers["arguments"]["images"] == 18
     assert [row["contender"] for row in numbers["rows"]] == ["plain", "stagger-overlap"]
     for row in numbers["rows"]:
-        assert row["contender"] in finished.stdout
+        assert row["contender"] in printed
         assert row["seeds"] == [0]
         assert row["steps"] == 3  # nine images each
         assert 0 < row["rounds"] <= row["steps"]

@@ -1,34 +1,26 @@
-import json
-import subprocess
-import sys
 import traceback
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.frame.device import Device, Timing
+from benchmarks.frame.table import table
 from benchmarks.gpu import (
     TRACED,
     TRAINED,
-    Rounds,
+    TRAINING_COLUMNS,
     Trained,
+    calls,
     complaints,
     count_synchronizing,
     main,
-    readable_trace,
-    readable_training,
     trace_rows,
     training_rows,
     why_not,
 )
-from benchmarks.machine import Timing
-from lightning_adpsgd import AveragingRound
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 240
-
+from tests.benchmarks.helpers import measured
 
 # What is missing
 
@@ -71,18 +63,9 @@ def test_speeds_are_taken_within_a_turn_on_the_slowest_rank():
     assert (adpsgd["speed_vs_none"], adpsgd["speed_vs_ddp"]) == (2 / 3, 2.0)
     assert adpsgd["step_seconds"] == pytest.approx(3.0)
     assert (adpsgd["rounds"], adpsgd["sent_bytes"], adpsgd["peak_bytes"]) == (4, 1000, 11)
-    assert readable_training(adpsgd)["peak memory"] == "11 B"
-    assert readable_training(ddp)["rounds"] == ""
-
-
-def a_round(step, trigger):
-    return AveragingRound(step, 0, trigger, 1, 8, 0.1, 0.0, 0.0, None, 4, 4, 0.1)
-
-
-def test_only_rounds_of_the_timed_steps_that_a_period_asked_for_are_counted():
-    rounds = Rounds()
-    rounds.noted += [a_round(8, "period"), a_round(16, "period"), a_round(24, "period"), a_round(24, "train_end")]
-    assert [each.step for each in rounds.between(8, 24)] == [16, 24]
+    *_, of_ddp, of_adpsgd = table([ddp, adpsgd], TRAINING_COLUMNS).splitlines()
+    assert of_adpsgd.endswith("2.00       4       0.00         11 B")
+    assert of_ddp.split()[-3:] == ["1.00", "11", "B"]  # it has no rounds
 
 
 def test_option_that_the_package_does_not_have_is_named(monkeypatch):
@@ -138,7 +121,7 @@ def test_control_that_goes_unseen_is_complained_about(counted, told):
 
 def test_trace_without_such_calls_says_none():
     row = {"contender": "adpsgd", "rank": 0, "steps": 4, "counts": {}, "warnings": []}
-    assert [(each["call"], each["count"]) for each in readable_trace(row)] == [("none", "0")]
+    assert [(each["call"], each["count"]) for each in calls(row)] == [("none", 0)]
 
 
 def test_synchronization_is_attributed_to_the_innermost_frame_of_the_package():
@@ -156,8 +139,8 @@ def test_synchronization_is_attributed_to_the_innermost_frame_of_the_package():
 def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    watch = gpu.SyncWatch(gpu.Device())
-    with watch._telling():
+    watch = gpu.SyncWatch(Device())
+    with watch._warnings_kept():
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert modes == ["warn", "default"]
@@ -170,13 +153,9 @@ def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
 
 @pytest.mark.workers
 def test_rehearsal_goes_through_rounds_training_and_trace_on_the_cpu(tmp_path):
-    file = tmp_path / "measured.json"
     options = "--rehearse --parts round,training,trace --turns 2 --parameters 0.1 --tensors 8"
     options += " --training-parameters 20000 --batch-size 4 --period 3 --steps 6"
-    command = [sys.executable, "-m", "benchmarks.gpu", *options.split(), "--traces", str(tmp_path), "--json", str(file)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert finished.returncode == 0, finished.stderr + finished.stdout
-    numbers = json.loads(file.read_text())
+    _, numbers = measured(main, tmp_path / "measured.json", *options.split(), "--traces", str(tmp_path))
     assert numbers["arguments"]["device"] == "cpu"
     (averaged,) = [row for row in numbers["rows"] if row["part"] == "round"]
     assert averaged["ratio"] > 0

@@ -1,32 +1,22 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
+from benchmarks.frame.device import Device
+from benchmarks.frame.trainer import Batches, new_device_trainer
 from benchmarks.local_step import (
+    COLUMNS,
     ROWS,
     WARMUP_STEPS,
-    Batches,
     PerStep,
     Stretches,
     Task,
     as_rows,
     combine,
+    main,
     new_batch,
     new_network,
-    new_trainer,
     place_of,
-    readable,
 )
-from benchmarks.machine import Device, divide
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 240
-
+from tests.benchmarks.helpers import measured
 
 # The arithmetic
 
@@ -57,8 +47,8 @@ def test_ratios_and_overheads_are_taken_within_a_turn():
 
 
 def test_table_compares_with_a_single_device_and_shows_the_goal():
-    single, adpsgd = map(readable, some_rows())
-    assert "ratio" not in single
+    single, adpsgd = ({column.title: column.text(row) for column in COLUMNS} for row in some_rows())
+    assert single["ratio"] == single["CPU overhead [us]"] == ""
     assert (adpsgd["ratio"], adpsgd["95 %"], adpsgd["goal"]) == ("1.2000", "1.0100 to 1.5000", "1.01")
     assert (adpsgd["overhead [us]"], adpsgd["CPU ratio"]) == ("1000000.0", "0.1000")
 
@@ -80,7 +70,7 @@ class Recorded(Stretches):
 
     def __init__(self, events, *args, **options):
         super().__init__(Device(), *args, lambda: events.append("meet"), **options)
-        self._stopwatch = self
+        self.stopwatch = self
         self.events = events
 
     def start(self):
@@ -124,21 +114,10 @@ def test_contenders_change_processes_from_fit_to_fit():
     assert all(sorted(each) == [0, 1, 2] for each in zip(*contenders, strict=True))
 
 
-@pytest.mark.parametrize(("rank", "group", "place_in_it"), [(0, 0, 0), (3, 1, 1), (4, 2, 0)])
-def test_processes_are_divided_among_the_contenders(monkeypatch, rank, group, place_in_it):
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 6}.items():
-        monkeypatch.setenv(name, str(value))
-    divide.cache_clear()
-    assert [divide(2), divide(2)] == [group, group]
-    assert [os.environ["RANK"], os.environ["LOCAL_RANK"]] == [str(place_in_it)] * 2
-    assert [os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]] == ["2", "2"]
-    divide.cache_clear()
-
-
 def test_steps_of_a_trainer_are_timed(alone):
     stretches = Stretches(Device(), 2, 3, lambda: None, warmup=WARMUP_STEPS, untimed=1)
     batches = Batches(new_batch("few"), stretches.total_steps)
-    new_trainer(None, Device(), stretches).fit(Task(new_network("few")), batches)
+    new_device_trainer(None, Device(), stretches).fit(Task(new_network("few")), batches)
     assert len(stretches.timings) == 3
     for timing in stretches.timings:
         assert timing.ended > timing.began
@@ -146,30 +125,19 @@ def test_steps_of_a_trainer_are_timed(alone):
         assert timing.device_seconds is None
 
 
-def test_batch_comes_as_often_as_asked_for():
-    batch = torch.ones(2)
-    batches = Batches(batch, 3)
-    assert len(batches) == 3
-    assert all(each is batch for each in batches)
-
-
 # The command
 
 
 @pytest.mark.workers
 def test_local_step_is_compared_with_the_step_of_a_single_device(tmp_path):
-    file = tmp_path / "measured.json"
     options = "--models few --fits 2 --turns 3 --stretch-seconds 0.02 --ranks 1"
-    command = [sys.executable, "-m", "benchmarks.local_step", *options.split(), "--json", str(file)]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert finished.returncode == 0, finished.stderr
-    numbers = json.loads(file.read_text())
+    printed, numbers = measured(main, tmp_path / "measured.json", *options.split())
     assert numbers["benchmark"] == "local_step"
     settings = {"ranks": 1, "models": ["few"], "fits": 2, "turns": 3, "stretch_seconds": 0.02}
     assert numbers["arguments"] == settings
     assert [row["contender"] for row in numbers["rows"]] == ["single", "adpsgd", "control"]
     for row in numbers["rows"]:
-        assert row["contender"] in finished.stdout
+        assert row["contender"] in printed
         for times in (row["wall"], row["cpu"]):
             assert len(times["turns"]) == 6
             assert min(times["turns"]) > 0

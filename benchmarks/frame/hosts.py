@@ -1,16 +1,15 @@
-"""Several hosts on one machine: network namespaces joined by a switch, each with an interface and counters of its own.
+"""Several hosts on one machine: network namespaces joined by a switch, each with its own interface and counters.
 
     with hosts(3, rate_mbit=1000) as cluster:
         processes = [host.start([sys.executable, "train.py"], env=...) for host in cluster]
         ...
         print(cluster[0].counters().tx_bytes)
 
-A process that runs in one of them reads the same counters with :func:`read_counters`. Linux and root only.
+A process on one of them reads the same counters with :class:`Interface`. Linux and root only.
 """
 
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -22,15 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INTERFACE = "eth0"
-"""What every host calls its interface."""
+from benchmarks.frame.errors import HostsUnavailableError
+
+INTERFACE = "eth0"  # the name of every host's interface
+HEADER_BYTES = 66  # of one packet: Ethernet (14), IPv4 (20), TCP with time stamps (32)
 
 _NAMESPACES = Path("/run/netns")  # where iproute2 keeps the names
 _serial = itertools.count()  # a process may lay out several clusters
-
-
-class HostsUnavailableError(RuntimeError):
-    """This machine or this user cannot make network namespaces."""
 
 
 class Counters(NamedTuple):
@@ -42,28 +39,34 @@ class Counters(NamedTuple):
     rx_packets: int
 
 
-def read_counters(interface: str = INTERFACE) -> Counters:
-    """The counters of the calling process's own network namespace.
+class Interface:
+    """An interface of the calling process's own network namespace; reading its counters takes microseconds.
 
-    The process has to have been started with :meth:`Host.start` or ``ip netns exec``, which mount the namespace's own
-    ``/sys``; a process that enters a namespace by itself goes on seeing the interfaces of the one it came from.
+    Start the process with :meth:`Host.start` or ``ip netns exec``, which mount the namespace's ``/sys``. A process that
+    enters a namespace by itself still sees the interfaces of the one it came from.
     """
-    statistics = Path("/sys/class/net") / interface / "statistics"
-    return Counters(*(int((statistics / name).read_text()) for name in Counters._fields))
+
+    def __init__(self, name: str = INTERFACE) -> None:
+        folder = Path("/sys/class/net") / name / "statistics"
+        self._files = [os.open(folder / counter, os.O_RDONLY) for counter in Counters._fields]
+
+    def counters(self) -> Counters:
+        """What it has counted so far."""
+        return Counters(*(int(os.pread(file, 32, 0)) for file in self._files))
 
 
 def read_retransmitted() -> int:
-    """TCP segments (of up to 1448 bytes) that the calling process's network namespace has sent more than once."""
+    """TCP segments of up to 1448 bytes that the calling process's network namespace has sent more than once."""
     names, values = (line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line[:4] == "Tcp:")
     return int(values[names.index("RetransSegs")])
 
 
 class Host:
-    """One network namespace: a loopback, and an interface ``eth0`` with one address.
+    """One network namespace, with a loopback and an interface ``eth0``.
 
     Args:
-        name: the namespace's name, as in ``ip netns exec NAME``.
-        address: of ``eth0``; reachable from the other hosts only.
+        name: of the namespace, as in ``ip netns exec NAME``.
+        address: of ``eth0``; only the other hosts reach it.
     """
 
     def __init__(self, name: str, address: str) -> None:
@@ -76,22 +79,17 @@ class Host:
         return ["ip", "netns", "exec", self.name, *arguments]
 
     def start(self, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
-        """Start a process on this host; it is killed with all its children when the hosts are removed.
-
-        Args:
-            arguments: the command line.
-            options: of :class:`subprocess.Popen`.
-        """
-        # A session of its own: Ctrl-C reaches the process that laid out the hosts alone, which then ends these.
+        """Start a process with options of ``Popen``; it is killed with all its children when the hosts are removed."""
+        # In its own session: Ctrl-C reaches only the process that laid out the hosts, which then ends the others.
         process = subprocess.Popen(self.command(arguments), start_new_session=True, **options)
         self._processes.append(process)
         return process
 
     def stop(self) -> None:
-        """Kill what :meth:`start` has started and what is still running."""
+        """Kill what :meth:`start` has started."""
         for process in self._processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its session's group, hence its children too
+                os.killpg(process.pid, signal.SIGKILL)  # its session, so its children too
             process.wait()
         self._processes.clear()
 
@@ -101,16 +99,6 @@ class Host:
         sent, received = (json.loads(shown)[0]["stats64"][direction] for direction in ("tx", "rx"))
         return Counters(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
 
-    @property
-    def tx_bytes(self) -> int:
-        """Bytes that this host has sent, headers included; read from outside."""
-        return self.counters().tx_bytes
-
-    @property
-    def rx_bytes(self) -> int:
-        """Bytes that this host has received, headers included; read from outside."""
-        return self.counters().rx_bytes
-
     def __repr__(self) -> str:
         return f"Host({self.name!r}, {self.address!r})"
 
@@ -119,27 +107,23 @@ class Host:
 def hosts(count: int, *, rate_mbit: float | None = None, offload: bool = True) -> Iterator[list[Host]]:
     """Lay out hosts that reach each other and nothing else; remove them, and what runs on them, at the end.
 
-    They are also removed on errors, on Ctrl-C, and when this process is told to terminate or its terminal goes away.
-    Nothing but the hosts' own traffic passes their interfaces: IPv6 is off (no neighbour discovery, no multicast
-    listener reports), addresses are resolved beforehand (no ARP), and the switch has no address.
+    They are also removed after an error, Ctrl-C, SIGTERM and SIGHUP. Only the hosts' own traffic passes their
+    interfaces: IPv6 is off (no neighbour discovery, no multicast reports), addresses are resolved beforehand (no ARP),
+    and the switch has no address.
 
     Args:
         count: number of hosts, 1 to 250.
-        rate_mbit: the speed of each host's link, in 10⁶ bits per second, in either direction; None is as fast as the
-            machine copies memory.
-        offload: hand TCP's data over in segments of up to 64 KiB, which are counted as one packet each; False cuts them
-            into packets of 1500 bytes first, so that the counters hold what a wire would see, headers and all. At a
-            low ``rate_mbit`` the queue cuts them in either case.
+        rate_mbit: speed of each host's link in each direction, in 10⁶ bits per second; None is no limit.
+        offload: pass TCP's data on in segments of up to 64 KiB, each counted as one packet. False cuts them into
+            packets of 1500 bytes first, so that the counters show what a wire would see, headers included. At a low
+            ``rate_mbit`` the queue cuts them in either case.
 
     Yields:
         The hosts, with addresses 10.77.0.1, 10.77.0.2 and so on.
 
     Raises:
         HostsUnavailableError: if this machine or this user cannot make network namespaces; says what is missing.
-        TypeError: if an argument is of the wrong type.
-        ValueError: if an argument is out of range.
     """
-    _check(count, rate_mbit)
     _require(shaping=rate_mbit is not None)
     prefix = f"adpsgd-{os.getpid()}-{next(_serial)}"
     switch = f"{prefix}-switch"
@@ -171,8 +155,8 @@ def _lay_out(switch: str, cluster: Sequence[Host]) -> None:
     for name in (switch, *(host.name for host in cluster)):
         _ip("netns", "add", name)
         _without_ipv6(name)
-    # In a namespace of its own the bridge is out of reach of this machine's firewall, and of its interfaces' names.
-    # Without snooping it does not ask its ports who listens to which multicast group.
+    # In its own namespace the bridge is independent of this machine's firewall and of the names of its interfaces.
+    # Without snooping it sends no multicast queries.
     _ip_batch(switch, ["link add bridge type bridge mcast_snooping 0", "link set bridge up"])
     for index, host in enumerate(cluster):
         pair = f"link add {INTERFACE} address {_mac(index)} type veth peer name port{index} netns {switch}"
@@ -189,24 +173,24 @@ def _lay_out(switch: str, cluster: Sequence[Host]) -> None:
 
 
 def _without_ipv6(name: str) -> None:
-    # Before there is an interface: the default is what new ones get. The files are absent if the kernel has no IPv6.
+    # Before there is an interface: new ones get the default. The files are absent if the kernel has no IPv6.
     _write(name, "/proc/sys/net/ipv6/conf/*/disable_ipv6", "1")
 
 
 def _in_order(name: str) -> None:
-    # A pair hands a packet over on the CPU that its sender happens to run on, so packets overtake each other when the
-    # sender moves, which no cable lets them do: TCP takes them for lost and sends them again, up to 2 % of all bytes.
-    # Receive packet steering gives every connection one CPU. The files are absent if the kernel cannot do it.
+    # A veth pair delivers a packet on the sender's CPU, so packets overtake each other when the sender moves to another
+    # CPU. TCP takes them for lost and sends them again, up to 2 % of all bytes. Receive packet steering gives every
+    # connection one CPU. The files are absent if the kernel cannot do it.
     cpus = (1 << min(os.cpu_count() or 1, 32)) - 1
     _write(name, "/sys/class/net/*/queues/rx-0/rps_cpus", f"{cpus:x}")
 
 
 def _shape(switch: str, cluster: Sequence[Host], rate_mbit: float) -> None:
-    # A bucket of 2 ms keeps short bursts from passing unshaped; below 16 KiB it would cap the rate of fast links.
+    # A bucket of 2 ms limits bursts that pass unshaped; less than 16 KiB would limit the rate of fast links.
     burst = max(16 * 1024, int(rate_mbit * 1e6 / 8 * 0.002))
     bucket = ["root", "tbf", "rate", f"{int(rate_mbit * 1e6)}bit", "burst", str(burst), "latency", "50ms"]
     for index, host in enumerate(cluster):
-        # Queues shape what leaves: at the host what it sends, at the switch what it receives.
+        # Queues shape what is sent: at the host its own traffic, at the switch the traffic to the host.
         _run(["tc", "-n", host.name, "qdisc", "add", "dev", INTERFACE, *bucket])
         _run(["tc", "-n", switch, "qdisc", "add", "dev", f"port{index}", *bucket])
 
@@ -227,7 +211,7 @@ def _ip_batch(name: str, lines: Sequence[str]) -> None:
 
 
 def _write(name: str, pattern: str, value: str) -> None:
-    """Write a kernel setting of a namespace, into every file of that name there is."""
+    """Write a kernel setting of a namespace, into every file that matches."""
     script = f"for file in {pattern}; do if [ -w $file ]; then echo {value} > $file; fi; done"
     _run(["ip", "netns", "exec", name, "sh", "-ec", script])
 
@@ -247,19 +231,6 @@ def _run(command: Sequence[str], given: str | None = None) -> str:
 # What can go wrong
 
 
-def _check(count: int, rate_mbit: float | None) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"hosts(count={count!r}): expected an int, got {type(count).__name__}.")
-    if not 1 <= count <= 250:
-        raise ValueError(f"hosts(count={count}): expected 1 to 250 hosts.")
-    if rate_mbit is None:
-        return
-    if isinstance(rate_mbit, bool) or not isinstance(rate_mbit, int | float):
-        raise TypeError(f"hosts(rate_mbit={rate_mbit!r}): expected a number, got {type(rate_mbit).__name__}.")
-    if not (math.isfinite(rate_mbit) and rate_mbit >= 1):
-        raise ValueError(f"hosts(rate_mbit={rate_mbit!r}): expected at least 1 Mbit/s, or None for no limit.")
-
-
 def _require(shaping: bool) -> None:
     if not sys.platform.startswith("linux"):
         raise HostsUnavailableError(f"Network namespaces exist on Linux only; this is {sys.platform}.")
@@ -272,12 +243,12 @@ def _require(shaping: bool) -> None:
 
 @contextmanager
 def _termination_raises() -> Iterator[None]:
-    """Turn signals that end a process without cleaning up into an exception that does clean up."""
+    """Turn signals that would end the process without cleaning up into an exception."""
 
     def leave(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
-    # Not those that are handled or, as under nohup, ignored already.
+    # Not those that are already handled or, as under nohup, ignored.
     deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     with _handling(deadly, leave):
         yield
@@ -285,7 +256,7 @@ def _termination_raises() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C must not leave half of the hosts behind."""
+    """Ignore signals, so that a second Ctrl-C does not leave hosts behind."""
     with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
         yield
 
@@ -293,7 +264,7 @@ def _undisturbed() -> Iterator[None]:
 @contextmanager
 def _handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only there do they raise
+        yield  # only the main thread may set handlers
         return
     before = [(number, signal.signal(number, handler)) for number in numbers]
     try:

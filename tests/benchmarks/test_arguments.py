@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 
 WRONG = {
+    "__main__": [(["--json", "no_such_folder"], "argument --json: there is no folder no_such_folder; make it first")],
     "accuracy": [
         ([], "--data None: expected the folder that holds cifar-10-batches-py"),
         (["--data", "no_such_folder"], "--data no_such_folder: expected the folder that holds cifar-10-batches-py"),
@@ -22,12 +23,12 @@ WRONG = {
         (["--backend", "mpi"], "argument --backend: invalid choice: 'mpi'"),
         (["--ranks", "1"], "argument --ranks: expected int from 2 to 64, got '1'"),
         (["--period", "1"], "argument --period: expected int of at least 2, got '1'"),
-        (["--traces", "no_such_folder"], "argument --traces: no_such_folder: there is no such folder"),
+        (["--traces", "no_such_folder"], "argument --traces: there is no folder no_such_folder; make it first"),
         (["--rehearse", "--backend", "nccl"], "NCCL is for GPUs only"),
         (["--tensors", "5000", "--parameters", "0.001"], "--tensors 5000: expected at most as many"),
     ],
     "interface_bytes": [
-        (["--hosts", "1"], "argument --hosts: expected int of at least 2, got '1'"),
+        (["--hosts", "1"], "argument --hosts: expected int from 2 to 250, got '1'"),
         (["--steps", "many"], "argument --steps: expected int of at least 1, got 'many'"),
         (["--settle", "-1"], "argument --settle: expected float of at least 0, got '-1'"),
         (["--json", "no_such_folder/file.json"], "there is no folder"),
@@ -41,6 +42,9 @@ WRONG = {
         (["--until-loss", "low"], "argument --until-loss: expected float of at least 0, got 'low'"),
         (["--contenders", "ddp,dpp"], "argument --contenders: expected some of none, none-loop, ddp,"),
         (["--contenders", "ddp,dpp"], "got 'dpp'"),
+        (["--contenders", "even"], "--contenders: even: it needs the mean period of another run; see --mean-period"),
+        (["--contenders", "adpsgd-overlap", "--period", "1"], "overlap=1 needs a longer period than 1"),
+        (["--mean-period", "0.5"], "argument --mean-period: expected float of at least 1, got '0.5'"),
         (["--contenders", "none", "--until-loss", "ddp"], "expected ddp to be among the --contenders"),
         (["--model", "resnet8", "--pause-ms", "5"], "only --model mlp can sleep"),
         (["--images", "100"], "are about the images in --data"),

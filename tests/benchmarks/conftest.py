@@ -1,0 +1,14 @@
+import pytest
+
+from benchmarks.frame.errors import HostsUnavailableError
+from benchmarks.frame.hosts import hosts
+
+
+@pytest.fixture(scope="session")
+def namespaces():
+    """Skips, and says why, where there can be no hosts."""
+    try:
+        with hosts(2, rate_mbit=1000):
+            pass
+    except HostsUnavailableError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,88 @@
+import dataclasses
+import re
+
+from benchmarks.paper import __main__ as command
+from benchmarks.paper.links import read_links
+from benchmarks.paper.page import HABITS, Page
+from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, GRID, MOMENTUM, PAPER, QSGD, Run, Study
+from benchmarks.paper.results import Outcomes
+from benchmarks.paper.runs import Store
+from tests.benchmarks.helpers import REPOSITORY
+from tests.benchmarks.paper.helpers import TASK, a_result, some_runs, write_link
+
+
+def page_of(folder, results, studies, links=None):
+    tasks = {task.name: task for study in studies for task in study.tasks}
+    store, runs = Store(folder), []
+    for name, by_contender in results.items():
+        for contender, by_seed in by_contender.items():
+            for seed, result in enumerate(by_seed):
+                runs.append(Run(tasks[name], contender, seed))
+                store.keep(runs[-1], result, "command", {})
+    return Page(studies, Outcomes(store, runs), links or {}, "runs", "the command", folder / "images")
+
+
+COSINE = dataclasses.replace(TASK, name="net-cosine", title="Net, cosine", schedule="cosine")
+STUDIES = (
+    Study("paper", "The comparison", [TASK], PAPER, 2),
+    Study("cosine", "Cosine", [COSINE], PAPER[:4], 1),
+    Study("momentum", "Momentum", [TASK], MOMENTUM, 1),
+    Study("rule", "Rule", [TASK], GRID, 1),
+)
+
+
+def test_page_has_a_row_per_contender_with_mean_spread_and_speedups(tmp_path):
+    write_link(tmp_path, "10 Gbps")
+    results = {
+        "net": {
+            ADPSGD: [a_result(1.0, 0.6, sent=2e6), a_result(1.2, 0.7, sent=2e6)],
+            FULL: [a_result(0.8, 0.7, sent=10e6, had=40)],
+        }
+    }
+    page = page_of(tmp_path, results, STUDIES, read_links(tmp_path))
+    text = page.text()
+    row = "| ADPSGD, p_init = 4 | 2 | 10 ± 0 | 4.00 | 2.0 ± 0.0 | 0.200 | 1.1000 ± 0.1414 | 65.00 ± 7.07 | 1.82 |"
+    assert row in text
+    assert "| full communication | 1 | 40 | 1.00 | 10.0 | 1.000 | 0.8000 | 70.00 | 1.00 |" in text
+    assert "`the command`" in text
+    assert "65.00 ± 7.07" in page.overview()
+    assert "## The rule under today's habits" not in text
+
+
+def test_page_answers_every_study_that_has_runs(tmp_path):
+    both = {ADPSGD: [a_result(1.0, ratios=[4.0] * 10)], CPSGD_8: [a_result(1.3, ratios=[8.0] * 3 + [2.0] * 7)]}
+    others = {contender: [a_result(0.9)] for contender in (*MOMENTUM[1:], *GRID[:3])}
+    page = page_of(tmp_path, {"net": both | others, "net-cosine": both}, STUDIES)
+    text = page.text()
+    for title in ("The comparison", "The rule under today's habits", "What averaging the optimizer's state does"):
+        assert f"## {title}" in text
+    assert "## p_init and sampling" in text
+    assert "| Net, cosine | CPSGD, p = 8 | 1.60 | 1.00 |" not in text  # the second quarter is what it is relative to
+    assert "| Net, cosine | CPSGD, p = 8 | 4.00 | 1.00 | 1.00 | 1.00 | 4.0 | 4.0 | 4.0 | 4.0 |" in text
+    assert "| Net, cosine | ADPSGD, p_init = 4 | 1.00 | 1.00 | 1.00 | 1.00 |" in text
+    assert "- CPSGD, p = 16, state: average, against CPSGD, p = 8: final loss -0.4000" in text
+    page.draw()
+    drawn = sorted(file.name for file in (tmp_path / "images").iterdir())
+    assert drawn == sorted(["results-accuracy.png", HABITS, "results-loss.png", "results-variance.png"])
+    for file in drawn:
+        assert f"](images/{file})" in text
+
+
+def test_page_says_how_many_runs_are_missing(tmp_path):
+    store = Store(tmp_path)
+    runs = some_runs(ADPSGD, FULL, QSGD)
+    store.keep(runs[0], a_result(), "command", {})
+    page = Page(STUDIES, Outcomes(store, runs), {}, "runs", "command", tmp_path / "images")
+    assert "**2 of the runs that belong here are not done yet.**" in page.text()
+
+
+RESULTS = ["--runs", "benchmarks/results/paper", "--page", "docs/results.md", "--page-only"]
+
+
+def test_results_page_is_what_the_files_of_the_runs_say(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    options = command.parse(RESULTS)
+    page = command.new_page(options)
+    assert options.page.read_text() == page.text()
+    for shown in re.findall(r"\]\((images/.*?)\)", page.text()):
+        assert (REPOSITORY / "docs" / shown).is_file()

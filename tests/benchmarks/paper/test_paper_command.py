@@ -1,0 +1,77 @@
+import json
+import math
+
+import pytest
+
+from benchmarks.frame.command import FAILED
+from benchmarks.frame.trainer import parameter_count
+from benchmarks.paper import __main__ as command
+from benchmarks.paper.networks import new_network
+from benchmarks.paper.plan import PAPER, Study
+from tests.benchmarks.paper.helpers import TASK
+from tests.examples.test_image_classification import write_cifar10
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A scale that takes seconds, with images made up; arguments for it."""
+    write_cifar10(tmp_path)
+    study = Study("paper", "The comparison", [TASK], PAPER, 1)
+    monkeypatch.setitem(command.SCALES, "short", (study,))
+    return ["--scale", "short", "--data", str(tmp_path), "--runs", str(tmp_path / "runs")]
+
+
+@pytest.mark.workers
+def test_command_trains_all_contenders_writes_the_page_and_goes_on_where_it_was(tiny, tmp_path, capsys):
+    assert command.main(tiny) == 0
+    told = capsys.readouterr()
+    assert "are not those that were published" in told.err
+    folder = tmp_path / "runs" / "short"
+    page = (folder / "results.md").read_text()
+    kept = {file.stem: json.loads(file.read_text()) for file in (folder / "net").iterdir()}
+    assert {content["settings"]["contender"]["name"] for content in kept.values()} == {each.name for each in PAPER}
+    results = {name.removesuffix("-seed0"): content["result"] for name, content in kept.items()}
+    assert {result["steps"] for result in results.values()} == {6}
+    parameters = parameter_count(new_network("resnet_tiny"))
+    # Two workers: a ring sends each tensor once. QSGD sends a byte per gradient, and a norm per 512.
+    assert results["full"]["sent_bytes"] == 6 * 4 * parameters
+    assert results["qsgd"]["sent_bytes"] == pytest.approx(6 * parameters * 516 / 512, rel=0.02)
+    assert results["adpsgd"]["rounds"] == results["cpsgd-matched"]["rounds"] == 2  # after 4 steps, and at the end
+    assert results["adpsgd"]["averaging"]["step"] == [4, 6]
+    assert kept["cpsgd-matched-seed0"]["settings"]["rounds"] == 2
+    for result in results.values():
+        assert result["curve"][-1]["accuracy"] == result["accuracy"]
+        assert (4 * result["accuracy"]).is_integer()  # of four test images
+        assert math.isfinite(result["final_loss"])
+    for contender in PAPER:
+        assert f"| {contender.title} | 1 |" in page
+        assert contender.title in told.out
+    assert (folder / "images" / "results-loss.png").stat().st_size > 1000
+
+    def refuse(*_):
+        raise AssertionError("no rank is to be started")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "ranks", refuse)
+        assert command.main(tiny) == 0
+    assert "6 of 6 runs are done" in capsys.readouterr().err
+
+
+def test_nothing_to_write_about_is_an_error(tiny, capsys):
+    assert command.main([*tiny, "--page-only"]) == FAILED
+    assert "no run of this kind is done" in capsys.readouterr().err
+
+
+def test_images_that_are_missing_and_cannot_be_downloaded_are_an_error_that_says_what_to_do(
+    tmp_path, monkeypatch, capsys
+):
+    def no_network(root, train, download):
+        raise OSError("no route") if download else RuntimeError("not found")
+
+    facts = command.DATASETS["cifar10"]._replace(original=no_network)
+    monkeypatch.setitem(command.DATASETS, "cifar10", facts)
+    code = command.main(["--scale", "short", "--data", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    assert code == FAILED
+    told = capsys.readouterr().err
+    assert "could not be downloaded (no route)" in told
+    assert "make paper DATA=" in told

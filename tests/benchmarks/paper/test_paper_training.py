@@ -1,0 +1,78 @@
+import dataclasses
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.baselines import EvenRounds, QSGDStrategy
+from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, MOMENTUM, PAPER, QSGD, RARE
+from benchmarks.paper.training import averaged, new_period, new_strategy, rate_factor
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
+from tests.benchmarks.paper.helpers import TASK
+
+
+def rates(schedule, total=100, **changes):
+    task = dataclasses.asdict(TASK) | {"schedule": schedule, "epochs": 10} | changes
+    return [rate_factor(step, total, task) for step in range(total)]
+
+
+def test_rate_warms_up_linearly_and_decays_to_a_tenth_twice():
+    factors = rates("steps")
+    assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert set(factors[10:50]) == {1.0}
+    assert factors[50:75] == pytest.approx([0.1] * 25)
+    assert factors[75:] == pytest.approx([0.01] * 25)
+
+
+def test_cosine_goes_from_the_peak_to_almost_nothing():
+    factors = rates("cosine")
+    assert factors[:11] == pytest.approx([*(0.1 * step for step in range(1, 11)), 1.0])
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+def described(contender):
+    return dataclasses.asdict(contender)
+
+
+def test_every_contender_has_its_strategy():
+    kinds = {contender: type(new_strategy(described(contender), 7, "gloo")).__name__ for contender in PAPER}
+    assert kinds.pop(FULL) == "DDPStrategy"
+    assert kinds.pop(QSGD) == QSGDStrategy.__name__
+    assert set(kinds.values()) == {ADPSGDStrategy.__name__}
+
+
+def test_periods_are_those_that_contenders_are_named_after():
+    adaptive, rare = (new_period(described(contender), None) for contender in (ADPSGD, RARE))
+    assert isinstance(adaptive, AdaptivePeriod)
+    assert (adaptive.value, rare.value) == (4, 8)
+    constant, matched = new_period(described(CPSGD_8), None), new_period(described(MATCHED), 7)
+    assert isinstance(constant, ConstantPeriod)
+    assert constant.value == 8
+    assert isinstance(matched, EvenRounds)
+    matched.setup(70)
+    assert matched.value == 10
+
+
+def test_contenders_that_average_momentum_do_so():
+    states = {contender.name: new_strategy(described(contender), None, "gloo") for contender in MOMENTUM}
+    assert [strategy._optimizer_state for strategy in states.values()] == ["local", "average", "average", "reset"]
+
+
+def average_on_rank():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for tensor in network.state_dict().values():
+        tensor.fill_(1 + 2 * dist.get_rank())
+    result = averaged(network)
+    return [{t.item() for t in each.state_dict()[name].flatten()} for each in (network, result) for name in NAMES]
+
+
+NAMES = ("0.weight", "1.running_mean", "1.num_batches_tracked")
+
+
+@pytest.mark.workers
+def test_model_is_looked_at_as_the_mean_over_ranks_and_left_as_it_is(pool):
+    first, second = pool.run(average_on_rank)
+    assert first == [{1}, {1}, {1}, {2}, {2}, {1}]
+    assert second == [{3}, {3}, {3}, {2}, {2}, {3}]
