@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging import layout
+from lightning_adpsgd.averaging import layout, tiles
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 
 quick = settings(deadline=None, max_examples=80)
@@ -247,7 +247,6 @@ def test_each_dtype_has_its_own_index_space_with_every_element_in_it(made):
         (index, 0, sum(each.places().numel() for each in space)) for index, space in enumerate(spaces)
     ]
     assert [flat_layout.new_buffer(bucket).dtype for bucket in whole] == [packed_dtype(space[0]) for space in spaces]
-    assert flat_layout.numel == sum(map(len, whole))
 
 
 def test_every_dtype_is_in_a_space_of_its_own():
@@ -267,7 +266,7 @@ def test_layout_of_nothing_has_no_ranges():
     for nothing in ([], [torch.zeros(0), torch.zeros(3, 0)]):
         flat_layout = FlatLayout(nothing, [0] * len(nothing))
         assert flat_layout.cut(1024) == []
-        assert flat_layout.numel == 0
+        assert flat_layout.cut_into_spaces() == []
 
 
 def test_tensors_that_share_storage_are_laid_out_once():
@@ -275,7 +274,7 @@ def test_tensors_that_share_storage_are_laid_out_once():
     other = nn.Parameter(torch.tensor([9.0]))
     flat_layout = FlatLayout([tied, other, tied, nn.Parameter(tied.data)], [0, 0, 1, 1])
     assert flat_layout.indices == [0, 1]
-    assert flat_layout.numel == 5
+    assert flat_layout.cut_into_spaces() == [Bucket(0, 0, 5)]
     (bucket,) = flat_layout.cut(1024)
     buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
     assert buffer.tolist() == [0.0, 1.0, 2.0, 3.0, 9.0]
@@ -286,7 +285,7 @@ def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
     tensor = torch.arange(12.0).view(3, 4)
     flat_layout = FlatLayout([tensor, tensor.t(), tensor.view(-1)], [0, 0, 0])
     assert flat_layout.indices == [0]
-    assert flat_layout.numel == 12
+    assert flat_layout.cut_into_spaces() == [Bucket(0, 0, 12)]
 
 
 def test_an_expanded_tensor_is_its_one_element_repeated():
@@ -335,7 +334,7 @@ def test_cut_does_not_depend_on_where_tensors_end(sizes, dtype, max_bytes):
     many = FlatLayout([torch.zeros(size, dtype=dtype) for size in sizes], [0] * len(sizes))
     one = FlatLayout([torch.zeros(sum(sizes), dtype=dtype)], [0])
     assert many.cut(max_bytes) == one.cut(max_bytes)
-    assert many.numel == one.numel == sum(map(len, many.cut(max_bytes)))
+    assert many.cut_into_spaces() == one.cut_into_spaces()
     itemsize = 8 if dtype in (torch.float64, torch.complex128) else 4
     assert all(len(bucket) * itemsize <= max_bytes for bucket in many.cut(max_bytes))
 
@@ -394,11 +393,11 @@ def test_runs_of_one_group_are_joined_if_nothing_lies_between_them():
     assert flat_layout.groups(Bucket(0, 4, 6)) == []
 
 
-# Chunks
+# Tiles
 
 
 def at_most(elements):
-    return mock.patch.dict(layout._AT_ONCE, cpu=elements)
+    return mock.patch.dict(tiles._AT_ONCE, cpu=elements)
 
 
 @quick
@@ -422,7 +421,7 @@ def test_tiles_of_any_length_cover_a_range_once_and_know_its_groups(made, at_onc
 
 @quick
 @given(windows(), st.integers(1, 7), st.data())
-def test_a_chunk_is_compared_with_values_and_moved_by_them(made, at_once, data):
+def test_a_tile_is_compared_with_values_and_moved_by_them(made, at_once, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         for index, space in enumerate(spaces_of(made)):
