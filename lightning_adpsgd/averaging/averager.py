@@ -233,11 +233,7 @@ class ParameterAverager:
             for tile in self.layout.tiles(bucket):
                 mine = tile.pack(snapshot[tile.start : tile.stop])
                 if before is not None:
-                    earlier = before[place][tile.start : tile.stop]
-                    for group, start, stop in tile.runs:
-                        here = slice(start, stop)
-                        weight = torch.as_tensor(1.0 + ahead[group], dtype=mine.dtype)
-                        torch.lerp(earlier[here], mine[here], weight, out=mine[here])
+                    _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
                 values[tile.start : tile.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
             launched = self._launch(bucket, values, carrier, carrier.everybody, as_it_is=False)
@@ -283,6 +279,14 @@ class ParameterAverager:
         for part in deviations:
             total += part.to(total.device)
         return total
+
+
+def _extrapolate(tile: Tile, earlier: Tensor, now: Tensor, ahead: Sequence[float | Tensor]) -> None:
+    """Add to a tile's values, in place, the change since ``earlier`` as many times as its parameter group says."""
+    for group, start, stop in tile.runs:
+        here = slice(start, stop)
+        weight = torch.as_tensor(1.0 + ahead[group], dtype=now.dtype)
+        torch.lerp(earlier[here], now[here], weight, out=now[here])
 
 
 def _add_squares(found: dict[int, list[Tensor]], tile: Tile, values: Tensor) -> None:
