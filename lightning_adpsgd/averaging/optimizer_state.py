@@ -155,13 +155,7 @@ def _adopt(
 ) -> None:
     """Give every worker what is not averaged, each entry (or a whole place) from the first worker that has it.
 
-    Args:
-        state: this worker's.
-        rest: its entries that are not averaged.
-        whole: places of which all entries come from one worker.
-        workers: who give and take.
-        contribution: whether this worker gives, or takes all it can get.
-        only_missing: whether workers that give take only what they have not got.
+    With ``only_missing``, workers that contribute take only what they have not got.
     """
     lacking = {place for place in whole if not state.has(place)}
 

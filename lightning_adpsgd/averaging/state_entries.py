@@ -71,12 +71,9 @@ class StateEntries:
         return file.getvalue()
 
     def write(self, packed: bytes, keep: Callable[[Key], bool], whole: Collection[int]) -> None:
-        """Overwrite entries with those of :meth:`pack`, tensors in place.
+        """Overwrite entries with those of :meth:`pack`, tensors in place, but for those to ``keep``.
 
-        Args:
-            packed: the entries.
-            keep: whether to leave an entry as it is.
-            whole: places of which nothing else is to remain.
+        Nothing else remains of places that are taken ``whole``.
         """
         on_cpu, entries = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
         written = [key for key in entries if not keep(key)]
