@@ -1,6 +1,6 @@
-"""Averages a layout over the workers, range by range, and measures how far the workers had drifted apart."""
+"""Averages a layout over the workers, bucket by bucket, and measures how far the workers had drifted apart."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,37 +8,36 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.codec import Codec, DeltaCodec
-from lightning_adpsgd.averaging.constants import Alike, Blocks, Comparison, is_exact
-from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, Tile, extremes, finite
+from lightning_adpsgd.averaging.constants import Blocks, Comparison, is_exact
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, extremes, finite
 from lightning_adpsgd.averaging.spans import span
+from lightning_adpsgd.averaging.tiles import Tile
 from lightning_adpsgd.averaging.update import Adopt, Update
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
-# On the CPU, shorter ranges than the longest that is allowed: what was packed is still in a cache when it is sent.
+# On the CPU, shorter buckets than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
 
 
 class BucketInFlight(NamedTuple):
-    """A range whose mean is on its way."""
+    """A bucket whose mean is on its way."""
 
     bucket: Bucket
     reduction: Reduction
     cut_off: Tensor | None = None
     """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
-    exact: bool = True
-    """Whether the mean of what all workers hold alike is that, bit for bit, by itself."""
     alike: Comparison | None = None
-    """What all workers hold alike, if that has to be known."""
+    """What all workers hold alike; None where the mean of that is what it is, bit for bit, by itself."""
     snapshot: Tensor | None = None
-    """This worker's values when they were sent; None if the tensors still hold them when the mean arrives."""
+    """This worker's values when they were sent; None where the tensors still hold them."""
 
 
 class ParameterAverager:
     """Replaces the tensors of a layout by their means over the workers, in place.
 
-    Ranges are reduced one after the other: while one travels, the next is packed and the one before is measured and
-    written back. At most two buffers of a range's size are alive, whatever the model's size; on the CPU, they are kept
+    Buckets are reduced one after the other: while one travels, the next is packed and the one before is measured and
+    written back. At most two buffers of a bucket's size are alive, whatever the model's size; on the CPU, they are kept
     for the next round.
 
     A part of the layout can also be sent now, and its mean adopted some steps later (:meth:`send`, :meth:`adopt`). Then
@@ -48,8 +47,8 @@ class ParameterAverager:
         layout: the tensors.
         groups: number of parameter groups.
         workers: whom to average with.
-        bucket_bytes: the longest range, in bytes when packed.
-        codec: encodes differences from the last average, which then travel; None: values travel as they are.
+        bucket_bytes: of the longest bucket, when packed.
+        codec: encodes deltas from the last average, which then travel; None: values travel as they are.
         update: what is done with the mean of rounds that are not averaged ``as_it_is``; None: it is adopted.
     """
 
@@ -76,15 +75,15 @@ class ParameterAverager:
 
     @property
     def has_residual(self) -> bool:
-        """Whether something that rounding has cut off has not travelled yet."""
+        """Whether there may be a residual of rounding that has not travelled yet."""
         return self.delta is not None and self.delta.has_residual
 
-    def average(self, share: Contribution | None = None, as_it_is: bool = True) -> Tensor:
+    def average(self, contribution: Contribution | None = None, as_it_is: bool = True) -> Tensor:
         """Average everything.
 
         Args:
-            share: what this worker contributes to the mean; None where all workers do.
-            as_it_is: whether values travel as they are, whatever the codec, and are adopted, whatever the update.
+            contribution: this worker's to the mean; None where all workers contribute.
+            as_it_is: whether values travel as they are, whatever ``reduce_dtype`` says.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -100,31 +99,27 @@ class ParameterAverager:
                     deviations.append(self.finish(in_flight.popleft(), as_it_is))
                     spare.append(buffers.popleft())
                 buffers.append(self._buffer_for(bucket, spare))
-                in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], share, as_it_is))
+                in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], contribution, as_it_is))
             deviations += [self.finish(oldest, as_it_is) for oldest in in_flight]
             spare += buffers
         finally:
-            in_flight.clear()  # after an error, a traceback would hold on to what is under way
+            in_flight.clear()  # after an error, a traceback would hold on to it
         if self.delta is not None and as_it_is:
             self.delta.note_all()
-        total = torch.zeros(self.groups, dtype=torch.float64, device=self._workers.device)
-        for part in deviations:
-            total += part.to(total.device)
-        return total
+        return self._sum(deviations)
 
     def launch(
-        self, bucket: Bucket, buffer: Tensor, share: Contribution | None = None, as_it_is: bool = True
+        self, bucket: Bucket, buffer: Tensor, contribution: Contribution | None = None, as_it_is: bool = True
     ) -> BucketInFlight:
-        """Pack a range into ``buffer`` and begin to average it."""
-        share = share or self._workers.all_contribute
-        if self.delta is None and is_exact(share.contributors):
-            # Dividing first keeps the sum within the range of the workers' own values.
-            with span("pack"):
-                packed = self.layout.pack(bucket, buffer, divisor=share.contributors)
-            return BucketInFlight(bucket, self._workers.sum_(packed if share.contributes else packed.zero_()))
+        """Pack a bucket into ``buffer`` and begin to average it."""
+        contribution = contribution or self._workers.all_contribute
+        # Dividing first keeps the sum within the range of the workers' own values.
+        divides = self.delta is None and is_exact(contribution.contributors)
         with span("pack"):
-            packed = self.layout.pack(bucket, buffer)
-        return self._launch(bucket, packed, self._workers, share, as_it_is)
+            packed = self.layout.pack(bucket, buffer, contribution.contributors if divides else 1)
+        if divides:
+            return BucketInFlight(bucket, self._workers.sum_(packed if contribution.contributes else packed.zero_()))
+        return self._launch(bucket, packed, self._workers, contribution, as_it_is)
 
     def finish(self, in_flight: BucketInFlight, as_it_is: bool = True) -> Tensor:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
@@ -135,7 +130,7 @@ class ParameterAverager:
         mean, alike = self._mean(in_flight)
         adopts = as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
-        squares = _Squares(self.groups)
+        squares: dict[int, list[Tensor]] = defaultdict(list)
         scratch = mean.new_empty(max(map(len, tiles)))
         for tile in tiles:
             arrived = mean[tile.start : tile.stop]
@@ -144,7 +139,7 @@ class ParameterAverager:
                     alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
                 if tile.runs:
                     # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-                    squares.add(tile, tile.difference(arrived, scratch[: len(tile)]))
+                    _add_squares(squares, tile, tile.difference(arrived, scratch[: len(tile)]))
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)
@@ -153,7 +148,7 @@ class ParameterAverager:
             with span("unpack"):
                 self.layout.unpack(in_flight.bucket, mean)
         self._note(in_flight, mean)
-        return squares.sums(mean.device)
+        return _add_up(squares, self.groups, mean.device)
 
     def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
         """What takes the place of the mean; a buffer of its own."""
@@ -165,7 +160,7 @@ class ParameterAverager:
         return updated
 
     def _buffer_for(self, bucket: Bucket, spare: list[Tensor]) -> Tensor:
-        """A spare buffer that fits, or a new one: two of the longest range are enough."""
+        """A spare buffer that fits, or a new one: two of the longest bucket are enough."""
         while spare:
             buffer = spare.pop()
             if self.layout.fits(bucket, buffer, self._workers.device):
@@ -173,45 +168,45 @@ class ParameterAverager:
         return self.layout.new_buffer(bucket, self._workers.device)
 
     def _launch(
-        self, bucket: Bucket, values: Tensor, workers: WorkerGroup, share: Contribution | None, as_it_is: bool
+        self, bucket: Bucket, values: Tensor, workers: WorkerGroup, contribution: Contribution, as_it_is: bool
     ) -> BucketInFlight:
-        """Begin to average the values of a range, which are overwritten."""
+        """Begin to average the values of a bucket, which are overwritten."""
         if self.delta is not None and not as_it_is and self.delta.knows(bucket):
             with span("encode"):
                 return BucketInFlight(bucket, *self.delta.send(bucket, values, workers))
-        owed = None if self.delta is None else self.delta.residual(bucket)
-        exact = is_exact((share or workers.all_contribute).contributors)
+        residual = None if self.delta is None else self.delta.residual(bucket)
         alike = None
-        if not exact:
+        if not is_exact(contribution.contributors):
             if bucket not in self._blocks:
                 self._blocks[bucket] = Blocks(len(bucket), self.layout.boundaries(bucket), values.device)
-            alike = self._blocks[bucket].compare(values, owed, workers)
-        if owed is not None:
-            values.add_(owed)
-        return BucketInFlight(bucket, workers.mean_(values, share), exact=exact, alike=alike)
+            alike = self._blocks[bucket].compare(values, residual, workers)
+        if residual is not None:
+            values.add_(residual)
+        return BucketInFlight(bucket, workers.mean_(values, contribution), alike=alike)
 
-    def _mean(self, in_flight: BucketInFlight) -> tuple[Tensor, Alike | None]:
-        """A range's mean, and what of it all workers hold alike, so that its mean is what it is."""
+    def _mean(self, in_flight: BucketInFlight) -> tuple[Tensor, Comparison | None]:
+        """A bucket's mean, and what of it all workers hold alike, so that its mean is what it is."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
                 return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off), None
-        if not in_flight.exact:
-            largest = torch.finfo(arrived.dtype).max
-            for _, start, stop in self.layout.groups(in_flight.bucket):
-                # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
-                arrived[start:stop].clamp_(-largest, largest)
-        return arrived, None if in_flight.alike is None else in_flight.alike.wait()
+        if in_flight.alike is None:
+            return arrived, None
+        largest = torch.finfo(arrived.dtype).max
+        for _, start, stop in self.layout.groups(in_flight.bucket):
+            # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
+            arrived[start:stop].clamp_(-largest, largest)
+        return arrived, in_flight.alike.wait()
 
     def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
         if self.delta is not None and in_flight.cut_off is None:
             self.delta.note(in_flight.bucket, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
-        """A copy of one of ``parts`` equal parts of the layout, range by range."""
-        ranges = self.layout.cut(self._bucket_bytes, part, parts)
-        return [self.layout.pack(bucket, self.layout.new_buffer(bucket, self._workers.device)) for bucket in ranges]
+        """A copy of one of ``parts`` equal parts of the layout, bucket by bucket."""
+        buckets = self.layout.cut(self._bucket_bytes, part, parts)
+        return [self.layout.pack(bucket, self.layout.new_buffer(bucket, self._workers.device)) for bucket in buckets]
 
     def send(
         self,
@@ -239,14 +234,10 @@ class ParameterAverager:
             for tile in self.layout.tiles(bucket):
                 mine = tile.pack(snapshot[tile.start : tile.stop])
                 if before is not None:
-                    earlier = before[place][tile.start : tile.stop]
-                    for group, start, stop in tile.runs:
-                        here = slice(start, stop)
-                        weight = torch.as_tensor(1.0 + ahead[group], dtype=mine.dtype)
-                        torch.lerp(earlier[here], mine[here], weight, out=mine[here])
+                    _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
                 values[tile.start : tile.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
-            launched = self._launch(bucket, values, carrier, None, as_it_is=False)
+            launched = self._launch(bucket, values, carrier, carrier.all_contribute, as_it_is=False)
             in_flight.append(launched._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
@@ -264,13 +255,12 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
-        device = self._workers.device
-        deviations = torch.zeros(self.groups, dtype=torch.float64, device=device)
+        deviations: list[Tensor] = []
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
             mean, alike = self._mean(part)
-            squares = _Squares(self.groups)
+            squares: dict[int, list[Tensor]] = defaultdict(list)
             adopts = isinstance(self.update, Adopt)
             tiles = self.layout.tiles(part.bucket)
             for tile in tiles:
@@ -278,7 +268,7 @@ class ParameterAverager:
                 with span("measure"):
                     if alike is not None:
                         alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
-                    squares.add(tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
+                    _add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
                 if adopts:
                     _write(tile, mean[here], snapshot[here], moved)
             if not adopts:
@@ -289,8 +279,14 @@ class ParameterAverager:
                     here = slice(tile.start, tile.stop)
                     _write(tile, mean[here], snapshot[here], moved)
             self._note(part, mean)
-            deviations += squares.sums(mean.device).to(device)
-        return deviations
+            deviations.append(_add_up(squares, self.groups, mean.device))
+        return self._sum(deviations)
+
+    def _sum(self, deviations: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros(self.groups, dtype=torch.float64, device=self._workers.device)
+        for part in deviations:
+            total += part.to(total.device)
+        return total
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
@@ -302,22 +298,24 @@ def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
             tile.unpack(new)
 
 
-class _Squares:
-    """Sums of squares per parameter group: short ones in fp32, their sum in float64."""
+def _extrapolate(tile: Tile, earlier: Tensor, now: Tensor, ahead: Sequence[float | Tensor]) -> None:
+    """Add to a tile's values, in place, the change since ``earlier`` as many times as its parameter group says."""
+    for group, start, stop in tile.runs:
+        here = slice(start, stop)
+        weight = torch.as_tensor(1.0 + ahead[group], dtype=now.dtype)
+        torch.lerp(earlier[here], now[here], weight, out=now[here])
 
-    def __init__(self, groups: int) -> None:
-        self._found: list[list[Tensor]] = [[] for _ in range(groups)]
 
-    def add(self, tile: Tile, values: Tensor) -> None:
-        """Add the squares of a tile's values that belong to parameter groups."""
-        for group, start, stop in tile.runs:
-            part = values[start:stop]
-            self._found[group].append(torch.dot(part, part))
+def _add_squares(found: dict[int, list[Tensor]], tile: Tile, values: Tensor) -> None:
+    """Note the sum of squares of each run of a tile's values, by parameter group."""
+    for group, start, stop in tile.runs:
+        part = values[start:stop]
+        found[group].append(torch.dot(part, part))
 
-    def sums(self, device: torch.device) -> Tensor:
-        """Float64, shape (groups,), on ``device``, where the values were."""
-        sums = torch.zeros(len(self._found), dtype=torch.float64, device=device)
-        for group, found in enumerate(self._found):
-            if found:
-                sums[group] = torch.stack(found).double().sum()
-        return sums
+
+def _add_up(found: dict[int, list[Tensor]], groups: int, device: torch.device) -> Tensor:
+    """The sum per parameter group of what was found; float64, shape (groups,)."""
+    sums = torch.zeros(groups, dtype=torch.float64, device=device)
+    for group, squares in found.items():
+        sums[group] = torch.stack(squares).double().sum()
+    return sums

@@ -1,6 +1,6 @@
 """Which of a module's buffers are averaged, and under which names people know them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -9,7 +9,12 @@ from lightning_adpsgd.averaging.layout import has_mean
 
 
 def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of a module that rounds average, with their names: those that it saves, and that have a mean.
+    """The :class:`AveragedBuffers` of a module, with their names."""
+    yield from AveragedBuffers(module, exclude).named().items()
+
+
+class AveragedBuffers:
+    """The buffers of a module that rounds average: those that it saves, and that have a mean.
 
     A buffer that is not persistent is a cache (of positions, of a mask), which a module makes anew when it needs it.
     Its shape may depend on the worker's own batch.
@@ -18,43 +23,48 @@ def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator
         module: with its submodules.
         exclude: patterns, as of ``fnmatch``, of names that are left out.
     """
-    names = {(part, name): full_name for part, name, full_name in buffer_names(module)}
-    for part, name, buffer in buffers_of(module, lambda part, name: not matches(names[part, name], exclude)):
-        yield names[part, name], buffer
 
+    def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
+        self._module = module
+        self._exclude = exclude
+        self._included: dict[tuple[nn.Module, str], bool] = {}
 
-def buffers_of(
-    module: nn.Module, is_included: Callable[[nn.Module, str], bool]
-) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Each averaged buffer: its module, its own name there, and itself.
+    def tensors(self) -> list[Tensor]:
+        """The buffers that there are now."""
+        return [buffer for *_, buffer in self._found()]
 
-    Args:
-        module: with its submodules.
-        is_included: whether a buffer, of a module and a name, is one of them.
-    """
-    # Not by named_buffers(), which is slow, and does not tell which are persistent: there is no public way to ask that.
-    parts, seen = [module], {module}
-    while parts:
-        part = parts.pop()
-        if part._buffers:
+    def named(self) -> dict[str, Tensor]:
+        """The buffers that there are now, by their full names."""
+        names = self._names()
+        return {names[part, name]: buffer for part, name, buffer in self._found()}
+
+    def _found(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Each buffer: its module, its own name there, and itself."""
+        # Not by named_buffers(), which is slow, and does not tell which are persistent: there is no public way to ask.
+        parts, seen = [self._module], {self._module}
+        while parts:
+            part = parts.pop()
             for name, buffer in part._buffers.items():
                 if buffer is None or not has_mean(buffer) or name in part._non_persistent_buffers_set:
                     continue
-                if is_included(part, name):
+                if not self._exclude or self._is_included(part, name):
                     yield part, name, buffer
-        for child in part._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                parts.append(child)
+            for child in part._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    parts.append(child)
 
+    def _is_included(self, part: nn.Module, name: str) -> bool:
+        if (part, name) not in self._included:
+            self._included = {
+                place: not any(fnmatchcase(full_name, pattern) for pattern in self._exclude)
+                for place, full_name in self._names().items()
+            }
+        return self._included.get((part, name), True)
 
-def buffer_names(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Each buffer: its module, its own name there, and its full name."""
-    for prefix, part in module.named_modules():
-        for name in part._buffers:
-            yield part, name, f"{prefix}.{name}" if prefix else name
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name fits any of the patterns, as of :mod:`fnmatch`."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    def _names(self) -> dict[tuple[nn.Module, str], str]:
+        return {
+            (part, name): f"{prefix}.{name}" if prefix else name
+            for prefix, part in self._module.named_modules()
+            for name in part._buffers
+        }

@@ -9,12 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lightning_adpsgd.averaging.tiles import at_once
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
 _LENGTH = 4096  # elements that are compared at once: 16 bytes travel for as many
-_AT_ONCE = {"cpu": 1 << 16}
-_AT_ONCE_ELSEWHERE = 1 << 22
 _NEVER_ALIKE = torch.iinfo(torch.int32).max  # the largest of all cannot be the inverse of the largest inverse
 
 # For so many workers n, x/n added n times is x, whatever the order (unless x is so small that x/n is rounded, below
@@ -29,11 +28,11 @@ def is_exact(workers: int) -> bool:
 
 
 class Blocks:
-    """A range in blocks, none of which is longer than 4096 elements or has elements of two tensors.
+    """A bucket in blocks, none of which is longer than 4096 elements or has elements of two tensors.
 
     Args:
-        length: of the range.
-        boundaries: where in the range a tensor begins.
+        length: of the bucket.
+        boundaries: where in the bucket a tensor begins.
         device: where its values are.
     """
 
@@ -41,23 +40,24 @@ class Blocks:
         self._ends = sorted({*range(_LENGTH, length, _LENGTH), *boundaries, length} - {0})
         self._device = device
         self._lengths: dict[tuple[int, int], Tensor] = {}
-        at_once = _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
-        self._slices = [self._slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+        step = at_once(device)
+        self._slices = [self._slice(start, min(start + step, length)) for start in range(0, length, step)]
 
-    def compare(self, values: Tensor, owed: Tensor | None, workers: WorkerGroup) -> "Comparison":
+    def compare(self, values: Tensor, residual: Tensor | None, workers: WorkerGroup) -> "Comparison":
         """Begin to find out which blocks all ranks hold alike.
 
         Args:
             values: this worker's, contiguous, fp32 or fp64; shape (length,).
-            owed: what is to be added to them; a block where that is not 0 is not alike. None stands for zeros.
+            residual: is to be added to them; a block where that is not 0 is not alike. None stands for zeros.
             workers: all of them have to ask.
         """
         prints = self.fingerprints(values)
         # All are the same exactly if the largest is the smallest; ~h orders them the other way round.
         row = torch.cat([prints, ~prints])
-        if owed is not None:
-            (owes,) = self._sums((owed.view(torch.int32) != 0).to(torch.int32), owed.itemsize // 4, lambda part: [part])
-            row.masked_fill_((owes != 0).repeat(4), _NEVER_ALIKE)
+        if residual is not None:
+            bits = (residual.view(torch.int32) != 0).to(torch.int32)
+            (counts,) = self._sums(bits, residual.itemsize // 4, lambda part: [part])
+            row.masked_fill_((counts != 0).repeat(4), _NEVER_ALIKE)
         return Comparison(workers.largest(row), self)
 
     def fingerprints(self, values: Tensor) -> Tensor:
@@ -83,19 +83,22 @@ class Blocks:
         return torch.cat(self._sums(values.view(torch.int32), values.itemsize // 4, mixed))
 
     def lengths(self, start: int, stop: int) -> tuple[int, int, Tensor]:
-        """The first and the last (exclusive) of the blocks in a part of the range, and how much of it is in each."""
-        first, last = bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
+        """The first and the last (exclusive) of the blocks in a part of the bucket, and how much of it is in each."""
+        first, last = self._blocks_of(start, stop)
         if (start, stop) not in self._lengths:
             edges = [start, *self._ends[first : last - 1], stop]
             self._lengths[start, stop] = torch.tensor([b - a for a, b in pairwise(edges)], device=self._device)
         return first, last, self._lengths[start, stop]
 
     def _slice(self, start: int, stop: int) -> tuple[int, int, int, Tensor | None]:
-        """A short part of the range: start, stop, blocks, and where they end; None if all have the same length."""
-        first, last = bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
+        """A part of the bucket: start, stop, blocks, and where they end; None if all have the same length."""
+        first, last = self._blocks_of(start, stop)
         if (last - first) * _LENGTH == stop - start:
             return start, stop, last - first, None
         return start, stop, last - first, torch.tensor(self._ends[first:last], device=self._device) - start
+
+    def _blocks_of(self, start: int, stop: int) -> tuple[int, int]:
+        return bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
 
     def _sums(self, bits: Tensor, words: int, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What ``of`` makes of the bits (``words`` of them per element), added up over each block."""
@@ -113,41 +116,39 @@ class Blocks:
 
 
 class Comparison:
-    """Which blocks all ranks hold alike; on its way."""
+    """Finds out which blocks all ranks hold alike."""
 
     def __init__(self, reduction: Reduction, blocks: Blocks) -> None:
         self._reduction = reduction
         self._blocks = blocks
+        self._alike: Tensor | None = None
 
-    def wait(self) -> "Alike | None":
-        """Which are alike; None if it is known that none is."""
+    def wait(self) -> "Comparison | None":
+        """Wait for the other ranks; None if it is known that no block is alike."""
         largest, largest_inverse = self._reduction.wait().chunk(2)
         first, second = (largest == ~largest_inverse).chunk(2)
-        alike = first & second
-        return None if alike.device.type == "cpu" and not alike.any() else Alike(alike, self._blocks)
-
-
-class Alike:
-    """Which blocks of a range all ranks hold alike."""
-
-    def __init__(self, alike: Tensor, blocks: Blocks) -> None:
-        self._alike = alike
-        self._blocks = blocks
+        self._alike = first & second
+        return None if _none(self._alike) else self
 
     def keep(self, mine: Tensor, mean: Tensor, start: int, stop: int) -> None:
-        """Overwrite the mean of a part of the range by this worker's values where they are alike, in place.
+        """Overwrite the mean of a part of the bucket by this worker's values where they are alike, in place.
 
         Args:
             mine: shape (stop − start,).
             mean: shape (stop − start,).
-            start: where the part begins in the range.
+            start: where the part begins in the bucket.
             stop: where it ends.
         """
+        assert self._alike is not None
         first, last, lengths = self._blocks.lengths(start, stop)
         alike = self._alike[first:last]
-        if alike.device.type == "cpu" and not alike.any():
-            return
-        torch.where(torch.repeat_interleave(alike, lengths, output_size=stop - start), mine, mean, out=mean)
+        if not _none(alike):
+            torch.where(torch.repeat_interleave(alike, lengths, output_size=stop - start), mine, mean, out=mean)
+
+
+def _none(alike: Tensor) -> bool:
+    """Whether it is known, without waiting for a device, that none is."""
+    return alike.device.type == "cpu" and not alike.any()
 
 
 @functools.cache
@@ -156,15 +157,14 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     numbers = random.Random(0)
     salts = [numbers.getrandbits(32) - 2**31 for _ in range(2 * _LENGTH)]
     factors = [(numbers.getrandbits(32) | 1) - 2**31 for _ in range(2 * _LENGTH)]
-    return torch.tensor(salts, dtype=torch.int32, device=device), torch.tensor(
-        factors, dtype=torch.int32, device=device
-    )
+    both = torch.tensor([salts, factors], dtype=torch.int32, device=device)
+    return both[0], both[1]
 
 
 @functools.lru_cache(maxsize=64)
-def _repeated_to(constants: Tensor, length: int) -> Tensor:
-    return constants.repeat(-(-length // len(constants)))
+def _times(constants: Tensor, times: int) -> Tensor:
+    return constants.repeat(times)
 
 
 def _repeated(constants: Tensor, length: int) -> Tensor:
-    return _repeated_to(constants, -(-length // len(constants)) * len(constants))[:length]
+    return _times(constants, -(-length // len(constants)))[:length]

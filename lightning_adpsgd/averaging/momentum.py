@@ -114,9 +114,8 @@ class LookAhead:
         kind = known(self._optimizer)
         if kind is None or delay < 1:
             return [0.0] * len(self._optimizer.param_groups)
-        return [
-            _factor(kind, self._plain(group), self._steps_of(group), delay) for group in self._optimizer.param_groups
-        ]
+        groups = self._optimizer.param_groups
+        return [_factor(kind, self._plain(group), self._steps_of(group), delay) for group in groups]
 
     def _steps_of(self, group: Group) -> int:
         """How many steps the moments of a group have been gathered for, at least 1."""
@@ -151,14 +150,13 @@ def _factor(kind: Known, group: Group, steps: int, delay: int) -> float:
     momentum = kind.momentum(group, steps)
     if momentum is None or momentum.decay <= 0.0:
         return 0.0
-    now = momentum.kept(steps)
-    if momentum.newest == 0.0:
-        share = 1.0 / now
+    a, b, gain = momentum.newest, momentum.kept(steps), momentum.gain
+    if a == 0.0:
+        c = 1.0 / b
     else:
-        a, b, gain = momentum.newest, now, momentum.gain
         variance = gain**2 * _geometric(momentum.decay**2, steps)
-        share = (a * gain + b * variance) / (a**2 + 2 * a * b * gain + b**2 * variance)
-    terms = (share * momentum.kept(steps + j) * momentum.decay**j for j in range(1, delay + 1))
+        c = (a * gain + b * variance) / (a**2 + 2 * a * b * gain + b**2 * variance)
+    terms = (c * momentum.kept(steps + j) * momentum.decay**j for j in range(1, delay + 1))
     return sum(term for term in terms if math.isfinite(term))
 
 
@@ -167,15 +165,11 @@ def _geometric(ratio: float, terms: int) -> float:
     return float(terms) if ratio >= 1.0 else (1.0 - ratio**terms) / (1.0 - ratio)
 
 
-def _sgd(group: Group, steps: int) -> _Momentum:
+def _velocity(group: Group, steps: int) -> _Momentum:
     momentum = group["momentum"]
-    if not group["nesterov"]:
+    if not group.get("nesterov"):
         return _Momentum(momentum, 1.0, lambda t: 1.0)
     return _Momentum(momentum, 1.0, lambda t: momentum, newest=1.0)
-
-
-def _rmsprop(group: Group, steps: int) -> _Momentum:
-    return _Momentum(group["momentum"], 1.0, lambda t: 1.0)
 
 
 def _adam(group: Group, steps: int) -> _Momentum:
@@ -228,21 +222,23 @@ def _start_of_sgd(group: Group) -> Mapping[str, float | None]:
     return {"momentum_buffer": None if group["dampening"] else 0.0}
 
 
+_ADAM = Known(_start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam)
+
 # Counters of steps are those that a bias correction goes by; others (of a decay of the learning rate) are no moments.
 _KNOWN = {
     "ASGD": Known(_start()),  # a mean of parameters, and what becomes of the learning rate
     "Adadelta": Known(_start(square_avg=0.0, acc_delta=0.0)),
     "Adafactor": Known(_start(row_var=0.0, col_var=0.0, variance=0.0, step=0.0)),
     "Adagrad": Known(lambda group: {"sum": group["initial_accumulator_value"]}, made_at_once=True),
-    "Adam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam),
-    "AdamW": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam),
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
     "Adamax": Known(_start(exp_avg=0.0, exp_inf=0.0, step=0.0), _adam),
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
     "NAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0), _nadam),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
-    "RMSprop": Known(_start(square_avg=0.0, grad_avg=0.0, momentum_buffer=0.0), _rmsprop),
+    "RMSprop": Known(_start(square_avg=0.0, grad_avg=0.0, momentum_buffer=0.0), _velocity),
     "Rprop": Known(_start()),  # step sizes, and the latest gradient, whose signs they go by
-    "SGD": Known(_start_of_sgd, _sgd),
+    "SGD": Known(_start_of_sgd, _velocity),
     "SparseAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0)),
 }

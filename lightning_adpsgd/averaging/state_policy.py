@@ -1,12 +1,12 @@
 """What rounds do to an optimizer's state: leave it alone, average its moments or reset them; and share it."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.momentum import LookAhead, check_known_moments
 from lightning_adpsgd.averaging.optimizer_state import (
-    average_moments,
     forget,
     has_state,
     moments,
@@ -25,7 +25,7 @@ class StatePolicy:
         policy: "local", "average" or "reset".
         drops: whether workers may be left out of a mean, and then begin anew with the state of the start.
         workers: with whom.
-        bucket_bytes: the longest range averaged at once.
+        bucket_bytes: of the longest bucket.
 
     Raises:
         ValueError: if moments are to be reset, and it is not known which those are.
@@ -86,13 +86,13 @@ class StatePolicy:
             self._dropped_at = self._steps
         averages = self._policy == "average"
         if averages and trained and self.anybody_has_state:
-            average_moments(self._optimizer, self._workers, self._bucket_bytes, contribution)
+            self._share(contribution, only_moments=True)
         if trained:
             self.end_round()
         if checkpoint:
             if self.anybody_has_state:
                 same = {id(moment) for moment in moments(self._optimizer)} if averages else set()
-                share_state(self._optimizer, self._workers, self._bucket_bytes, same, contribution)
+                self._share(contribution, shared=same)
                 self._dropped_at = 0  # it has been given the others' moments
             self.shared_at = self._steps
 
@@ -101,3 +101,6 @@ class StatePolicy:
         if self._policy == "reset":
             reset_moments(self._optimizer)
             self.reset_at = self._steps
+
+    def _share(self, contribution: Contribution, shared: Collection[int] = (), only_moments: bool = False) -> None:
+        share_state(self._optimizer, self._workers, self._bucket_bytes, shared, contribution, only_moments)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import ParameterAverager
-from lightning_adpsgd.averaging.buffers import averaged_buffers, buffer_names, buffers_of, matches
+from lightning_adpsgd.averaging.buffers import AveragedBuffers
 from lightning_adpsgd.averaging.codec import Codec
-from lightning_adpsgd.averaging.layout import Bucket, Described, FlatLayout, Order
+from lightning_adpsgd.averaging.layout import Bucket, Described, FlatLayout
+from lightning_adpsgd.averaging.tiles import Order
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.workers.group import WorkerGroup
 
@@ -23,19 +24,22 @@ class _Member(NamedTuple):
     group: int | None
 
 
-_Place = tuple[int, int, tuple[int, ...], int]
+class _LaidOut(NamedTuple):
+    """Where and how a tensor was laid out."""
+
+    bucket: Bucket
+    kind: tuple[object, object]
+    """Its dtype and shape."""
+    order: Order
 
 
-def _places(tensors: list[Tensor]) -> list[_Place]:
-    """Differ from what they were if elements have moved in memory; as long as the tensors are kept.
-
-    They are looked at at every step of a staggered round, of perhaps thousands of tensors.
-    """
+def _whereabouts(tensors: list[Tensor]) -> list[tuple[int, int, tuple[int, ...], int]]:
+    """Differ from what they were if elements have moved in memory, as long as the tensors are kept; quick to find."""
     return [(id(tensor), tensor.data_ptr(), tensor.stride(), tensor.numel()) for tensor in tensors]
 
 
 class AveragedTensors:
-    """The tensors of a round, and the machinery built for them.
+    """The tensors of a round in one layout, and what averages them.
 
     Args:
         members: what is averaged.
@@ -46,10 +50,9 @@ class AveragedTensors:
     def __init__(self, members: list[_Member], averager: ParameterAverager, before: "AveragedTensors | None") -> None:
         self.layout = averager.layout
         self.averager = averager
-        self._members = members
         self._groups = [member.group for member in members]
-        self._places = _places(self.tensors)
         self._before = before
+        self._hold(members)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -59,11 +62,11 @@ class AveragedTensors:
     @property
     def parameters(self) -> list[Tensor]:
         """Those that are parameters."""
-        return [member.tensor for member in self._members if isinstance(member.tensor, nn.Parameter)]
+        return [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
     def is_at(self, tensors: list[Tensor], groups: list[int | None]) -> bool:
         """Whether these are the same tensors, of which no element has moved in memory."""
-        return groups == self._groups and _places(tensors) == self._places
+        return groups == self._groups and _whereabouts(tensors) == self._whereabouts
 
     def is_of(self, members: list[_Member]) -> bool:
         """Whether these are the same tensors; if so, their elements are found from now on where they are now.
@@ -71,48 +74,37 @@ class AveragedTensors:
         User code may re-assign buffers and re-point ``p.data``. What makes a tensor the same is its name, its place in
         the order, and what workers have to agree on: shape, dtype, and parameter group.
         """
-        names = [(member.key, member.group) for member in members]
-        if names != [(member.key, member.group) for member in self._members]:
+        names, others = ([(each.key, each.group) for each in those] for those in (members, self._members))
+        if names != others or not self.layout.rebind([member.tensor for member in members]):
             return False
-        if not self.layout.rebind([member.tensor for member in members]):
-            return False
-        self._members, self._places = members, _places([member.tensor for member in members])
+        self._hold(members)
         return True
 
     def rebind(self, buffers: Mapping[str, Tensor]) -> None:
-        """Find the elements where they are now, where something else is averaged by now.
+        """Find the elements where they are now; of buffers, which may have been re-assigned, by their names."""
 
-        Args:
-            buffers: the module's, by name.
-        """
-        self._members = [
-            member
-            if isinstance(member.tensor, nn.Parameter)
-            else member._replace(tensor=buffers.get(str(member.key), member.tensor))
-            for member in self._members
-        ]
-        self._places = _places(self.tensors)
+        def now(key: int | str, tensor: Tensor) -> Tensor:
+            return tensor if isinstance(tensor, nn.Parameter) else buffers.get(str(key), tensor)
+
+        self._hold([_Member(key, now(key, tensor), group) for key, tensor, group in self._members])
         self.layout.rebind(self.tensors)
 
     def take_over(self) -> None:
-        """Go on from the averages, and from what rounding has cut off, of what was averaged before; once.
-
-        Nothing of that may be under way any more.
-        """
+        """Take over averages and residuals of what was averaged before, of which nothing may be in flight; once."""
         before, self._before = self._before, None
         if before is None or before.averager.delta is None or self.averager.delta is None:
             return
         before.take_over()
-        were = before.entries
-        both = [(were[key], now) for key, now in self.entries.items() if key in were]
-        places = [(was.range, now.range) for was, now in both if was.kind == now.kind]
+        were = before.laid_out
+        both = [(were[key], now) for key, now in self.laid_out.items() if key in were]
+        places = [(was.bucket, now.bucket) for was, now in both if was.kind == now.kind]
         self.averager.delta.take_over(before.averager.delta, places)
         for was, now in places:
-            owed = before.averager.delta.residual(was)
-            if owed is not None and self.averager.delta.residual(now) is None:
-                # It has been removed, and travels once more, as it is.
-                values = self.layout.pack(now, self.layout.new_buffer(now, owed.device))
-                self.layout.unpack(now, values.add_(owed))
+            residual = before.averager.delta.residual(was)
+            if residual is not None and self.averager.delta.residual(now) is None:
+                # It is in no parameter group any more, and travels once more, as it is.
+                values = self.layout.pack(now, self.layout.new_buffer(now, residual.device))
+                self.layout.unpack(now, values.add_(residual))
 
     def start(self) -> None:
         """Take note that all workers hold the same."""
@@ -122,33 +114,27 @@ class AveragedTensors:
 
     @property
     def stated(self) -> dict[str, int]:
-        """What workers state of it when they meet (see :class:`RankState`)."""
+        """What workers state of it in a handshake (see :class:`RankState`)."""
         delta = self.averager.delta
-        known = 0 if delta is None else delta.fingerprint
-        return {"fingerprint": self.layout.fingerprint, "known": known}
+        return {"fingerprint": self.layout.fingerprint, "known": 0 if delta is None else delta.fingerprint}
 
     def agree(self, know_the_same: bool) -> None:
-        """Take note of what the others know: only where all know the same average can differences from it travel."""
+        """Take note of what the others know: deltas travel only from an average that all workers know."""
         if self.averager.delta is not None and not know_the_same:
             self.averager.delta.forget()
 
     @property
-    def entries(self) -> "dict[int | str, _Entry]":
+    def laid_out(self) -> dict[int | str, _LaidOut]:
         """What was laid out, by what it is known by."""
-        laid_out = zip(self.layout.indices, self.layout.signature, self.layout.places, strict=True)
+        entries = zip(self.layout.indices, self.layout.signature, self.layout.places, strict=True)
         return {
-            self._members[index].key: _Entry(bucket, (dtype, shape), cast(Order, order))
-            for index, (dtype, shape, _, order), bucket in laid_out
+            self._members[index].key: _LaidOut(bucket, (dtype, shape), cast(Order, order))
+            for index, (dtype, shape, _, order), bucket in entries
         }
 
-
-class _Entry(NamedTuple):
-    """Where a tensor was laid out."""
-
-    range: Bucket
-    kind: tuple[object, object]
-    """Its dtype and shape."""
-    order: Order
+    def _hold(self, members: list[_Member]) -> None:
+        self._members = members
+        self._whereabouts = _whereabouts(self.tensors)
 
 
 class TensorTracker:
@@ -160,11 +146,11 @@ class TensorTracker:
         exclude_buffers: patterns (as of ``fnmatch``) of names of buffers that are not.
         names_of: the module in which tensors have names, if any.
         workers: whom to average with.
-        bucket_bytes: the longest range averaged at once.
+        bucket_bytes: of the longest bucket.
         codec: how values travel, if not as they are.
-        update: what is done with means, if they are not adopted.
         owners: for each parameter's id, the one who averages it, where only one may: the first of those that train it
             since all workers were the same.
+        update: what is done with the mean; None: it is adopted.
     """
 
     def __init__(
@@ -177,26 +163,24 @@ class TensorTracker:
         bucket_bytes: int,
         exclude_buffers: Sequence[str] = (),
         codec: Codec | None = None,
-        update: Update | None = None,
         owners: "MutableMapping[int, tuple[TensorTracker, nn.Parameter]] | None" = None,
+        update: Update | None = None,
     ) -> None:
         # Configuration
         self._optimizer = optimizer
-        self._buffers_of = buffers_of
-        self._exclude_buffers = exclude_buffers
+        self._buffers = None if buffers_of is None else AveragedBuffers(buffers_of, exclude_buffers)
         self._names_of = names_of
         self._workers = workers
         self._bucket_bytes = bucket_bytes
         self._codec = codec
-        self._update = update
         self._owners = owners
+        self._update = update
 
         # State
         self._latest: AveragedTensors | None = None
         self._stepped: dict[int, nn.Parameter] = {}
         self._not_stepped: list[nn.Parameter] = []
         self._counted = 0
-        self._included: dict[tuple[nn.Module, str], bool] = {}
         self._steps = 0  # since all workers were the same
         self._owned_by_others: dict[int, tuple[TensorTracker, nn.Parameter]] = {}
         self.moved_by_others = False
@@ -214,37 +198,19 @@ class TensorTracker:
         before = self._latest
         if before is not None and before.is_at(tensors, groups):
             return before
-        members = self._named(tensors, groups)
+        members = self._members(tensors, groups)
         if before is None or not before.is_of(members):
-            # What was laid out keeps its order: on one rank alone it may lie in memory in another one by now.
-            known = {} if before is None else before.entries
-            orders = {
-                index: known[member.key].order
-                for index, member in enumerate(members)
-                if member.key in known and known[member.key].kind == (str(member.tensor.dtype), (*member.tensor.shape,))
-            }
-            layout = FlatLayout(
-                [member.tensor for member in members],
-                [member.group for member in members],
-                orders,
-                apart=self._codec is not None,
-            )
-            group_count = len(self._optimizer.param_groups)
-            averager = ParameterAverager(
-                layout, group_count, self._workers, self._bucket_bytes, self._codec, self._update
-            )
-            self._latest = AveragedTensors(members, averager, before)
-        assert self._latest is not None
-        return self._latest
+            before = self._latest = AveragedTensors(members, self._averager(members), before)
+        return before
 
-    def rebind(self, payload: AveragedTensors) -> None:
-        """Find the elements of a payload, which may not be the current one any more, where they are now."""
-        if payload is not self.current():
-            payload.rebind({} if self._buffers_of is None else dict(averaged_buffers(self._buffers_of)))
+    def rebind(self, tensors: AveragedTensors) -> None:
+        """Find the elements of tensors, which may not be the current ones any more, where they are now."""
+        if tensors is not self.current():
+            tensors.rebind({} if self._buffers is None else self._buffers.named())
 
     @property
     def has_residual(self) -> bool:
-        """Whether something that rounding has cut off has not travelled yet."""
+        """Whether there may be a residual of rounding that has not travelled yet."""
         return self._latest is not None and self._latest.averager.has_residual
 
     def mark_synchronized(self) -> None:
@@ -254,8 +220,7 @@ class TensorTracker:
     def note_step(self) -> None:
         """Take note of the parameters that are being trained: by the time of the round they may be frozen, or removed.
 
-        Adversarial networks, whose parts are frozen in turn, would otherwise drift apart. It costs something in the
-        first step after a round, and then only where parameters are frozen.
+        Adversarial networks, whose parts are frozen in turn, would otherwise drift apart.
         """
         self._steps += 1
         for other, parameter in self._owned_by_others.values():
@@ -265,12 +230,10 @@ class TensorTracker:
         count = sum(len(group["params"]) for group in self._optimizer.param_groups)
         if count != self._counted:
             self._counted = count
-            self._not_stepped = [parameter for parameter in self.parameters() if id(parameter) not in self._stepped]
+            self._not_stepped = [each for each in self.parameters() if id(each) not in self._stepped]
         if self._not_stepped:
-            self._stepped.update(
-                (id(parameter), parameter) for parameter in self._not_stepped if parameter.requires_grad
-            )
-            self._not_stepped = [parameter for parameter in self._not_stepped if not parameter.requires_grad]
+            self._stepped.update((id(each), each) for each in self._not_stepped if each.requires_grad)
+            self._not_stepped = [each for each in self._not_stepped if not each.requires_grad]
 
     def note_averaged(self) -> None:
         """Take note that all parameters that were trained are now the same on all workers."""
@@ -280,8 +243,7 @@ class TensorTracker:
         self._counted = len(self._not_stepped)
         if self._owners is not None:
             mine = set(map(id, self._not_stepped))
-            gone = [key for key, (owner, _) in self._owners.items() if owner is self and key not in mine]
-            for key in gone:
+            for key in [key for key, (owner, _) in self._owners.items() if owner is self and key not in mine]:
                 del self._owners[key]
 
     def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
@@ -306,12 +268,24 @@ class TensorTracker:
 
     # Details
 
+    def _averager(self, members: list[_Member]) -> ParameterAverager:
+        # What was laid out keeps its order: on one rank alone it may lie in memory in another one by now.
+        known = {} if self._latest is None else self._latest.laid_out
+        orders = {
+            index: known[key].order
+            for index, (key, tensor, _) in enumerate(members)
+            if key in known and known[key].kind == (str(tensor.dtype), tuple(tensor.shape))
+        }
+        tensors, groups = [each.tensor for each in members], [each.group for each in members]
+        layout = FlatLayout(tensors, groups, orders, apart=self._codec is not None)
+        count = len(self._optimizer.param_groups)
+        return ParameterAverager(layout, count, self._workers, self._bucket_bytes, self._codec, update=self._update)
+
     def _found(self) -> tuple[list[Tensor], list[int | None]]:
         """What is averaged now, and of which parameter group each is."""
         tensors: list[Tensor] = []
         groups: list[int | None] = []
-        seen: set[int] = set()
-        stepped = self._stepped
+        stepped, seen = self._stepped, set[int]()
         for index, group in enumerate(self._optimizer.param_groups):
             parameters = group["params"]
             if self._owners is not None:
@@ -322,29 +296,18 @@ class TensorTracker:
             seen.update(map(id, group["params"]))
         # What is in no group any more was trained since all workers were the same: it is averaged once more.
         tensors += [each for place, each in stepped.items() if place not in seen and self._owns(each)]
-        if self._buffers_of is not None:
-            tensors += [buffer for *_, buffer in buffers_of(self._buffers_of, self._is_included)]
+        if self._buffers is not None:
+            tensors += self._buffers.tensors()
         return tensors, groups + [None] * (len(tensors) - len(groups))
 
-    def _is_included(self, part: nn.Module, name: str) -> bool:
-        if not self._exclude_buffers:
-            return True
-        if (part, name) not in self._included:
-            assert self._buffers_of is not None
-            self._included = {
-                (each, own): not matches(full_name, self._exclude_buffers)
-                for each, own, full_name in buffer_names(self._buffers_of)
-            }
-        return self._included.get((part, name), True)
-
-    def _named(self, tensors: list[Tensor], groups: list[int | None]) -> list[_Member]:
+    def _members(self, tensors: list[Tensor], groups: list[int | None]) -> list[_Member]:
         names: dict[int, str] = {}
-        if self._buffers_of is not None:
-            names.update((id(buffer), name) for name, buffer in averaged_buffers(self._buffers_of))
+        if self._buffers is not None:
+            names.update((id(buffer), name) for name, buffer in self._buffers.named().items())
         if self._names_of is not None:
             names.update((id(parameter), name) for name, parameter in self._names_of.named_parameters())
-        both = zip(tensors, groups, strict=True)
-        return [_Member(names.get(id(tensor), id(tensor)), tensor, group) for tensor, group in both]
+        found = zip(tensors, groups, strict=True)
+        return [_Member(names.get(id(tensor), id(tensor)), tensor, group) for tensor, group in found]
 
     def _owns(self, parameter: nn.Parameter) -> bool:
         if self._owners is None:

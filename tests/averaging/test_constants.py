@@ -141,14 +141,14 @@ def test_blocks_end_where_tensors_do_and_are_told_apart_by_a_single_bit(dtype):
         differs = (blocks.fingerprints(changed).view(2, -1) != before).any(dim=0).nonzero().flatten().tolist()
         assert len(differs) == 1
         assert place in range([0, *blocks._ends][differs[0]], blocks._ends[differs[0]])
-    owed = torch.zeros_like(values)
-    owed[7] = 1e-30
+    residual = torch.zeros_like(values)
+    residual[7] = 1e-30
     kept = torch.zeros_like(values)
-    blocks.compare(values, owed, plain).wait().keep(values, kept, 0, len(values))
+    blocks.compare(values, residual, plain).wait().keep(values, kept, 0, len(values))
     assert not kept[5:4096].any()
     assert torch.equal(kept[:5], values[:5])
     assert torch.equal(kept[4096:], values[4096:])
     part = torch.zeros(100)
-    blocks.compare(values, owed, plain).wait().keep(values[4090:4190].float(), part, 4090, 4190)
+    blocks.compare(values, residual, plain).wait().keep(values[4090:4190].float(), part, 4090, 4190)
     assert not part[:6].any()
     assert torch.equal(part[6:], values[4096:4190].float())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging import layout
+from lightning_adpsgd.averaging import layout, tiles
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 
 quick = settings(deadline=None, max_examples=80)
@@ -108,7 +108,7 @@ def any_range(data, length):
 
 @quick
 @given(windows(), st.data())
-def test_packed_range_is_that_range_of_the_flattened_tensors(made, data):
+def test_packed_bucket_is_that_part_of_the_flattened_tensors(made, data):
     flat_layout = layout_of(made)
     for index, space in enumerate(spaces_of(made)):
         reference = flattened(space)
@@ -122,7 +122,7 @@ def test_packed_range_is_that_range_of_the_flattened_tensors(made, data):
 
 @quick
 @given(windows(), st.data())
-def test_unpacking_a_range_writes_its_elements_and_nothing_else(made, data):
+def test_unpacking_a_bucket_writes_its_elements_and_nothing_else(made, data):
     flat_layout = layout_of(made)
     pointers = [each.tensor.data_ptr() for each in made]
     versions = [each.tensor._version for each in made]
@@ -149,7 +149,7 @@ def test_unpacking_a_range_writes_its_elements_and_nothing_else(made, data):
 
 @quick
 @given(windows(), st.integers(4, 400))
-def test_range_by_range_every_element_is_changed_once(made, max_bytes):
+def test_bucket_by_bucket_every_element_is_changed_once(made, max_bytes):
     before = [each.tensor.detach().clone() for each in made]
     flat_layout = layout_of(made)
     for bucket in flat_layout.cut(max_bytes):
@@ -215,7 +215,7 @@ def test_column_of_a_matrix_is_read_and_written_in_place():
     assert matrix.sum() == 18.0
 
 
-def test_buffer_longer_than_the_range_fits_and_one_of_another_kind_does_not():
+def test_buffer_longer_than_the_bucket_fits_and_one_of_another_kind_does_not():
     flat_layout = FlatLayout([torch.zeros(5), torch.zeros(5, dtype=torch.float64)], [0, 0])
     assert flat_layout.fits(Bucket(0, 1, 4), torch.empty(3))
     assert flat_layout.fits(Bucket(0, 1, 4), torch.empty(9))
@@ -247,7 +247,6 @@ def test_each_dtype_has_its_own_index_space_with_every_element_in_it(made):
         (index, 0, sum(each.places().numel() for each in space)) for index, space in enumerate(spaces)
     ]
     assert [flat_layout.new_buffer(bucket).dtype for bucket in whole] == [packed_dtype(space[0]) for space in spaces]
-    assert flat_layout.numel == sum(map(len, whole))
 
 
 def test_every_dtype_is_in_a_space_of_its_own():
@@ -263,11 +262,11 @@ def test_empty_tensors_are_not_laid_out_and_all_others_are(made):
     assert len(flat_layout.signature) == len(flat_layout.indices)
 
 
-def test_layout_of_nothing_has_no_ranges():
+def test_layout_of_nothing_has_no_buckets():
     for nothing in ([], [torch.zeros(0), torch.zeros(3, 0)]):
         flat_layout = FlatLayout(nothing, [0] * len(nothing))
         assert flat_layout.cut(1024) == []
-        assert flat_layout.numel == 0
+        assert flat_layout.cut_into_spaces() == []
 
 
 def test_tensors_that_share_storage_are_laid_out_once():
@@ -275,7 +274,7 @@ def test_tensors_that_share_storage_are_laid_out_once():
     other = nn.Parameter(torch.tensor([9.0]))
     flat_layout = FlatLayout([tied, other, tied, nn.Parameter(tied.data)], [0, 0, 1, 1])
     assert flat_layout.indices == [0, 1]
-    assert flat_layout.numel == 5
+    assert flat_layout.cut_into_spaces() == [Bucket(0, 0, 5)]
     (bucket,) = flat_layout.cut(1024)
     buffer = flat_layout.pack(bucket, flat_layout.new_buffer(bucket))
     assert buffer.tolist() == [0.0, 1.0, 2.0, 3.0, 9.0]
@@ -286,7 +285,7 @@ def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
     tensor = torch.arange(12.0).view(3, 4)
     flat_layout = FlatLayout([tensor, tensor.t(), tensor.view(-1)], [0, 0, 0])
     assert flat_layout.indices == [0]
-    assert flat_layout.numel == 12
+    assert flat_layout.cut_into_spaces() == [Bucket(0, 0, 12)]
 
 
 def test_an_expanded_tensor_is_its_one_element_repeated():
@@ -315,18 +314,18 @@ def test_tensors_without_a_group_each_are_refused():
 
 @quick
 @given(windows(), st.integers(1, 600))
-def test_cut_covers_every_element_once_in_ranges_no_longer_than_asked_for(made, max_bytes):
+def test_cut_covers_every_element_once_in_buckets_no_longer_than_asked_for(made, max_bytes):
     flat_layout = layout_of(made)
-    ranges = flat_layout.cut(max_bytes)
+    buckets = flat_layout.cut(max_bytes)
     for index, space in enumerate(spaces_of(made)):
-        own = [bucket for bucket in ranges if bucket.space == index]
+        own = [bucket for bucket in buckets if bucket.space == index]
         itemsize = packed_dtype(space[0]).itemsize
         longest = max(1, max_bytes // itemsize)
         length = len(flattened(space))
         assert [position for bucket in own for position in range(bucket.start, bucket.stop)] == list(range(length))
         assert all(0 < len(bucket) <= longest for bucket in own)
         assert len(own) == math.ceil(length / longest)
-    assert {bucket.space for bucket in ranges} == set(range(len(spaces_of(made))))
+    assert {bucket.space for bucket in buckets} == set(range(len(spaces_of(made))))
 
 
 @quick
@@ -335,27 +334,27 @@ def test_cut_does_not_depend_on_where_tensors_end(sizes, dtype, max_bytes):
     many = FlatLayout([torch.zeros(size, dtype=dtype) for size in sizes], [0] * len(sizes))
     one = FlatLayout([torch.zeros(sum(sizes), dtype=dtype)], [0])
     assert many.cut(max_bytes) == one.cut(max_bytes)
-    assert many.numel == one.numel == sum(map(len, many.cut(max_bytes)))
+    assert many.cut_into_spaces() == one.cut_into_spaces()
     itemsize = 8 if dtype in (torch.float64, torch.complex128) else 4
     assert all(len(bucket) * itemsize <= max_bytes for bucket in many.cut(max_bytes))
 
 
-def test_tensor_larger_than_a_range_and_sizes_that_do_not_divide_are_cut_anywhere():
+def test_tensor_larger_than_a_bucket_and_sizes_that_do_not_divide_are_cut_anywhere():
     flat_layout = FlatLayout([torch.arange(7.0), torch.arange(7.0, 10.0)], [0, 0])
-    ranges = flat_layout.cut(16)
-    assert [(bucket.start, bucket.stop) for bucket in ranges] == [(0, 4), (4, 8), (8, 10)]
-    packed = [flat_layout.pack(bucket, flat_layout.new_buffer(bucket)) for bucket in ranges]
+    buckets = flat_layout.cut(16)
+    assert [(bucket.start, bucket.stop) for bucket in buckets] == [(0, 4), (4, 8), (8, 10)]
+    packed = [flat_layout.pack(bucket, flat_layout.new_buffer(bucket)) for bucket in buckets]
     assert torch.equal(torch.cat(packed), torch.arange(10.0))
 
 
-def test_ranges_are_of_nearly_equal_length():
+def test_buckets_are_of_nearly_equal_length():
     lengths = [len(bucket) for bucket in FlatLayout([torch.zeros(1001)], [0]).cut(4 * 1000)]
     assert lengths == [501, 500]
 
 
 @quick
 @given(st.integers(0, 50), st.integers(1, 200), st.integers(1, 70))
-def test_tiles_of_a_range_are_the_range_in_pieces(start, length, longest):
+def test_tiles_of_a_bucket_are_the_bucket_in_pieces(start, length, longest):
     bucket = Bucket(3, start, start + length)
     tiles = list(bucket.split(longest))
     assert [position for tile in tiles for position in range(tile.start, tile.stop)] == list(
@@ -371,7 +370,7 @@ def test_tiles_of_a_range_are_the_range_in_pieces(start, length, longest):
 
 @quick
 @given(windows(), st.data())
-def test_groups_of_a_range_are_its_runs_of_elements_of_one_group(made, data):
+def test_groups_of_a_bucket_are_its_runs_of_elements_of_one_group(made, data):
     flat_layout = layout_of(made)
     for index, space in enumerate(spaces_of(made)):
         groups = [each.group for each in space for _ in range(len(each.places()))]
@@ -394,16 +393,16 @@ def test_runs_of_one_group_are_joined_if_nothing_lies_between_them():
     assert flat_layout.groups(Bucket(0, 4, 6)) == []
 
 
-# Chunks
+# Tiles
 
 
 def at_most(elements):
-    return mock.patch.dict(layout._AT_ONCE, cpu=elements)
+    return mock.patch.dict(tiles._AT_ONCE, cpu=elements)
 
 
 @quick
 @given(windows(), st.integers(1, 7), st.data())
-def test_tiles_of_any_length_cover_a_range_once_and_know_its_groups(made, at_once, data):
+def test_tiles_of_any_length_cover_a_bucket_once_and_know_its_groups(made, at_once, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         for index, space in enumerate(spaces_of(made)):
@@ -422,7 +421,7 @@ def test_tiles_of_any_length_cover_a_range_once_and_know_its_groups(made, at_onc
 
 @quick
 @given(windows(), st.integers(1, 7), st.data())
-def test_a_chunk_is_compared_with_values_and_moved_by_them(made, at_once, data):
+def test_a_tile_is_compared_with_values_and_moved_by_them(made, at_once, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         for index, space in enumerate(spaces_of(made)):

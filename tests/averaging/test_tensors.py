@@ -6,6 +6,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import LocalSGD
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
+from lightning_adpsgd.averaging.tensors import TensorTracker
+from lightning_adpsgd.averaging.update import Update
+from lightning_adpsgd.workers.group import WorkerGroup
 
 pytestmark = pytest.mark.workers
 
@@ -145,9 +149,9 @@ def test_what_rounding_has_cut_off_is_late_and_not_lost_when_layers_are_unfrozen
     exact = pool.run(freeze, options)
     halved = pool.run(freeze, {"reduce_dtype": "bf16", **options})
     for ours, theirs in zip(halved, exact, strict=True):
-        assert (ours["layers"] - theirs["layers"]).abs().max() < 2.0**-6  # what one round may owe
+        assert (ours["layers"] - theirs["layers"]).abs().max() < 2.0**-6  # what one round may leave as a residual
         assert len(ours["bytes"]) == len(theirs["bytes"])
-        # New layers travel as they are once; from then on differences do.
+        # New layers travel as they are once; from then on deltas do.
         assert ours["bytes"][-1] < 0.6 * theirs["bytes"][-1]
         assert ours["bytes"][19] < 0.65 * theirs["bytes"][19]
 
@@ -167,7 +171,7 @@ def know_apart(options: dict) -> list[float]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-def test_differences_travel_only_from_an_average_that_all_workers_know(pool, options):
+def test_deltas_travel_only_from_an_average_that_all_workers_know(pool, options):
     assert pool.run(know_apart, options) == [pytest.approx([0.5 + 1.5 * 8] * 300)] * 2
 
 
@@ -188,3 +192,33 @@ def test_a_difference_in_memory_alone_is_named(pool):
         assert outcome.kind == "WorkersDisagreeError"
         assert "parameter group 0, order in memory (0, 1)), rank 1 has weight" in outcome.error
         assert "parameter group 0, order in memory (1, 0))" in outcome.error
+
+
+class Doubled(Update):
+    """Goes on from twice the mean; notes the sizes of what is averaged."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def start(self, layout: FlatLayout) -> None:
+        self.sizes.append(sum(map(len, layout.cut_into_spaces())))
+
+    def apply(self, bucket: Bucket, mean: torch.Tensor) -> torch.Tensor:
+        return mean.mul_(2.0)
+
+
+def update_with_doubled() -> tuple[list[int], list[float], list[float]]:
+    first, second = (nn.Parameter(torch.full((3,), float(dist.get_rank()))) for _ in range(2))
+    optimizer = torch.optim.SGD([first], lr=1.0)
+    update = Doubled()
+    tracker = TensorTracker(
+        optimizer, buffers_of=None, names_of=None, workers=WorkerGroup(), bucket_bytes=8, update=update
+    )
+    tracker.current().averager.average(as_it_is=False)
+    optimizer.add_param_group({"params": [second]})
+    tracker.current().averager.average(as_it_is=False)
+    return update.sizes, first.tolist(), second.tolist()
+
+
+def test_an_update_is_told_what_is_averaged_and_replaces_every_mean(pool):
+    assert pool.run(update_with_doubled) == [([3, 6], [2.0] * 3, [1.0] * 3)] * 2
