@@ -177,7 +177,8 @@ def train(order: Mapping[str, Any], meet: Callable[[], None], device: Device) ->
     callbacks: list[Callback] = [stretch, rounds]
     if device.is_cuda:
         reset = partial(torch.cuda.reset_peak_memory_stats, device.torch)
-        callbacks.insert(0, Watch(warmup, steps, reset, lambda: peaks.append(torch.cuda.max_memory_allocated())))
+        note = partial(torch.cuda.max_memory_allocated, device.torch)
+        callbacks.insert(0, Watch(warmup, steps, reset, lambda: peaks.append(note())))
     torch.manual_seed(recipe.seed + dist.get_rank())
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device.torch)
     labels = torch.randint(training.CLASSES, (recipe.batch_size,), device=device.torch)
