@@ -67,7 +67,7 @@ from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import Column, bytes_readable, table
-from benchmarks.frame.trainer import Batches, Rounds, all_ranks, new_device_trainer, unknown_options
+from benchmarks.frame.trainer import VARIANTS, Batches, Rounds, all_ranks, new_device_trainer, unknown_options
 from benchmarks.frame.turns import median, speed, turns
 from benchmarks.training import Recipe
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy
@@ -76,17 +76,8 @@ PARTS = ("local-step", "round", "training", "trace")
 BACKENDS = ("gloo", "nccl")
 DEVICE = "cuda:0"
 
-TRAINED = {
-    "none": None,
-    "ddp": None,
-    "constant": {},
-    "adpsgd": {},
-    "adpsgd-overlap": {"overlap": 1},
-    "adpsgd-stagger": {"stagger": True},
-    "adpsgd-stagger-overlap": {"stagger": True, "overlap": 1},
-    "adpsgd-bf16": {"reduce_dtype": "bf16"},
-}
-"""The contenders of the training; those of this package with their options."""
+TRAINED: dict[str, dict[str, Any]] = {"none": {}, "ddp": {}, "constant": {}, **VARIANTS}
+"""The contenders of the training, with options of `ADPSGDStrategy`."""
 
 TRACED = ("single", "adpsgd", "control")
 WARMUP_PERIODS = 2
@@ -164,7 +155,7 @@ def new_strategy(contender: str, period: int, device: Device) -> Strategy | None
 
 def why_not(contender: str) -> str | None:
     """Why a contender cannot take part; None if it can."""
-    return unknown_options(TRAINED[contender] or {})
+    return unknown_options(TRAINED[contender])
 
 
 def train(order: Mapping[str, Any], meet: Callable[[], None], device: Device) -> Trained:

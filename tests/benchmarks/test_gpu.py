@@ -153,7 +153,7 @@ def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
 
 @pytest.mark.workers
 def test_rehearsal_goes_through_rounds_training_and_trace_on_the_cpu(tmp_path):
-    options = "--rehearse --parts round,training,trace --turns 2 --parameters 0.1 --tensors 8"
+    options = "--rehearse --parts round,training,trace --turns 1 --parameters 0.1 --tensors 8"
     options += " --training-parameters 20000 --batch-size 4 --period 3 --steps 6"
     _, numbers = measured(main, tmp_path / "measured.json", *options.split(), "--traces", str(tmp_path))
     assert numbers["arguments"]["device"] == "cpu"
