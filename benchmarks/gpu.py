@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.gpu [--parts local-step,round,training,trace] [--backend nccl] [--json FILE]
 
 One GPU stands for several: each rank is a process on it, and they communicate over this machine's loopback, with gloo,
-which copies to the host and back, or with NCCL over sockets, which is told that each rank is on a host of its own. Both
+which copies to the host and back, or with NCCL over sockets, which is told that each rank is on its own host. Both
 are far slower than NVLink, and ranks that compute at the same time share the GPU. So this measures what the package
 does on a device, not how fast a cluster would be.
 
@@ -60,9 +60,9 @@ from benchmarks.frame.command import (
     settings,
     several,
 )
+from benchmarks.frame.connection import connect
 from benchmarks.frame.device import Device, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.group import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
@@ -306,7 +306,7 @@ def training_rows(turns: Mapping[str, Sequence[Sequence[Trained]]], steps: int) 
 
 
 def trace_rows(traced: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> list[dict[str, Any]]:
-    """One row per contender and rank: what made the host wait in so many steps."""
+    """One row per contender and rank: what made the host wait in the watched steps."""
     return [
         {"part": "trace", "contender": contender, "rank": rank, "steps": steps, **answer}
         for contender, answers in traced.items()

@@ -45,9 +45,9 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.frame.command import FAILED, Arguments, new_main, new_parser, number, rate, say, settings, several
+from benchmarks.frame.connection import connect
 from benchmarks.frame.device import Device, Extra, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.group import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, linked_ranks
 from benchmarks.frame.results import write_json

@@ -30,7 +30,7 @@ class QSGDCodec(NamedTuple):
     bucket_size: int = 512  # d; elements that share a norm. A larger one takes fewer bytes and errs more
 
     def rows(self, numel: int) -> int:
-        """Buckets for so many elements; the last one may not be full, and takes as many bytes as the others."""
+        """Buckets for ``numel`` elements; the last one may not be full, and takes as many bytes as the others."""
         return -(-numel // self.bucket_size)
 
     @property
@@ -69,7 +69,7 @@ class QSGDCodec(NamedTuple):
 
 @dataclass
 class _Exchange:
-    """A DDP bucket under way: quantized slices are sent to their owners, and the owners' means to everybody."""
+    """The exchange of a DDP bucket: quantized slices go to their owners, and the owners' means to all ranks."""
 
     gradient: Tensor  # as DDP has it, shape (numel,); holds the mean in the end
     future: "torch.futures.Future[Tensor]"  # what DDP waits for
@@ -115,8 +115,8 @@ class QSGDReducer:
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """DDP's communication hook: begin with a bucket; with the last one, end all.
 
-        Other hooks wait in callbacks of their futures, which gloo runs on two threads: with many buckets under way
-        nobody is left to make them arrive. Here the backward pass's own thread waits, in the same order on each rank.
+        Other hooks wait in callbacks of their futures, which gloo runs on two threads: with many buckets in flight no
+        thread is left to complete them. Here the backward pass's own thread waits, in the same order on each rank.
         """
         self.steps += bucket.is_last()
         if bucket.index() == 0:
@@ -170,8 +170,8 @@ class QSGDReducer:
 class QSGDStrategy(HookedDDP):
     """DDP that averages gradients quantized to 8 bits, in about a quarter of the bytes (QSGD, arXiv:1610.02132).
 
-    With one process there is nothing to send, and gradients stay what they are. A run that goes on from a checkpoint
-    draws its randomness from the start.
+    With one process nothing is sent, and gradients are unchanged. A run that continues from a checkpoint draws its
+    randomness from the start.
 
     Args:
         bucket_size: gradient elements that share a norm. A larger one takes fewer bytes, 1 + 4/bucket_size per

@@ -9,7 +9,6 @@ from benchmarks.frame.device import Device, Timing
 from benchmarks.frame.table import table
 from benchmarks.gpu import (
     TRACED,
-    TRAINED,
     TRAINING_COLUMNS,
     Trained,
     calls,
@@ -18,7 +17,6 @@ from benchmarks.gpu import (
     main,
     trace_rows,
     training_rows,
-    why_not,
 )
 from tests.benchmarks.helpers import measured
 
@@ -66,12 +64,6 @@ def test_speeds_are_taken_within_a_turn_on_the_slowest_rank():
     *_, of_ddp, of_adpsgd = table([ddp, adpsgd], TRAINING_COLUMNS).splitlines()
     assert of_adpsgd.endswith("2.00       4       0.00         11 B")
     assert of_ddp.split()[-3:] == ["1.00", "11", "B"]  # it has no rounds
-
-
-def test_option_that_the_package_does_not_have_is_named(monkeypatch):
-    monkeypatch.setitem(TRAINED, "new", {"no_such_option": 1})
-    assert why_not("new") == "this version of lightning_adpsgd does not have no_such_option=1"
-    assert why_not("none") is why_not("adpsgd") is None
 
 
 # The trace
