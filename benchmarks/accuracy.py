@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, say, settings, several
-from benchmarks.frame.group import connect
+from benchmarks.frame.connection import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
@@ -276,7 +276,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     of = f"of {', '.join(CONTENDERS)} (all but ddp)"
     add("--data", type=Path, metavar="DIR", help="folder with CIFAR-10 (required)")
     add("--repacked", action="store_true", help="its files hold the same images, repacked")
-    add("--images", type=number(1), metavar="N", help="take only the first so many of the training images")
+    add("--images", type=number(1), metavar="N", help="take only the first N of the training images")
     add("--contenders", type=names, default=[*OPTIONS], metavar="A,B", help=of)
     add("--seeds", type=number(1), default=3, metavar="N", help="runs of each contender (3)")
     add("--workers", type=number(2), default=4, metavar="N", help="processes (4)")

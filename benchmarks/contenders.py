@@ -51,7 +51,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from benchmarks.baselines import EvenRounds, HookedDDP, QSGDStrategy
 from benchmarks.frame.rank import ADDRESS
-from benchmarks.frame.trainer import Rounds, Sent, new_trainer, unknown_options
+from benchmarks.frame.trainer import VARIANTS, Rounds, Sent, new_trainer, unknown_options
 from benchmarks.training import (
     Recipe,
     Record,
@@ -325,12 +325,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("constant", lambda plan, record: _average(plan, record, plan.period)),
         Contender("even", lambda plan, record: _average(plan, record, _even_rounds(plan)), _needs_mean_period),
         Contender("adpsgd-loop", _loop_adpsgd),
-        _adpsgd("adpsgd"),
-        _adpsgd("adpsgd-overlap", overlap=1),
-        _adpsgd("adpsgd-stagger", stagger=True),
-        _adpsgd("adpsgd-stagger-overlap", stagger=True, overlap=1),
+        *(_adpsgd(name, **options) for name, options in VARIANTS.items()),
         _adpsgd("adpsgd-node", sends_in_slices=True, worker="node"),
-        _adpsgd("adpsgd-bf16", reduce_dtype="bf16"),
     )
 }
 """All of them, by name."""

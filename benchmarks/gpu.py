@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.gpu [--parts local-step,round,training,trace] [--backend nccl] [--json FILE]
 
 One GPU stands for several: each rank is a process on it, and they communicate over this machine's loopback, with gloo,
-which copies to the host and back, or with NCCL over sockets, which is told that each rank is on a host of its own. Both
+which copies to the host and back, or with NCCL over sockets, which is told that each rank is on its own host. Both
 are far slower than NVLink, and ranks that compute at the same time share the GPU. So this measures what the package
 does on a device, not how fast a cluster would be.
 
@@ -60,14 +60,14 @@ from benchmarks.frame.command import (
     settings,
     several,
 )
+from benchmarks.frame.connection import connect
 from benchmarks.frame.device import Device, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.group import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, local_ranks
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import Column, bytes_readable, table
-from benchmarks.frame.trainer import Batches, Rounds, all_ranks, new_device_trainer, unknown_options
+from benchmarks.frame.trainer import VARIANTS, Batches, Rounds, all_ranks, new_device_trainer, unknown_options
 from benchmarks.frame.turns import median, speed, turns
 from benchmarks.training import Recipe
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy
@@ -76,17 +76,8 @@ PARTS = ("local-step", "round", "training", "trace")
 BACKENDS = ("gloo", "nccl")
 DEVICE = "cuda:0"
 
-TRAINED = {
-    "none": None,
-    "ddp": None,
-    "constant": {},
-    "adpsgd": {},
-    "adpsgd-overlap": {"overlap": 1},
-    "adpsgd-stagger": {"stagger": True},
-    "adpsgd-stagger-overlap": {"stagger": True, "overlap": 1},
-    "adpsgd-bf16": {"reduce_dtype": "bf16"},
-}
-"""The contenders of the training; those of this package with their options."""
+TRAINED: dict[str, dict[str, Any]] = {"none": {}, "ddp": {}, "constant": {}, **VARIANTS}
+"""The contenders of the training, with options of `ADPSGDStrategy`."""
 
 TRACED = ("single", "adpsgd", "control")
 WARMUP_PERIODS = 2
@@ -164,7 +155,7 @@ def new_strategy(contender: str, period: int, device: Device) -> Strategy | None
 
 def why_not(contender: str) -> str | None:
     """Why a contender cannot take part; None if it can."""
-    return unknown_options(TRAINED[contender] or {})
+    return unknown_options(TRAINED[contender])
 
 
 def train(order: Mapping[str, Any], meet: Callable[[], None], device: Device) -> Trained:
@@ -177,7 +168,8 @@ def train(order: Mapping[str, Any], meet: Callable[[], None], device: Device) ->
     callbacks: list[Callback] = [stretch, rounds]
     if device.is_cuda:
         reset = partial(torch.cuda.reset_peak_memory_stats, device.torch)
-        callbacks.insert(0, Watch(warmup, steps, reset, lambda: peaks.append(torch.cuda.max_memory_allocated())))
+        note = partial(torch.cuda.max_memory_allocated, device.torch)
+        callbacks.insert(0, Watch(warmup, steps, reset, lambda: peaks.append(note())))
     torch.manual_seed(recipe.seed + dist.get_rank())
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device.torch)
     labels = torch.randint(training.CLASSES, (recipe.batch_size,), device=device.torch)
@@ -314,7 +306,7 @@ def training_rows(turns: Mapping[str, Sequence[Sequence[Trained]]], steps: int) 
 
 
 def trace_rows(traced: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> list[dict[str, Any]]:
-    """One row per contender and rank: what made the host wait in so many steps."""
+    """One row per contender and rank: what made the host wait in the watched steps."""
     return [
         {"part": "trace", "contender": contender, "rank": rank, "steps": steps, **answer}
         for contender, answers in traced.items()

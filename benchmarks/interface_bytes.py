@@ -24,32 +24,27 @@ Ranks read their interface's transmitted bytes at the start of every batch, befo
 round and at the end of every epoch. They wait for each other (through pipes, not the network) before and after each
 reading, so no rank sends while another one reads. Every byte between the first batch and the last round is counted
 exactly once: for a round, or for the steps between. After intended communication, and before the first batch, they wait
-another 50 ms, because TCP may delay an acknowledgement for 40 ms.
+another 50 ms (`--settle`), because TCP may delay an acknowledgement for 40 ms.
 
-What TCP sends by itself
-------------------------
-Between rounds the counters stand still: 0 bytes in every step. Without the 50 ms (`--settle 0`) a few steps have 66
-bytes per connection, a delayed acknowledgement: Ethernet (14), IP (20) and TCP with time stamps (32), and no data. The
-smallest message of a gloo collective is 66 + 48 bytes, and every rank that takes part sends at least one (a receiver
-tells the sender that it is ready). So the limit is 100 bytes in a step: more than an acknowledgement, less than any
-collective. For comparison: in Lightning's broadcast at every batch of `ddp` the ranks that only receive send 114 or
-180 bytes; in a barrier each of two ranks sends about 300 to 500.
+Between rounds the counters stand still: 0 bytes in every step. With `--settle 0` a few steps have 66 bytes per
+connection, an acknowledgement without data: Ethernet (14), IP (20) and TCP with time stamps (32). The smallest message
+of a gloo collective is 66 + 48 bytes, and every rank that takes part sends at least one. So the limit is 100 bytes in a
+step: more than an acknowledgement, less than any collective. In Lightning's broadcast at every batch of `ddp` the ranks
+that only receive send 114 or 180 bytes; in a barrier each of two ranks sends about 300 to 500.
 
-What the raw counters hold beyond the payload
----------------------------------------------
 With segmentation offload the kernel passes a veth pair segments of up to 64 KiB, each counted with one header: the
-ratio of counted to reported bytes is 1.002 to 1.004, and 1.0004 after subtracting 66 bytes per packet; what remains is
-gloo's 48 bytes per message. With `--no-offload` there are packets of 1500 bytes, as on a wire: 66 bytes of headers for
-1448 of payload are 4.6 %, and acknowledgements, most of which travel with data in the other direction, another 0.3 %.
-The raw ratio is 1.047 to 1.0495, just within the 5 %, and again 1.0004 without headers.
+ratio of counted to reported bytes is 1.002 to 1.004, and 1.0004 without 66 bytes per packet; the rest is gloo's 48
+bytes per message. With `--no-offload` there are packets of 1500 bytes, as on a wire: 66 bytes of headers for 1448 of
+payload are 4.6 %, and acknowledgements, most of which travel with data in the other direction, another 0.3 %. The raw
+ratio is 1.047 to 1.0495, just within the 5 %, and again 1.0004 without headers.
 
 Quantized gradients are a quarter of the bytes in more messages per byte, each exchanged directly by two ranks: the
 ratio of `qsgd` is 1.003 to 1.005 with offload and, as more acknowledgements travel alone, 1.05 to 1.06 without. So it
 is judged without headers, where it is 1.0006 (two hosts) to 1.0015 (four) in either case.
 
-The messages and acknowledgements of a round take 3.5 kB however little it averages (with two hosts), so the ratio of a
-payload below some 70 kB is above 1.05 (`--width 50`). A segment that was sent again is counted again; the column "sent
-again" has their number.
+A round takes 3.5 kB of messages and acknowledgements however little it averages (with two hosts), so the ratio of a
+payload below some 70 kB is above 1.05 (`--width 50`). Segments that were sent again are counted again; the last column
+has their number.
 """
 
 import argparse

@@ -320,7 +320,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--turns", type=number(1), default=3, metavar="N", help="runs of each contender (3)")
     add("--data", type=Path, metavar="DIR", help="folder with CIFAR-10, instead of random images; needs torchvision")
     add("--repacked", action="store_true", help="its files hold the same images, repacked")
-    add("--images", type=number(1), metavar="N", help="take only the first so many of its training images")
+    add("--images", type=number(1), metavar="N", help="take only the first N of its training images")
     add("--until-loss", type=lambda x: x if x == "ddp" else positive(x), metavar="X", help=until_loss)
     add("--smooth", type=number(1), default=32, metavar="N", help="steps that a loss is the mean of, at most all (32)")
     options = parser.parse_args(arguments)

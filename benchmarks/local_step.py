@@ -47,8 +47,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from benchmarks.frame.command import Arguments, new_main, new_parser, number, one_of, say, settings, several
+from benchmarks.frame.connection import connect, divide
 from benchmarks.frame.device import Device, Stopwatch, Timing
-from benchmarks.frame.group import connect, divide
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, free_port, local_ranks
 from benchmarks.frame.results import write_json
@@ -227,7 +227,7 @@ class PerStep(NamedTuple):
 
 
 def combine(answers: Sequence[Sequence[Sequence[Any]]], steps: int) -> list[PerStep]:
-    """Put the timings of a contender's ranks together, turn by turn, for so many steps in each stretch."""
+    """Put the timings of a contender's ranks together, turn by turn; ``steps`` are those of a stretch."""
     return [_per_step([Timing(*answer) for answer in turn], steps) for turn in zip(*answers, strict=True)]
 
 

@@ -15,10 +15,10 @@ How it is measured
   different amount on each rank, from the call to its return: handshake, copies, reductions, variance, record. The model
   has `--tensors` parameters of nearly equal size.
 
-They alternate (A B A B), `--turns` times after two turns that are not timed. Before each, all ranks wait for each other
-without using the network; a turn takes from the last rank's start to the last rank's end. The ratio is that of the
-medians. The range beside it is the 95 % confidence interval of the median of the ratios within a turn; a goal inside of
-it is neither reached nor missed.
+They alternate (A B A B), `--turns` times after two untimed turns. Before each, all ranks wait for each other without
+using the network; a turn takes from the last rank's start to the last rank's end. The ratio is that of the medians, and
+the range the 95 % confidence interval of the median ratio within a turn; a goal inside of it is neither reached nor
+missed.
 
 - CPU: processor time of all threads of a rank, the backend's included; the mean over the ranks. Where there are no more
   processors than ranks, a round on loopback cannot be shorter: the network itself costs processor time.
@@ -45,9 +45,9 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.frame.command import FAILED, Arguments, new_main, new_parser, number, rate, say, settings, several
+from benchmarks.frame.connection import connect
 from benchmarks.frame.device import Device, Extra, Timing
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.group import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.ranks import Ranks, linked_ranks
 from benchmarks.frame.results import write_json

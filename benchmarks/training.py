@@ -41,7 +41,7 @@ class Recipe:
     """Time per step for which forward and backward pass sleep, in place of an accelerator that computes."""
     data: str | None = None  # the folder with CIFAR-10; None is random images
     verify: bool = True  # whether the files have to be the published ones, not the same images repacked
-    images: int | None = None  # take only the first so many training images; None is all
+    images: int | None = None  # the number of training images, the first ones; None is all
 
 
 class Pause(nn.Module):
@@ -101,7 +101,7 @@ def _perceptron(recipe: Recipe) -> nn.Module:
 
 
 def _width(parameters: int) -> int:
-    """Of hidden layers, so that the model has about so many parameters."""
+    """Of hidden layers, for a model of about this size."""
     square, linear = HIDDEN_LAYERS - 1, POOLED + HIDDEN_LAYERS + CLASSES
     return round((math.sqrt(linear**2 + 4 * square * (parameters - CLASSES)) - linear) / (2 * square))
 

@@ -41,7 +41,7 @@ class EvenRounds(AveragingPeriod):
         """Steps from the latest round to the next one that is due; 1 while the run's length is not known."""
         if self._total_steps is None:
             return 1
-        # The first n with ⌊n·K/rounds⌋ > k. In a run that outlives its K steps rounds go on at the same pace.
+        # The first n with ⌊n·K/rounds⌋ > k. In a run longer than K steps rounds continue at the same pace.
         n = -(-(self._step + 1) * self._rounds // self._total_steps)
         return n * self._total_steps // self._rounds - self._step
 

@@ -24,7 +24,7 @@ class HookedDDP(DDPStrategy):
         if options.get("ddp_comm_hook") is not None:
             raise ValueError(
                 f"{type(self).__name__}(ddp_comm_hook={options['ddp_comm_hook']!r}): expected None, because this"
-                " strategy registers a hook of its own and DDP takes only one. Leave it out, or use DDPStrategy."
+                " strategy registers its own hook and DDP takes only one. Leave it out, or use DDPStrategy."
             )
         super().__init__(**options)
         self._hook = hook

@@ -30,7 +30,7 @@ class QSGDCodec(NamedTuple):
     bucket_size: int = 512  # d; elements that share a norm. A larger one takes fewer bytes and errs more
 
     def rows(self, numel: int) -> int:
-        """Buckets for so many elements; the last one may not be full, and takes as many bytes as the others."""
+        """Buckets for ``numel`` elements; the last one may not be full, and takes as many bytes as the others."""
         return -(-numel // self.bucket_size)
 
     @property
@@ -39,16 +39,10 @@ class QSGDCodec(NamedTuple):
         return self.bucket_size + NORM_BYTES
 
     def encode(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Quantize.
+        """Quantize floating-point values of shape (numel,), in fp32, to uint8 of shape (rows, bucket_size + 4).
 
-        A bucket of zeros stays one. Where a value is not finite, its bucket's norm is not either.
-
-        Args:
-            values: floating-point, shape (numel,); computed with in fp32.
-            generator: where randomness comes from; on the device of the values.
-
-        Returns:
-            Bytes on the same device, uint8 of shape (rows, bucket_size + 4).
+        A bucket of zeros stays one. If a value is not finite, neither is its bucket's norm. The generator has to be on
+        the device of the values, as is the result.
         """
         rows = self.rows(len(values))
         full = F.pad(values.float(), (0, rows * self.bucket_size - len(values))).view(rows, self.bucket_size)
@@ -75,7 +69,7 @@ class QSGDCodec(NamedTuple):
 
 @dataclass
 class _Exchange:
-    """A DDP bucket under way: quantized slices are sent to their owners, and the owners' means to everybody."""
+    """The exchange of a DDP bucket: quantized slices go to their owners, and the owners' means to all ranks."""
 
     gradient: Tensor  # as DDP has it, shape (numel,); holds the mean in the end
     future: "torch.futures.Future[Tensor]"  # what DDP waits for
@@ -100,15 +94,11 @@ class _Exchange:
 class QSGDReducer:
     """Averages DDP's gradients in two phases, as a ring does, but as bytes of a :class:`QSGDCodec`.
 
-    Every rank owns a slice of each DDP bucket. It is sent everybody's quantized values there, decodes and averages
-    them, and sends the mean, quantized once more, to all; so all ranks decode the same bytes, and each sends
-    2(n−1)/n of a quantized gradient however many ranks there are. (Algorithm 1 of the paper sends each rank's gradient
-    to all others, n−1 of them.) The second quantization has no bias either, but its error is not averaged over ranks.
-
-    Args:
-        codec: how to quantize.
-        seed: ranks draw from generators of their own, seeded with seed + rank: their errors are independent, and
-            nobody else's random numbers change.
+    Every rank owns a slice of each DDP bucket. It gets the quantized values of all ranks there, decodes and averages
+    them, and sends the mean, quantized again, to all; so all ranks decode the same bytes, and each sends 2(n−1)/n of a
+    quantized gradient however many ranks there are. (Algorithm 1 of the paper sends each rank's gradient to the n−1
+    others.) The second quantization has no bias either, but its error is not averaged over ranks. Each rank draws from
+    its own generator, seeded with seed + rank: errors are independent, and no other random numbers change.
     """
 
     def __init__(self, codec: QSGDCodec, seed: int) -> None:
@@ -125,8 +115,8 @@ class QSGDReducer:
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """DDP's communication hook: begin with a bucket; with the last one, end all.
 
-        Other hooks wait in callbacks of their futures, which gloo runs on two threads: with many buckets under way
-        nobody is left to make them arrive. Here the backward pass's own thread waits, in the same order on each rank.
+        Other hooks wait in callbacks of their futures, which gloo runs on two threads: with many buckets in flight no
+        thread is left to complete them. Here the backward pass's own thread waits, in the same order on each rank.
         """
         self.steps += bucket.is_last()
         if bucket.index() == 0:
@@ -180,8 +170,8 @@ class QSGDReducer:
 class QSGDStrategy(HookedDDP):
     """DDP that averages gradients quantized to 8 bits, in about a quarter of the bytes (QSGD, arXiv:1610.02132).
 
-    With one process there is nothing to send, and gradients stay what they are. A run that goes on from a checkpoint
-    draws its randomness from the start.
+    With one process nothing is sent, and gradients are unchanged. A run that continues from a checkpoint draws its
+    randomness from the start.
 
     Args:
         bucket_size: gradient elements that share a norm. A larger one takes fewer bytes, 1 + 4/bucket_size per

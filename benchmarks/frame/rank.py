@@ -19,7 +19,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class Parent:
-    """The process that gives the orders. While there is one, whatever else this process prints goes to its log."""
+    """The process that gives the orders. Once it is made, everything else that this process prints goes to its log."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w")

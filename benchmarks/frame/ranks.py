@@ -52,7 +52,7 @@ def this_machine() -> Iterator[list[Host]]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """A port that is not in use."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
@@ -164,7 +164,7 @@ def local_ranks(count: int, module: str) -> Iterator[Ranks]:
 
 @contextmanager
 def linked_ranks(count: int, rate_mbit: float | None, module: str) -> Iterator[Ranks]:
-    """Ranks on hosts of their own, with links of a given rate; without a rate, on this machine."""
+    """Ranks on one host each, with links of a given rate; without a rate, on this machine."""
     with ExitStack() as stack:
         if rate_mbit is None:
             yield stack.enter_context(local_ranks(count, module))

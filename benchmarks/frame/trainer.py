@@ -59,6 +59,16 @@ def unknown_options(options: Mapping[str, Any]) -> str | None:
     return f"this version of lightning_adpsgd does not have {', '.join(unknown)}" if unknown else None
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adpsgd": {},
+    "adpsgd-overlap": {"overlap": 1},
+    "adpsgd-stagger": {"stagger": True},
+    "adpsgd-stagger-overlap": {"stagger": True, "overlap": 1},
+    "adpsgd-bf16": {"reduce_dtype": "bf16"},
+}
+"""Contenders of this package that several benchmarks have, and their options of `ADPSGDStrategy`."""
+
+
 class Sent(NamedTuple):
     """What a rank has communicated since a run began."""
 

@@ -1,4 +1,4 @@
-"""The comparison of the paper (arXiv:2007.06134, section 4), from training to the page that says what came of it.
+"""The comparison of the paper (arXiv:2007.06134, section 4), from training to the page of results.
 
 `plan.py` says what is trained and by whom, `networks.py` has the networks, `training.py` is what a rank does, `runs.py`
 keeps what was done, `results.py` does the arithmetic, `figures.py` draws, `page.py` writes, and `__main__.py` is the

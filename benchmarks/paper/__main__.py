@@ -1,19 +1,19 @@
-"""The paper's comparison (arXiv:2007.06134) on CIFAR-10, from nothing to a page with a table and figures.
+"""The paper's comparison (arXiv:2007.06134) on CIFAR-10, from training to a page with tables and figures.
 
     .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
 
 `plan.py` lists what is trained at each scale. Every run is a `Trainer.fit` on as many processes as there are workers,
-all on this machine. A run that is done is kept in a file below `--runs`, and is not done again: after an interruption
-the same command goes on. When all of them are done the page is written; `--page-only` writes it of what there is.
+all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an interruption the same
+command continues. When all of them are finished the page is written; `--page-only` writes it from the runs that exist.
 
-Runs of one seed start from the same weights and see the same batches. The averaged model is looked at every other
-epoch on a copy, so that no round is added; what this communicates is not counted.
+Runs of one seed start from the same weights and see the same batches. The averaged model is evaluated every other epoch
+on a copy, so that no round is added; the communication for this is not counted.
 
-CIFAR-10 is downloaded to `--data` unless it is there. Files that hold its images but are not those that were published
-(packed anew, say) are read as they are, with a note, and each run's file says so.
+CIFAR-10 is downloaded to `--data` unless it is there. Repacked files with the same images are accepted, with a message,
+and each run's file says so.
 
-At the scale ``gpu`` all ranks share one GPU. gloo takes that as it is; with ``--backend nccl`` each rank is told that
-it has a host of its own, as NCCL refuses two ranks of one host on one GPU.
+At the scale ``gpu`` all ranks share one GPU. For ``--backend nccl`` each rank is told that it is on its own host, as
+NCCL refuses two ranks of one host on one GPU.
 
 The exit code is 0, 2 if something failed, and 130 after Ctrl-C.
 """
@@ -42,7 +42,7 @@ def _train_and_write(options: argparse.Namespace) -> int:
         train(options)
     page = new_page(options)
     if page is None:
-        say(f"There is nothing to write about: no run of this kind is done in {_folder(options)}.")
+        say(f"There is nothing to write: no run of this kind is finished in {_folder(options)}.")
         return FAILED
     options.page.write_text(page.text())
     page.draw()
@@ -92,7 +92,7 @@ def find_images(folder: Path) -> bool:
         except RuntimeError:
             continue
         if not published:
-            say(f"The files in {folder} are not those that were published; they are read as they are.")
+            say(f"The files in {folder} are not the published ones; they are used with this note in each run's file.")
         return published
     say(f"CIFAR-10 is not in {folder}: downloading it.")
     try:
@@ -149,11 +149,11 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--scale", choices=SCALES, default="cpu", help="how large: short, cpu (the default) or gpu")
     names = {study.name: None for studies in SCALES.values() for study in studies}
     add("--studies", type=several(one_of(names)), metavar="A,B", help=f"of {', '.join(names)} (all)")
-    add("--seeds", type=number(1), metavar="N", help="at most so many runs of each kind (what each study asks for)")
+    add("--seeds", type=number(1), metavar="N", help="at most N runs of each kind (what each study asks for)")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 (data)")
     add("--runs", type=Path, default=Path("logs/paper"), metavar="DIR", help="where runs are kept (logs/paper)")
     add("--page", type=output_file, metavar="FILE", help="what to write (results.md beside the runs)")
-    add("--page-only", action="store_true", help="train nothing, write the page of what there is")
+    add("--page-only", action="store_true", help="train nothing, write the page from the runs that exist")
     add("--device", choices=("cpu", "cuda"), help="cuda: all ranks share one GPU (cuda for --scale gpu, or else cpu)")
     add("--backend", choices=("gloo", "nccl"), default="gloo", help="what ranks talk with (gloo)")
     options = parser.parse_args(arguments)

@@ -150,7 +150,7 @@ def _against_bytes(axes: Axes) -> None:
 
 
 def _plain_numbers(axis: Axis, multiples: Sequence[float]) -> None:
-    """Have a logarithmic axis labelled with numbers as they are, at these multiples of powers of ten."""
+    """Label a logarithmic axis with plain numbers, at these multiples of powers of ten."""
     axis.set_major_locator(LogLocator(subs=multiples))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())

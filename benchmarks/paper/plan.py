@@ -29,7 +29,7 @@ class Task:
     network: str
     workers: int
     batch_size: int  # images per worker and step
-    images: int | None  # the first so many of the training images; None is all
+    images: int | None  # the number of training images, the first ones; None is all
     epochs: int
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["steps", "cosine"] = "steps"
@@ -173,7 +173,7 @@ SCALES: dict[str, tuple[Study, ...]] = {
 
 
 def runs_of(studies: Sequence[Study], seeds: int | None = None) -> list[Run]:
-    """Every run once, study by study and seed by seed; at most so many seeds, by default what each study asks for."""
+    """Every run once, study by study and seed by seed, with at most ``seeds`` seeds, by default those of the study."""
     found = {
         run.file: run
         for study in studies

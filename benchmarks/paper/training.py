@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.accuracy import ddp_sent, evaluate, judge
 from benchmarks.baselines import EvenRounds, QSGDStrategy
-from benchmarks.frame.group import connect
+from benchmarks.frame.connection import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.trainer import Losses, Rounds, Sent, new_trainer, parameter_count, whole_batch
 from benchmarks.paper.networks import new_network

@@ -20,6 +20,11 @@ def measured(main, file, *options):
     return printed.getvalue(), json.loads(file.read_text())
 
 
+def shown(row, columns):
+    """The cells of a row, by title."""
+    return {column.title: column.text(row) for column in columns}
+
+
 def left_behind_by(pid):
     """Hosts of a process that still exist."""
     return [path.name for path in NAMESPACES.glob(f"adpsgd-{pid}-*")]

@@ -19,7 +19,7 @@ from benchmarks.accuracy import (
     new_strategy,
 )
 from lightning_adpsgd import ADPSGDStrategy
-from tests.benchmarks.helpers import FakeRanks, measured
+from tests.benchmarks.helpers import FakeRanks, measured, shown
 from tests.examples.test_image_classification import write_cifar10
 
 SETTINGS = {"epochs": 2, "initial": 4, "period": None, "learning_rate": 0.1}
@@ -54,11 +54,6 @@ def test_losses_are_means_over_all_ranks_and_right_answers_are_added_up():
     }
 
 
-def shown(row):
-    """The cells of a row, by column."""
-    return {column.title: column.text(row) for column in COLUMNS}
-
-
 def a_run(accuracy, **changes):
     names = ("steps", "rounds", "sent_bytes", "last_epoch_loss", "final_loss")
     return dict.fromkeys(names, 1.0) | {"accuracy": accuracy} | changes
@@ -77,7 +72,7 @@ def test_row_has_mean_and_sample_deviation_over_the_seeds():
 def test_one_seed_has_no_deviation():
     (row,) = as_rows({REFERENCE: {0: a_run(0.5)}})
     assert row["accuracy_sd"] is None
-    assert shown(row)["accuracy [%]"] == "50.00"
+    assert shown(row, COLUMNS)["accuracy [%]"] == "50.00"
 
 
 def test_difference_to_plain_is_taken_within_a_seed():
@@ -90,13 +85,13 @@ def test_difference_to_plain_is_taken_within_a_seed():
 def test_without_plain_there_is_nothing_to_compare_with():
     (row,) = as_rows({"stagger": {0: a_run(0.5)}})
     assert row["accuracy_vs_plain"] is None
-    assert shown(row)["vs plain"] == ""
+    assert shown(row, COLUMNS)["vs plain"] == ""
 
 
 def test_table_shows_percent_megabytes_and_the_spread_of_several_seeds():
     plain = {0: a_run(0.5), 1: a_run(0.52)}
     other = {0: a_run(0.51, sent_bytes=2e6, steps=100.0), 1: a_run(0.54, sent_bytes=3e6, steps=100.0)}
-    row = shown(as_rows({REFERENCE: plain, "stagger": other})[1])
+    row = shown(as_rows({REFERENCE: plain, "stagger": other})[1], COLUMNS)
     assert (row["seeds"], row["steps"], row["sent [MB]"]) == ("2", "100", "2.5")
     assert (row["accuracy [%]"], row["vs plain"]) == ("52.50 ± 2.12", "+1.50")
     assert row["last epoch's loss"] == "1.000 ± 0.000"

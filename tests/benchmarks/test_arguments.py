@@ -1,8 +1,12 @@
-"""Every command names an option that it cannot take, and says what it expects."""
+"""Every command names an option that it cannot take, and says what it expects; documented ones are accepted."""
 
+import re
+import shlex
 from importlib import import_module
 
 import pytest
+
+from tests.benchmarks.helpers import REPOSITORY
 
 WRONG = {
     "__main__": [(["--json", "no_such_folder"], "argument --json: there is no folder no_such_folder; make it first")],
@@ -85,3 +89,31 @@ def test_wrong_option_is_named_with_what_is_expected(command, capsys):
             main(arguments)
         assert left.value.code == 2, arguments
         assert named in capsys.readouterr().err, arguments
+
+
+def documented():
+    """Command lines of the documentation, without ``python -m``."""
+    for page in ("README.md", "docs/performance.md", "docs/results.md"):
+        text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+        for command in re.findall(r"python -m (benchmarks\.[^`\n]*)", text):
+            yield command.strip()
+
+
+COMMANDS = sorted(set(documented()))
+
+
+def test_documentation_has_the_command_of_each_benchmark():
+    modules = {command.split()[0].removeprefix("benchmarks.") for command in COMMANDS}
+    assert modules == {"accuracy", "gpu", "interface_bytes", "link", "local_step", "paper", "round"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_command_is_accepted(command, tmp_path, monkeypatch):
+    module, *arguments = shlex.split(command)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if "gpu" in arguments:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    import_module(f"{module}.__main__" if module == "benchmarks.paper" else module).parse(arguments)

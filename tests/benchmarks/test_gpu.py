@@ -9,7 +9,6 @@ from benchmarks.frame.device import Device, Timing
 from benchmarks.frame.table import table
 from benchmarks.gpu import (
     TRACED,
-    TRAINED,
     TRAINING_COLUMNS,
     Trained,
     calls,
@@ -18,7 +17,6 @@ from benchmarks.gpu import (
     main,
     trace_rows,
     training_rows,
-    why_not,
 )
 from tests.benchmarks.helpers import measured
 
@@ -66,12 +64,6 @@ def test_speeds_are_taken_within_a_turn_on_the_slowest_rank():
     *_, of_ddp, of_adpsgd = table([ddp, adpsgd], TRAINING_COLUMNS).splitlines()
     assert of_adpsgd.endswith("2.00       4       0.00         11 B")
     assert of_ddp.split()[-3:] == ["1.00", "11", "B"]  # it has no rounds
-
-
-def test_option_that_the_package_does_not_have_is_named(monkeypatch):
-    monkeypatch.setitem(TRAINED, "new", {"no_such_option": 1})
-    assert why_not("new") == "this version of lightning_adpsgd does not have no_such_option=1"
-    assert why_not("none") is why_not("adpsgd") is None
 
 
 # The trace
@@ -153,7 +145,7 @@ def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
 
 @pytest.mark.workers
 def test_rehearsal_goes_through_rounds_training_and_trace_on_the_cpu(tmp_path):
-    options = "--rehearse --parts round,training,trace --turns 2 --parameters 0.1 --tensors 8"
+    options = "--rehearse --parts round,training,trace --turns 1 --parameters 0.1 --tensors 8"
     options += " --training-parameters 20000 --batch-size 4 --period 3 --steps 6"
     _, numbers = measured(main, tmp_path / "measured.json", *options.split(), "--traces", str(tmp_path))
     assert numbers["arguments"]["device"] == "cpu"

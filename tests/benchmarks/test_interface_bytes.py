@@ -1,10 +1,8 @@
-import os
-
 import pytest
 
 from benchmarks import interface_bytes
 from benchmarks.interface_bytes import Account, complaints
-from tests.benchmarks.helpers import left_behind_by, measured
+from tests.benchmarks.helpers import measured
 
 # The measurement
 
@@ -55,11 +53,6 @@ def test_quantized_gradients_take_the_bytes_that_they_report(numbers):
     for account in numbers["runs"]["qsgd"]:
         assert account["rounds"] == account["steps"] == 30
         assert account["ratio_without_headers"] == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.mark.network
-def test_no_host_is_left_after_a_measurement(numbers):
-    assert left_behind_by(os.getpid()) == []
 
 
 # What it says when something is wrong

@@ -23,7 +23,7 @@ from benchmarks.link import (
     smoothed,
 )
 from benchmarks.training import Recipe
-from tests.benchmarks.helpers import PATIENCE_SECONDS, REPOSITORY, left_behind_by, measured, wait_until
+from tests.benchmarks.helpers import PATIENCE_SECONDS, REPOSITORY, left_behind_by, measured, shown, wait_until
 
 RECIPE = Recipe(model="mlp", parameters=100_000, batch_size=4, learning_rate=0.05, seed=0, steps=6)
 PLAN = Plan(RECIPE, hosts=2, ranks_per_host=2, period=2, adapt=False)
@@ -56,11 +56,6 @@ def a_run(**changes):
         sent_bytes=[0.0, 10.0, 10.0, 20.0],
     )
     return run._replace(**changes)
-
-
-def shown(row):
-    """The cells of a row, by column."""
-    return {column.title: column.text(row) for column in (*COLUMNS, *(UNTIL_COLUMNS if "until_loss" in row else ()))}
 
 
 def test_slowest_rank_counts_and_steps_before_the_timed_ones_do_not():
@@ -119,7 +114,7 @@ def test_quotients_are_taken_within_a_turn():
 def test_quotient_is_left_out_where_there_is_nothing_to_divide_by():
     (row,) = as_rows({"constant": [a_run(reported_bytes=0.0)]}, window=1)
     assert row["speed_vs_none"] is row["speed_vs_ddp"] is row["counted_over_reported"] is None
-    assert shown(row)["vs none"] == shown(row)["ratio"] == ""
+    assert shown(row, COLUMNS)["vs none"] == shown(row, COLUMNS)["ratio"] == ""
 
 
 def test_headers_are_taken_off_in_the_second_ratio():
@@ -133,7 +128,7 @@ def test_loss_counts_as_reached_only_if_it_is_in_every_turn():
     both, one = as_rows({"both": [fast, fast], "one": [fast, slow]}, window=1, until_loss=2.0)
     assert (both["until_step"], both["until_seconds"], both["until_bytes"]) == (3, 3.0, 10.0)
     assert one["until_seconds"] is None
-    assert shown(one)["until [s]"] == "not reached"
+    assert shown(one, UNTIL_COLUMNS)["until [s]"] == "not reached"
 
 
 def test_curves_are_written_only_if_a_loss_is_asked_for():

@@ -16,7 +16,7 @@ from benchmarks.local_step import (
     new_network,
     place_of,
 )
-from tests.benchmarks.helpers import measured
+from tests.benchmarks.helpers import measured, shown
 
 # The arithmetic
 
@@ -47,7 +47,7 @@ def test_ratios_and_overheads_are_taken_within_a_turn():
 
 
 def test_table_compares_with_a_single_device_and_shows_the_goal():
-    single, adpsgd = ({column.title: column.text(row) for column in COLUMNS} for row in some_rows())
+    single, adpsgd = (shown(row, COLUMNS) for row in some_rows())
     assert single["ratio"] == single["CPU overhead [us]"] == ""
     assert (adpsgd["ratio"], adpsgd["95 %"], adpsgd["goal"]) == ("1.2000", "1.0100 to 1.5000", "1.01")
     assert (adpsgd["overhead [us]"], adpsgd["CPU ratio"]) == ("1000000.0", "0.1000")

@@ -25,7 +25,7 @@ def tiny(tmp_path, monkeypatch):
 def test_command_trains_all_contenders_writes_the_page_and_goes_on_where_it_was(tiny, tmp_path, capsys):
     assert command.main(tiny) == 0
     told = capsys.readouterr()
-    assert "are not those that were published" in told.err
+    assert "are not the published ones" in told.err
     folder = tmp_path / "runs" / "short"
     page = (folder / "results.md").read_text()
     kept = {file.stem: json.loads(file.read_text()) for file in (folder / "net").iterdir()}
@@ -59,7 +59,7 @@ def test_command_trains_all_contenders_writes_the_page_and_goes_on_where_it_was(
 
 def test_nothing_to_write_about_is_an_error(tiny, capsys):
     assert command.main([*tiny, "--page-only"]) == FAILED
-    assert "no run of this kind is done" in capsys.readouterr().err
+    assert "no run of this kind is finished" in capsys.readouterr().err
 
 
 def test_images_that_are_missing_and_cannot_be_downloaded_are_an_error_that_says_what_to_do(

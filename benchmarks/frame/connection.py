@@ -26,7 +26,7 @@ def connect(backend: str = "gloo", port: int | None = None) -> None:
 
     Args:
         backend: "gloo" or "nccl". NCCL accepts no two ranks of one host on one GPU, so it is told that each rank is on
-            a host of its own, reached over loopback.
+            its own host, reached over loopback.
         port: on which the first rank listens; the order's by default.
     """
     if dist.is_initialized():

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from benchmarks.frame.group import divide
+from benchmarks.frame.connection import divide
 
 
 @pytest.mark.parametrize(("rank", "group", "place_in_it"), [(0, 0, 0), (3, 1, 1), (4, 2, 0)])
