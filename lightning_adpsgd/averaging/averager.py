@@ -106,7 +106,7 @@ class ParameterAverager:
             in_flight.clear()  # after an error, a traceback would hold on to it
         if self.delta is not None and as_it_is:
             self.delta.note_all()
-        return self._sum(deviations)
+        return _sum(deviations, self.groups, self._workers.device)
 
     def launch(
         self, bucket: Bucket, buffer: Tensor, contribution: Contribution | None = None, as_it_is: bool = True
@@ -280,13 +280,14 @@ class ParameterAverager:
                     _write(tile, mean[here], snapshot[here], moved)
             self._note(part, mean)
             deviations.append(_add_up(squares, self.groups, mean.device))
-        return self._sum(deviations)
+        return _sum(deviations, self.groups, self._workers.device)
 
-    def _sum(self, deviations: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros(self.groups, dtype=torch.float64, device=self._workers.device)
-        for part in deviations:
-            total += part.to(total.device)
-        return total
+
+def _sum(deviations: Sequence[Tensor], groups: int, device: torch.device) -> Tensor:
+    total = torch.zeros(groups, dtype=torch.float64, device=device)
+    for part in deviations:
+        total += part.to(device)
+    return total
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:

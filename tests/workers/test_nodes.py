@@ -156,7 +156,7 @@ def uneven_nodes() -> str:
     strategy.cluster_environment = _Placed()
     strategy.parallel_devices = [torch.device("cpu")] * 2
     with pytest.raises(MisconfigurationException) as caught:
-        strategy._new_workers()
+        strategy._new_workers("node")
     return str(caught.value)
 
 
