@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -202,8 +203,9 @@ class LocalSGD:
             A round's record, or None if there is none: that of the round that took place now; on CUDA, that of the
             latest step's; with ``stagger`` or ``overlap``, that of a round that has ended.
         """
+        arrived = self._emit(self._engine.read_full_round())
         self._engine.count_step()
-        arrived = self._emit(self._engine.land(self.period.value))
+        arrived = self._emit(self._engine.land(self.period.value)) or arrived
         self._engine.launch(self.period.value)
         arrived = self._emit(self._engine.land(self.period.value)) or arrived
         self._engine.keep_for_look_ahead(self.period.value)
@@ -247,6 +249,12 @@ class LocalSGD:
         self._engine.state_policy.shared_at = self.steps
         self._in_reserve = None
         self._engine.mark_synchronized()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("stagger", "overlap", "reduce_dtype", "optimizer_state", "on_divergence"):
+            warnings.warn(f"LocalSGD.{name} is now LocalSGD.options.{name}.", FutureWarning, stacklevel=2)
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def start_from_the_same(self) -> None:
         """Former name of :meth:`mark_synchronized`."""
@@ -295,18 +303,22 @@ class LocalSGD:
 
     def _emit(self, results: Sequence[RoundResult]) -> AveragingRound | None:
         """Let the rule and the listeners see what rounds came to; return the latest record."""
-        record = None
-        for result in results:
-            record = result.record._replace(target=self.period.target)
-            self._engine.guards.check_variance(record)
-            if result.drift == "a period":
-                self._show(result)
-            self._engine.guards.look_for_drift(record, result.parameters)
-            for listener in self._listeners:
-                listener(record)
-            if result.drift == "at least a period":
-                # Compared with others it is too large. Where there are no others, it compares with its like.
-                self._in_reserve = result
+        if not results:
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # whoever calls this, a listener may write to parameters
+            return [self._emit_one(result) for result in results][-1]
+
+    def _emit_one(self, result: RoundResult) -> AveragingRound:
+        record = result.record._replace(target=self.period.target)
+        self._engine.guards.check_variance(record)
+        if result.drift == "a period":
+            self._show(result)
+        self._engine.guards.look_for_drift(record, result.parameters)
+        for listener in self._listeners:
+            listener(record)
+        if result.drift == "at least a period":
+            # Compared with others it is too large. Where there are no others, it compares with its like.
+            self._in_reserve = result
         return record
 
     def _show(self, result: RoundResult) -> None:

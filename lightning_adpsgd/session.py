@@ -50,22 +50,26 @@ class TrainingSession:
         """Bits that any worker raises, and that all learn at the next round."""
         self._options = options
         self._buffers_moved = False
-        owners: dict[int, Any] = {}
-        self.local_sgd = [
-            LocalSGD(
-                optimizer,
-                copy.deepcopy(period),
-                module=module,
-                total_steps="later",
-                options=dataclasses.replace(options, update=copy.deepcopy(options.update)),
-                workers=workers,
-                flags=self.flags,
-                owners=owners,
-                index=index,
-            )
-            for index, optimizer in enumerate(optimizers)
-        ]
+        self.local_sgd: list[LocalSGD] = []
         """One per optimizer, in their order."""
+        owners: dict[int, Any] = {}
+        try:
+            for index, optimizer in enumerate(optimizers):
+                local_sgd = LocalSGD(
+                    optimizer,
+                    copy.deepcopy(period),
+                    module=module,
+                    total_steps="later",
+                    options=dataclasses.replace(options, update=copy.deepcopy(options.update)),
+                    workers=workers,
+                    flags=self.flags,
+                    owners=owners,
+                    index=index,
+                )
+                self.local_sgd.append(local_sgd)
+        except BaseException:
+            self.close()
+            raise
         for listener in listeners:
             self.subscribe(listener)
 

@@ -54,7 +54,11 @@ class StatePolicy:
         """The step at which moments were last reset, on all workers."""
         self._dropped_at = 0  # the step at which this worker has lost its state alone
         self._steps = 0
-        self.look_ahead = LookAhead(optimizer, lambda: self._steps - max(self.reset_at, self._dropped_at)).factors
+        self.look_ahead = LookAhead(optimizer, self._steps_of_moments).factors
+
+    def _steps_of_moments(self) -> int:
+        """How many steps this worker's moments have been gathered for."""
+        return self._steps - max(self.reset_at, self._dropped_at)
 
     @property
     def has_state(self) -> bool:

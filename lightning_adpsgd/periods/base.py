@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -36,11 +36,11 @@ class _FormerObservation(NamedTuple):
 
 def as_observation(record: Observation | int, ratio: float | None, learning_rate: float | None) -> Observation:
     """A record, or what version 0.1 has given in place of one: ``update(step, ratio=…, learning_rate=…)``."""
-    if not isinstance(record, int):
-        return record
+    if not isinstance(record, Integral):
+        return cast(Observation, record)
     if ratio is None or learning_rate is None:
         raise TypeError(f"update({record}): expected an AveragingRound, or a step with ratio=... and learning_rate=...")
-    return _FormerObservation(record, ratio, learning_rate)
+    return _FormerObservation(int(record), ratio, learning_rate)
 
 
 class AveragingPeriod(ABC):
@@ -114,8 +114,9 @@ class AveragingPeriod(ABC):
 
 def report(rule: AveragingPeriod, record: Observation, scalars: Sequence[float]) -> None:
     """Tell a rule of a round, in whichever way its ``update`` takes it."""
-    parameters = [*inspect.signature(rule.update).parameters]
-    if parameters[0] == "step":  # the signature of version 0.1
+    parameters = inspect.signature(rule.update).parameters
+    takes_anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    if "record" not in parameters and ("ratio" in parameters or takes_anything):  # the signature of version 0.1
         former: Any = rule
         former.update(record.step, ratio=record.ratio, learning_rate=record.learning_rate)
     elif len(parameters) == 1:

@@ -56,8 +56,13 @@ class Contact:
             **about,
         )
 
-    def heed(self, handshake: Handshake) -> None:
-        """Take note of what the others have stated."""
+    def heed(self, handshake: Handshake, full: bool = False) -> None:
+        """Take note of what the others have stated.
+
+        Args:
+            handshake: of a round, or of a fragment.
+            full: whether it is of a round of everything, after which flags of rounds before it are forgotten.
+        """
         self._guards.compare_learning_rates(handshake, self.steps)
-        self._flags.agreed |= handshake.flags
+        self._flags.agreed = handshake.flags | (0 if full else self._flags.agreed)
         self._policy.anybody_has_state = handshake.anybody_has_state

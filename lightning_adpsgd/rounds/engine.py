@@ -43,7 +43,7 @@ class RoundResult(NamedTuple):
     """The means of the numbers that the rule has sent along."""
     drift: Drift | None
     """For how long what was sent had drifted; None where that is not to be compared with other rounds at all."""
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
 
 
 class RoundEngine:
@@ -130,13 +130,16 @@ class RoundEngine:
         # State
         self.local_steps = 0
         """Optimizer steps attempted since the latest round."""
-        self.handshakes = 0
-        """How many rounds of everything there were. A record may be read later than that."""
 
     @property
     def steps(self) -> int:
         """Optimizer steps attempted so far."""
         return self._contact.steps
+
+    @property
+    def handshakes(self) -> int:
+        """How many rounds of everything all workers have come to. A record may be read later than that."""
+        return self._full_round.handshakes
 
     @property
     def has_trained(self) -> bool:
@@ -185,6 +188,10 @@ class RoundEngine:
         with self._falling_back_to_a_whole_round(period), self._measures.booked():
             self._measure(*pipeline.send(self.steps, period))
 
+    def read_full_round(self) -> list[RoundResult]:
+        """What the latest round of everything has measured, if that is still to be read."""
+        return [self._read(measuring) for measuring in self._measures.pop_full()] if len(self._measures) > 0 else []
+
     def land(self, period: int, everything: bool = False) -> list[RoundResult]:
         """Adopt what has arrived, and return what has been measured.
 
@@ -225,10 +232,10 @@ class RoundEngine:
         tensors = self.tracker.current()
         tensors.take_over()
         stopwatch = Stopwatch(self._workers.device, self._workers.patience.wait_for)
-        with self._measures.bytes_booked():
-            numbers, dropped = self._full_round.run(trigger, period, tensors, also, self.has_trained)
-        self.handshakes += 1
+        sent_before = self._workers.payload_bytes
+        numbers, dropped = self._full_round.run(trigger, period, tensors, also, lambda: self.has_trained)
         stopwatch.stop()
+        self._measures.book_bytes_since(sent_before)
         # The variance among fewer workers is another one, and so is that of a round which replaces fragments.
         comparable = trigger == "period" and dropped == 0 and self._pipeline is None
         self._measures.append(
@@ -243,6 +250,7 @@ class RoundEngine:
                 local_steps=self.local_steps,
                 dropped=dropped,
                 stopwatch=stopwatch,
+                parameters=tensors.parameters,
             )
         )
         if self._pipeline is not None:
@@ -282,13 +290,15 @@ class RoundEngine:
         for handshake in handshakes:
             self._contact.heed(handshake)
         for round_ in ended:
+            with self._naming_lost_workers("a fragment of an averaging round", "period", round_.period):
+                numbers = self._measures.launch([*round_.deviations])
             self._measures.append(
                 Measuring(
                     step=round_.step,
                     trigger="period",
                     period=round_.period,
                     drift=round_.drift,
-                    numbers=self._measures.launch([*round_.deviations]),
+                    numbers=numbers,
                     groups=len(round_.deviations),
                     # Nobody waits for numbers that are not needed before the next step.
                     read_at=self.steps + (round_.delay > 0),
@@ -296,7 +306,9 @@ class RoundEngine:
             )
 
     def _read(self, measuring: Measuring) -> RoundResult:
-        with self._naming_lost_workers("an averaging round", measuring.trigger, measuring.period):
+        full = measuring.stopwatch is not None
+        kind: Kind = "an averaging round" if full else "a fragment of an averaging round"
+        with self._naming_lost_workers(kind, measuring.trigger, measuring.period):
             means = self._measures.read(measuring)
         local_steps = measuring.local_steps
         if local_steps is None:
@@ -305,7 +317,8 @@ class RoundEngine:
             self._start_from(measuring.step)
         record = self._measures.record(measuring, means, local_steps)
         scalars = means[2 * measuring.groups :]
-        return RoundResult(record, scalars, measuring.drift, self.tracker.current().parameters)
+        parameters = measuring.parameters if full else self.tracker.current().parameters
+        return RoundResult(record, scalars, measuring.drift, parameters)
 
     def _start_from(self, step: int) -> None:
         """Take note of a round at a step: what is trained since then is what is averaged next."""

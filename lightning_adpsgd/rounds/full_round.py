@@ -1,6 +1,6 @@
 """A round of everything, while nobody trains: nothing is overwritten before all workers are known to agree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -49,10 +49,17 @@ class FullRound:
         self._guards = guards
         self._measures = measures
         self._drop = drop
+        self.handshakes = 0
+        """How many there were."""
         self._bucket_bytes = bucket_bytes
 
     def run(
-        self, trigger: Trigger, period: int, tensors: AveragedTensors, also: Sequence[Tensor], trained: bool
+        self,
+        trigger: Trigger,
+        period: int,
+        tensors: AveragedTensors,
+        also: Sequence[Tensor],
+        trained: Callable[[], bool],
     ) -> tuple[Reduction, int]:
         """Average everything.
 
@@ -61,7 +68,7 @@ class FullRound:
             period: p, in force.
             tensors: what is averaged.
             also: further tensors to average along.
-            trained: whether ``tensors`` have changed since all workers were the same.
+            trained: says whether there is something to average; asked again when that has been done.
 
         Returns:
             What was measured, which is on its way, and how many workers were left out.
@@ -83,6 +90,7 @@ class FullRound:
             return described if more is None else [*described, *self._tracker.describe(more, also)]
 
         handshake = Handshake(self._workers, state).complete()
+        self.handshakes += 1
         index, step = self._contact.index, self._contact.steps
         try:
             what = f"The workers of optimizer {index} do not average the same tensors at step {step}."
@@ -90,16 +98,16 @@ class FullRound:
             tensors.agree(handshake.know_the_same)
             if handshake.diverged:
                 self._guards.report_divergence(handshake, step, [*tensors.parameters, *further], self._drop)
-            self._contact.heed(handshake)
+            self._contact.heed(handshake, full=True)
             contribution = handshake.contribution
             deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
-            if self._workers.count > 1 and trained:
+            if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 deviations = [*tensors.averager.average(contribution, as_it_is)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:
                 ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(contribution)
-            self._policy.apply(contribution, trained, checkpoint=trigger == "checkpoint")
+            self._policy.apply(contribution, trained(), checkpoint=trigger == "checkpoint")
         except CollectiveError as error:
             raise lost(self._workers, state, error) from error
         return numbers, len(handshake.diverged_workers)

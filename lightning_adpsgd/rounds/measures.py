@@ -34,6 +34,9 @@ class Measuring(NamedTuple):
     """None: those up to ``step`` since the round before, which is known when the measures are read."""
     dropped: int = 0
     stopwatch: Stopwatch | None = None
+    """Of a round of everything; None where fragments travelled beside training."""
+    parameters: Sequence[Tensor] = ()
+    """What a round of everything has averaged."""
 
 
 class Measures:
@@ -85,6 +88,11 @@ class Measures:
         while self._on_their_way and (everything or self._on_their_way[0].read_at <= step):
             yield self._on_their_way.popleft()
 
+    def pop_full(self) -> Iterator[Measuring]:
+        """Those of rounds of everything, however late they were to be read."""
+        while self._on_their_way and self._on_their_way[0].stopwatch is not None:
+            yield self._on_their_way.popleft()
+
     def discard(self) -> None:
         """Wait for all, and forget them."""
         for measuring in self._on_their_way:
@@ -130,21 +138,16 @@ class Measures:
     @contextmanager
     def booked(self) -> Iterator[None]:
         """Book the time that passes, and the bytes that are sent, to the next record."""
-        started = time.perf_counter()
-        try:
-            with self.bytes_booked():
-                yield
-        finally:
-            self._seconds += time.perf_counter() - started
-
-    @contextmanager
-    def bytes_booked(self) -> Iterator[None]:
-        """Book the bytes that are sent; a stopwatch of its own goes by the time."""
-        before = self._workers.payload_bytes
+        started, sent_before = time.perf_counter(), self._workers.payload_bytes
         try:
             yield
         finally:
-            self._bytes += self._workers.payload_bytes - before
+            self._seconds += time.perf_counter() - started
+            self._bytes += self._workers.payload_bytes - sent_before
+
+    def book_bytes_since(self, sent_before: int) -> None:
+        """Book what was sent since then, for a round that a stopwatch of its own has timed."""
+        self._bytes += self._workers.payload_bytes - sent_before
 
 
 def learning_rates(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:

@@ -27,7 +27,7 @@ class Peers:
         self._rank, self._size, self._device = rank, size, device
         # There is no public way to it. It is kept because abort takes it from the process group.
         connected = dist.is_initialized()
-        self._store: Any = dist.distributed_c10d._get_default_store() if connected else dist.HashStore()  # type: ignore[attr-defined]
+        self._store: Any = dist.distributed_c10d._get_default_store() if connected else _NoStore()
         self._has_lingered = False
 
     def post_status(self, text: str, failed: bool = False) -> None:
@@ -94,6 +94,19 @@ class Peers:
             others = [_key("lingers", rank) for rank in range(1, self._size) if self._rank == 0]
             while others and not self._store.check(others) and time.monotonic() < deadline:
                 time.sleep(0.02)
+
+
+class _NoStore:
+    """Where there is one process: nobody posts anything, and nobody reads it."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def delete_key(self, key: str) -> None:
+        pass
 
 
 def _key(kind: str, number: int) -> str:
