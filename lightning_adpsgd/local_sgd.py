@@ -12,7 +12,7 @@ from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.options import AveragingOptions, OnDivergence, OptimizerState, ReduceDtype, as_period, options_of
 from lightning_adpsgd.periods import AveragingPeriod
-from lightning_adpsgd.periods.base import report
+from lightning_adpsgd.periods.attached import AttachedRule
 from lightning_adpsgd.rounds.engine import RoundEngine, RoundResult
 from lightning_adpsgd.rounds.handshake import SignalFlags, check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, Trigger
@@ -20,7 +20,25 @@ from lightning_adpsgd.validation import check_instance, check_int, check_listene
 from lightning_adpsgd.workers.group import WorkerGroup
 
 
-class LocalSGD:
+class _FormerNames:
+    """What version 0.1 called otherwise."""
+
+    options: AveragingOptions
+    mark_synchronized: Callable[[], None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("stagger", "overlap", "reduce_dtype", "optimizer_state", "on_divergence"):
+            warnings.warn(f"LocalSGD.{name} is now LocalSGD.options.{name}.", FutureWarning, stacklevel=2)
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def start_from_the_same(self) -> None:
+        """Former name of :meth:`mark_synchronized`."""
+        warnings.warn("LocalSGD.start_from_the_same() is now called mark_synchronized().", FutureWarning, stacklevel=2)
+        self.mark_synchronized()
+
+
+class LocalSGD(_FormerNames):
     """Counts an optimizer's local steps, and averages its parameters over the workers when the period is over.
 
     Call :meth:`step` after every step of the optimizer, and :meth:`average` before you validate, save, or stop::
@@ -34,36 +52,25 @@ class LocalSGD:
             local_sgd.step()
         local_sgd.average()
 
-    Every worker has to call these methods in the same order, and to have built the same optimizer.
+    Every worker has to call them in the same order, and to have built the same optimizer.
 
     Args:
         optimizer: its parameters are averaged. Its parameter groups need a learning rate (``"lr"``).
         period: the rule; an int is a constant period; None is :class:`AdaptivePeriod` with its defaults.
         module: its floating-point buffers (BatchNorm statistics) join each round, and errors use its parameters' names.
-        total_steps: K, the optimizer steps of the whole run; None if it is not known; "later" if :meth:`setup` will be
-            called before the first step.
-        average_buffers: whether the module's buffers join the rounds: floating-point ones that it saves. Caches
-            (``register_buffer(..., persistent=False)``) and integers stay each worker's own.
-        exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`, in which ``*`` is
-            any text: ``["*.queue", "memory.*"]``.
-        optimizer_state: what a round does to momentum and moments: leave them "local"; "average" them over the workers
-            (floating-point state tensors of a parameter's shape); or "reset" them to what they are before the first
-            step, for optimizers of torch.optim and those derived from one. A round for a checkpoint averages all state.
-        on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
-            these workers from the mean, and have them go on from that of the others, with the optimizer's state as
-            before the first step.
-        bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
-        stagger: spread each round over the period: after each step one p-th of all elements is averaged.
-        overlap: d, how many local steps go on while a round, or a fragment of it, travels; at most p − 1 are.
-        reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
-            that type, and what rounding cuts off travels in the next round. Takes two more copies of what is averaged.
-            Or a :class:`Codec` of your own.
-        update: what is done with the mean in rounds that the period asks for, such as an outer step; None: it is
-            adopted.
+        total_steps: K, the optimizer steps of the whole run; None if not known; "later": by :meth:`setup`.
+        average_buffers: this, and all up to ``update``, as in :class:`AveragingOptions`.
+        exclude_buffers: patterns of names of buffers that stay each worker's own.
+        optimizer_state: what a round does to momentum and moments: "local", "average" or "reset".
+        on_divergence: what a round does about parameters that are not finite: "raise" or "drop".
+        bucket_size_mb: the longest range of parameters reduced at once, in MiB.
+        stagger: whether each round is spread over the period.
+        overlap: d, how many local steps go on while a round, or a fragment of it, travels.
+        reduce_dtype: "bf16", "fp16", or a :class:`Codec`: how rounds that the period asks for travel.
+        update: what is done with the mean in rounds that the period asks for.
         options: all settings from ``average_buffers`` to ``update`` in one, in place of single ones.
         workers: whom to average with; None is the default process group.
-        async_group: the same workers in a process group of its own, for what travels while training goes on; made if
-            needed.
+        async_group: the same workers in a process group of its own, for fragments; made if needed.
         flags: bits for all workers to learn at the next round.
         owners: one dict for all optimizers of a run, in which they note who averages a parameter that several have.
         index: the optimizer's index, for the records.
@@ -131,8 +138,7 @@ class LocalSGD:
             scalars=self.period.scalars,
         )
         self._listeners: list[Callable[[AveragingRound], None]] = []
-        self._restored_rule: dict[str, Any] | None = None
-        self._in_reserve: RoundResult | None = None  # for the rule, if it sees no better one before a forced round
+        self._rule = AttachedRule(self.period)
         if not (isinstance(total_steps, str) and total_steps == "later"):
             self.setup(total_steps)
 
@@ -153,10 +159,7 @@ class LocalSGD:
 
     @property
     def has_trained(self) -> bool:
-        """Whether there is something to average: a step was taken since all workers adopted the same.
-
-        With ``reduce_dtype`` also, whether something that rounding has cut off has not travelled yet.
-        """
+        """Whether there is something to average: local steps, or what rounding has cut off and not sent yet."""
         return self._engine.has_trained
 
     @property
@@ -165,15 +168,8 @@ class LocalSGD:
         return not self.has_trained and self._engine.state_policy.is_shared()
 
     def setup(self, total_steps: int | None) -> None:
-        """Tell the rule how long the run is; what it has learned, and has been restored, stays.
-
-        Raises:
-            TypeError: if ``total_steps`` is neither an int nor None.
-            ValueError: if it is negative, or None where the rule needs to know it.
-        """
-        self.period.setup(check_total_steps(total_steps))
-        if self._restored_rule is not None:
-            self.period.load_state_dict(self._restored_rule)
+        """Tell the rule how long the run is, or raise if it needs to know; what it has learned stays."""
+        self._rule.setup(check_total_steps(total_steps))
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called with the record of every round, on every worker, after the rule has seen it."""
@@ -183,8 +179,7 @@ class LocalSGD:
         """Give every worker the first worker's parameters and buffers.
 
         Raises:
-            WorkersDisagreeError: on every worker, if they have built different modules.
-            WorkerLostError: if a worker does not come.
+            WorkersDisagreeError, WorkerLostError: on every worker.
         """
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._engine.tracker.parameters()}
         if self._module is not None:
@@ -200,8 +195,7 @@ class LocalSGD:
         An attempt counts whether or not a gradient scaler let it through, so that workers never disagree.
 
         Returns:
-            A round's record, or None if there is none: that of the round that took place now; on CUDA, that of the
-            latest step's; with ``stagger`` or ``overlap``, that of a round that has ended.
+            The record of a round, if one took place now (on CUDA: at the step before; if spread: has ended), or None.
         """
         arrived = self._emit(self._engine.read_full_round())
         self._engine.count_step()
@@ -214,9 +208,8 @@ class LocalSGD:
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
         """Average now, unless no step was taken since the latest round.
 
-        A round for a "checkpoint" averages the optimizer's state too, whatever the policy, and every worker goes on
-        from the average. So the state that is saved afterwards is that of all workers, and a run that goes on from the
-        file is the run that was not interrupted. Such a round takes place even if only the state is not averaged yet.
+        A round for a "checkpoint" averages the optimizer's state too, whatever the policy, also where nothing else is
+        left to average. All workers go on from the average, so going on from the file equals not having stopped.
 
         Args:
             trigger: who asks, for the record. Only rounds asked for by the "period" are shown to the rule.
@@ -227,9 +220,8 @@ class LocalSGD:
 
         Raises:
             WorkersDisagreeError: on every worker, if they have not taken the same steps or not built the same model.
-            WorkersDivergedError: on every worker, if any worker's parameters are not finite (with ``on_divergence``
-                "drop": all workers'), in which case nothing is overwritten; or if they are so far apart that their
-                variance is not, which shows only afterwards.
+            WorkersDivergedError: on every worker, if any worker's parameters are not finite (with "drop": all
+                workers'), and nothing is overwritten; or if their variance is not, which shows only afterwards.
             WorkerLostError: if a worker has failed, was killed, or did not come before the process group's timeout.
         """
         if trigger not in TRIGGERS:
@@ -237,8 +229,7 @@ class LocalSGD:
                 f"LocalSGD.average(trigger={trigger!r}): expected one of {', '.join(map(repr, TRIGGERS))}."
             )
         arrived = self._emit(self._engine.land(self.period.value, everything=True))
-        if self._in_reserve is not None:
-            self._show(self._in_reserve)
+        self._rule.see_reserve()
         if self.has_trained or also or (trigger == "checkpoint" and not self._engine.state_policy.is_shared()):
             self._engine.run(trigger, self.period.value, also)
             arrived = self._emit(self._engine.land(self.period.value)) or arrived
@@ -247,19 +238,8 @@ class LocalSGD:
     def mark_synchronized(self) -> None:
         """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
         self._engine.state_policy.shared_at = self.steps
-        self._in_reserve = None
+        self._rule.forget_reserve()
         self._engine.mark_synchronized()
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("stagger", "overlap", "reduce_dtype", "optimizer_state", "on_divergence"):
-            warnings.warn(f"LocalSGD.{name} is now LocalSGD.options.{name}.", FutureWarning, stacklevel=2)
-            return getattr(self.options, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def start_from_the_same(self) -> None:
-        """Former name of :meth:`mark_synchronized`."""
-        warnings.warn("LocalSGD.start_from_the_same() is now called mark_synchronized().", FutureWarning, stacklevel=2)
-        self.mark_synchronized()
 
     def state_dict(self) -> dict[str, Any]:
         """The counters and the rule's state, as plain numbers and the name of the rule's class."""
@@ -268,12 +248,11 @@ class LocalSGD:
             "local_steps": self.local_steps,
             "state_shared_at": self._engine.state_policy.shared_at,
             "moments_since": self._engine.state_policy.reset_at,
-            "rule": type(self.period).__name__,
-            "period": self.period.state_dict(),
+            **self._rule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; a rule of another class than the saved one starts anew, with a warning.
+        """Go on from :meth:`state_dict`; a rule of another class starts anew, with a warning.
 
         Raises:
             ValueError: if an entry is missing, and nothing is changed then.
@@ -283,23 +262,11 @@ class LocalSGD:
         self._engine.state_policy.restored(
             state["state_shared_at"], state.get("moments_since", 0)
         )  # early files do not say
-        rule = type(self.period).__name__
-        if rule == state["rule"]:
-            self.period.load_state_dict(state["period"])
-            # Before its first step, a rule may have been saved that did not know yet how long the run would be.
-            self._restored_rule = state["period"] if self.steps > 0 else None
-        elif self.workers.rank == 0:
-            warnings.warn(
-                f"The saved averaging rule was {state['rule']}, this one is {rule}: it starts anew at step"
-                f" {self.steps}. To go on where the run had stopped, pass the same kind of period as before.",
-                stacklevel=2,
-            )
+        self._rule.load_state_dict(state, self.steps, warns=self.workers.rank == 0)
 
     def close(self) -> None:
         """Close the connections that were opened for this optimizer; only rounds of everything may follow."""
         self._engine.close()
-
-    # Details
 
     def _emit(self, results: Sequence[RoundResult]) -> AveragingRound | None:
         """Let the rule and the listeners see what rounds came to; return the latest record."""
@@ -312,16 +279,11 @@ class LocalSGD:
         record = result.record._replace(target=self.period.target)
         self._engine.guards.check_variance(record)
         if result.drift == "a period":
-            self._show(result)
+            self._rule.see(result.record, result.scalars)
         self._engine.guards.look_for_drift(record, result.parameters)
         for listener in self._listeners:
             listener(record)
         if result.drift == "at least a period":
             # Compared with others it is too large. Where there are no others, it compares with its like.
-            self._in_reserve = result
+            self._rule.reserve(result.record, result.scalars)
         return record
-
-    def _show(self, result: RoundResult) -> None:
-        """Let the rule decide."""
-        self._in_reserve = None
-        report(self.period, result.record, result.scalars)

@@ -93,21 +93,12 @@ class RoundEngine:
             # Two corrections of one parameter that are in flight at the same time would add up.
             owners=owners if options.overlap > 0 else None,
         )
-        self.state_policy = StatePolicy(
-            optimizer, options.optimizer_state, options.on_divergence == "drop", workers, options.bucket_bytes
-        )
+        drop = options.on_divergence == "drop"
+        self.state_policy = StatePolicy(optimizer, options.optimizer_state, drop, workers, options.bucket_bytes)
         self.guards = Guards(workers, index, self.tracker.name_of)
         self._contact = Contact(optimizer, workers, self.state_policy, self.guards, flags, index)
-        self._full_round = FullRound(
-            self._contact,
-            self.tracker,
-            workers,
-            self.state_policy,
-            self.guards,
-            self._measures,
-            drop=options.on_divergence == "drop",
-            bucket_bytes=options.bucket_bytes,
-        )
+        means = (self.tracker, workers, self.state_policy, self.guards, self._measures)
+        self._full_round = FullRound(self._contact, *means, drop=drop, bucket_bytes=options.bucket_bytes)
         self._opened: WorkerGroup | None = None
         self._pipeline: Pipeline | None = None
         if options.is_spread and workers.count > 1:
@@ -116,14 +107,9 @@ class RoundEngine:
                 # would meet in a common one, for which gloo ends the process before anybody sees that they disagree.
                 with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
                     async_group = self._opened = workers.new_async_group()
-            self._pipeline = Pipeline(
-                (StaggeredRounds if options.stagger else WholeRounds)(options.overlap),
-                tracker=self.tracker,
-                workers=workers,
-                async_group=async_group,
-                state=self._contact.state,
-                look_ahead=self.state_policy.look_ahead,
-            )
+            schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
+            connected = (workers, async_group, self._contact.state)
+            self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy.look_ahead)
         # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
         self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
 
@@ -193,12 +179,7 @@ class RoundEngine:
         return [self._read(measuring) for measuring in self._measures.pop_full()] if len(self._measures) > 0 else []
 
     def land(self, period: int, everything: bool = False) -> list[RoundResult]:
-        """Adopt what has arrived, and return what has been measured.
-
-        Args:
-            period: p, in force.
-            everything: adopt all that is in flight, and wait for all measures.
-        """
+        """Adopt what has arrived (or ``everything`` that is in flight), and return what has been measured."""
         # In a local step between two rounds there is nothing, and that has to cost nothing.
         return self._land(period, everything) if self._pipeline is not None or len(self._measures) > 0 else []
 
@@ -221,13 +202,9 @@ class RoundEngine:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, trigger: Trigger, period: int, also: Sequence[Tensor] = (), later: bool = False) -> None:
-        """Average everything now. Nothing may be in flight.
+        """Average everything now, ``also`` further tensors; its measures may be read ``later``, in the next step.
 
-        Args:
-            trigger: who asks.
-            period: p, in force.
-            also: further tensors to average along.
-            later: whether its measures are to be read after the next step.
+        Nothing may be in flight.
         """
         tensors = self.tracker.current()
         tensors.take_over()
@@ -292,18 +269,8 @@ class RoundEngine:
         for round_ in ended:
             with self._naming_lost_workers("a fragment of an averaging round", "period", round_.period):
                 numbers = self._measures.launch([*round_.deviations])
-            self._measures.append(
-                Measuring(
-                    step=round_.step,
-                    trigger="period",
-                    period=round_.period,
-                    drift=round_.drift,
-                    numbers=numbers,
-                    groups=len(round_.deviations),
-                    # Nobody waits for numbers that are not needed before the next step.
-                    read_at=self.steps + (round_.delay > 0),
-                )
-            )
+            # Nobody waits for numbers that are not needed before the next step.
+            self._measures.append(Measuring.of_fragments(round_, numbers, self.steps + (round_.delay > 0)))
 
     def _read(self, measuring: Measuring) -> RoundResult:
         full = measuring.stopwatch is not None

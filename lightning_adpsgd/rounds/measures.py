@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adpsgd.rounds.pipeline import Drift
+from lightning_adpsgd.rounds.pipeline import Drift, SpreadRound
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
@@ -37,6 +37,12 @@ class Measuring(NamedTuple):
     """Of a round of everything; None where fragments travelled beside training."""
     parameters: Sequence[Tensor] = ()
     """What a round of everything has averaged."""
+
+    @classmethod
+    def of_fragments(cls, round_: SpreadRound, numbers: Reduction, read_at: int) -> "Measuring":
+        """Those of a round whose fragments have travelled beside training."""
+        groups = len(round_.deviations)
+        return cls(round_.step, "period", round_.period, round_.drift, numbers, groups, read_at)
 
 
 class Measures:

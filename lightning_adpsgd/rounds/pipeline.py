@@ -96,7 +96,6 @@ class Pipeline:
     def __init__(
         self,
         schedule: Schedule,
-        *,
         tracker: TensorTracker,
         workers: WorkerGroup,
         async_group: WorkerGroup,

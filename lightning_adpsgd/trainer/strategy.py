@@ -61,8 +61,6 @@ class ADPSGDStrategy(NodeGradients):
     at the model sees the average. For a checkpoint they average the optimizer's state too, and go on from the average:
     going on from the file is the same as not having stopped.
 
-    A worker that fails waits for nobody; the others' next round ends with an error that names the rank and the round.
-
     Args:
         period: when to average. :class:`~lightning_adpsgd.AdaptivePeriod` if None; an int is a constant period
             (CPSGD, local SGD). Each optimizer gets a copy of its own.
@@ -75,22 +73,17 @@ class ADPSGDStrategy(NodeGradients):
             are before the first step, for optimizers of torch.optim and those derived from one.
         bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
         on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
-            before anything is overwritten; or "drop" these ranks from the mean, and have them go on from that of the
-            others, with a fresh optimizer state. If no rank is left, that is an error in any case.
-        stagger: spread each round over the period: after each step one p-th of all elements is averaged, each element
-            once in p steps. The same bytes, but a trickle in place of bursts.
+            before anything is overwritten; or "drop" these ranks from the mean, for them to go on from that.
+        stagger: spread each round over the period: after each step one p-th of all elements is averaged.
         overlap: d, the number of local steps that go on while a round (or a fragment of it) travels; at most p − 1.
             What is sent is a snapshot, and when the mean w̄ arrives, each worker adds w̄ − (its snapshot), which keeps
             those steps. Best with ``stagger=True``: alone, it costs accuracy where d is not small against p.
         worker: what drifts and is averaged: each "device", or each "node", whose devices then average their gradients
-            after every backward pass, as DDP does, over the node's own fast links. A node sends the model once per
-            round, not once per device. Every node needs the same number of devices.
-        reduce_dtype: "bf16" or "fp16": in rounds that the period asks for, differences from the last average travel in
-            that type, which halves the bytes; what rounding cuts off travels in the next round. Keeps two more copies
-            of what is averaged. Rounds for a validation, a checkpoint or the end travel as they are. Or a ``Codec`` of
-            your own.
-        update: what is done with the mean in rounds that the period asks for, such as an outer step; None: it is
-            adopted. Each optimizer gets a copy of its own.
+            after every backward pass, as DDP does. A node sends the model once per round.
+        reduce_dtype: "bf16" or "fp16" (or a ``Codec``): in rounds that the period asks for, differences from the last
+            average travel in that type; what rounding cuts off travels in the next round. Keeps two more copies.
+        update: what is done with the mean in rounds that the period asks for; None: it is adopted. Each optimizer gets
+            a copy of its own.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.

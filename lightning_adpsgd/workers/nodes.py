@@ -58,8 +58,8 @@ class NodeWorkerGroup(WorkerGroup):
     def new_async_group(self) -> Self:
         other = super().new_async_group()
         if other is not self:
-            other._opened = []
-            other.open().append(other._group)
+            own, other._opened = other._opened, []
+            other.open().extend(own)
         return other
 
     @override

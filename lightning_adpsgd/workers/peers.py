@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,6 @@ _SECONDS_TO_RELEASE = 0.05
 class Peers:
     """The other ranks, reached through the process group's key-value store, which works when collectives do not."""
 
-    _run: ClassVar[int] = 0  # counts this process's runs: a failure in one is not taken for one in the next
-
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self._rank, self._size, self._device = rank, size, device
         # There is no public way to it. It is kept because abort takes it from the process group.
@@ -35,12 +33,12 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self._store.set(_key("status", self._rank), text)
             if failed:
-                self._store.set(_key("failed", Peers._run), str(self._rank))
+                self._store.set(self._failed_key, str(self._rank))
 
     def who_failed(self) -> str | None:
         """Say which other rank has failed in this run, if one has. Waits for nobody."""
-        key = _key("failed", Peers._run)
         try:
+            key = self._failed_key
             who = self._store.get(key).decode() if self._store.check([key]) else str(self._rank)
         except RuntimeError:
             return "the store that rank 0 serves does not answer any more"
@@ -70,10 +68,15 @@ class Peers:
     def clear_status(self) -> None:
         """Begin another run: take back this rank's status, and forget failures; all ranks have to."""
         self._has_lingered = False
-        Peers._run += 1
         with contextlib.suppress(RuntimeError):
+            self._store.add(_key("runs", self._rank), 1)
             self._store.delete_key(_key("status", self._rank))
             self._store.delete_key(_key("lingers", self._rank))
+
+    @property
+    def _failed_key(self) -> str:
+        """Of this run: a failure in one is not taken for one in the next. All ranks have begun equally many."""
+        return _key("failed", self._store.add(_key("runs", self._rank), 0))
 
     def abort(self) -> None:
         """Close this rank's connections, so that whoever waits for it notices; :meth:`statuses` still works."""
@@ -101,6 +104,9 @@ class _NoStore:
 
     def set(self, key: str, value: str) -> None:
         pass
+
+    def add(self, key: str, amount: int) -> int:
+        return 0
 
     def check(self, keys: list[str]) -> bool:
         return False
