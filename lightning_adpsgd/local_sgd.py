@@ -199,10 +199,11 @@ class LocalSGD(_FormerNames):
         """
         arrived = self._emit(self._engine.read_full_round())
         self._engine.count_step()
-        arrived = self._emit(self._engine.land(self.period.value)) or arrived
-        self._engine.launch(self.period.value)
-        arrived = self._emit(self._engine.land(self.period.value)) or arrived
-        self._engine.keep_for_look_ahead(self.period.value)
+        if self._engine.is_busy(self.period.value):
+            arrived = self._emit(self._engine.land(self.period.value)) or arrived
+            self._engine.launch(self.period.value)
+            arrived = self._emit(self._engine.land(self.period.value)) or arrived
+            self._engine.keep_for_look_ahead(self.period.value)
         return arrived
 
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:

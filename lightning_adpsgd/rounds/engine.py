@@ -174,18 +174,18 @@ class RoundEngine:
         with self._falling_back_to_a_whole_round(period), self._measures.booked():
             self._measure(*pipeline.send(self.steps, period))
 
+    def is_busy(self, period: int) -> bool:
+        """Whether a step has more to do than to be counted, which it has not between two rounds of everything."""
+        return self.local_steps >= period or self._pipeline is not None or len(self._measures) > 0
+
     def read_full_round(self) -> list[RoundResult]:
         """What the latest round of everything has measured, if that is still to be read."""
         return [self._read(measuring) for measuring in self._measures.pop_full()] if len(self._measures) > 0 else []
 
-    def land(self, period: int, everything: bool = False) -> list[RoundResult]:
-        """Adopt what has arrived (or ``everything`` that is in flight), and return what has been measured."""
-        # In a local step between two rounds there is nothing, and that has to cost nothing.
-        return self._land(period, everything) if self._pipeline is not None or len(self._measures) > 0 else []
-
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _land(self, period: int, everything: bool) -> list[RoundResult]:
+    def land(self, period: int, everything: bool = False) -> list[RoundResult]:
+        """Adopt what has arrived (or ``everything`` that is in flight), and return what has been measured."""
         if self._pipeline is not None:
             with self._falling_back_to_a_whole_round(period), self._measures.booked():
                 if everything:

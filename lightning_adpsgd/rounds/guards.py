@@ -85,7 +85,13 @@ class Guards:
 
     def look_for_drift(self, round_: AveragingRound, parameters: Sequence[Tensor]) -> None:
         """Warn, once, if the workers' parameters are identical after local steps."""
-        if self._has_drifted or round_.learning_rate == 0.0 or round_.local_steps == 0 or not parameters:
+        if (
+            self._has_drifted
+            or "no drift" in self._warned_of
+            or round_.learning_rate == 0.0
+            or round_.local_steps == 0
+            or not parameters
+        ):
             return
         if self._workers.count - round_.dropped == 1:
             return
