@@ -7,12 +7,12 @@ works in a plain PyTorch loop.
 
 import importlib
 import importlib.util
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.former_names import warn_of_former_name
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"{__name__}.{_NEED_LIGHTNING[name]}"), name)
     if name in _FORMER_NAMES:
         new = _FORMER_NAMES[name]
-        warnings.warn(f"{__name__}.{name} is now called {new}; use that name.", DeprecationWarning, stacklevel=2)
+        warn_of_former_name(f"{__name__}.{name}", new)
         return globals()[new]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,6 +1,5 @@
 """One optimizer's life between averaging rounds. Knows no Lightning: a plain PyTorch loop can use it as it is."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
+from lightning_adpsgd.former_names import FormerNames, former_arguments
 from lightning_adpsgd.options import AveragingOptions, OnDivergence, OptimizerState, ReduceDtype, as_period, options_of
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.periods.attached import AttachedRule
@@ -20,28 +20,11 @@ from lightning_adpsgd.validation import check_instance, check_int, check_listene
 from lightning_adpsgd.workers.group import WorkerGroup
 
 
-class _FormerNames:
-    """What version 0.1 called otherwise."""
-
-    options: AveragingOptions
-    mark_synchronized: Callable[[], None]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("stagger", "overlap", "reduce_dtype", "optimizer_state", "on_divergence"):
-            warnings.warn(f"LocalSGD.{name} is now LocalSGD.options.{name}.", FutureWarning, stacklevel=2)
-            return getattr(self.options, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def start_from_the_same(self) -> None:
-        """Former name of :meth:`mark_synchronized`."""
-        warnings.warn("LocalSGD.start_from_the_same() is now called mark_synchronized().", FutureWarning, stacklevel=2)
-        self.mark_synchronized()
-
-
-class LocalSGD(_FormerNames):
+class LocalSGD(FormerNames):
     """Counts an optimizer's local steps, and averages its parameters over the workers when the period is over.
 
-    Call :meth:`step` after every step of the optimizer, and :meth:`average` before you validate, save, or stop::
+    Call :meth:`step` after every step of the optimizer, and :meth:`average` before you validate, save, or stop, in the
+    same order on every worker::
 
         local_sgd = LocalSGD(optimizer, AdaptivePeriod(), module=model, total_steps=len(loader) * epochs)
         local_sgd.broadcast()  # all workers start from the first worker's parameters
@@ -51,8 +34,6 @@ class LocalSGD(_FormerNames):
             optimizer.step()
             local_sgd.step()
         local_sgd.average()
-
-    Every worker has to call them in the same order, and to have built the same optimizer.
 
     Args:
         optimizer: its parameters are averaged. Its parameter groups need a learning rate (``"lr"``).
@@ -72,13 +53,14 @@ class LocalSGD(_FormerNames):
         workers: whom to average with; None is the default process group.
         async_group: the same workers in a process group of its own, for fragments; made if needed.
         flags: bits for all workers to learn at the next round.
-        owners: one dict for all optimizers of a run, in which they note who averages a parameter that several have.
+        owners: one dict for all optimizers of a run: who averages a parameter that several have.
         index: the optimizer's index, for the records.
+        former: ``carrier`` and ``notice``, former names of ``async_group`` and ``flags``.
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if an argument is out of range, a parameter group has no learning rate, ``period`` needs to know
-            ``total_steps``, or ``optimizer_state`` is "reset" and it is not known what are the optimizer's moments.
+        ValueError: if an argument is out of range, a group has no learning rate, ``period`` needs ``total_steps``, or
+            ``optimizer_state`` is "reset" and it is not known what are the optimizer's moments.
     """
 
     def __init__(
@@ -103,7 +85,9 @@ class LocalSGD(_FormerNames):
         flags: SignalFlags | None = None,
         owners: dict[int, Any] | None = None,
         index: int = 0,
+        **former: Any,
     ) -> None:
+        async_group, flags = former_arguments(former, carrier=async_group, notice=flags)
         expected = "a torch.optim.Optimizer, such as torch.optim.SGD(model.parameters(), lr=0.1)"
         self.optimizer = check_instance(None, "optimizer", optimizer, Optimizer, expected)
         self.period = as_period(period)
@@ -172,7 +156,7 @@ class LocalSGD(_FormerNames):
         self._rule.setup(check_total_steps(total_steps))
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called with the record of every round, on every worker, after the rule has seen it."""
+        """Have ``listener`` called with every round's record, on every worker, after the rule has seen it."""
         self._listeners.append(check_listener(listener))
 
     def broadcast(self) -> None:
@@ -190,9 +174,7 @@ class LocalSGD(_FormerNames):
         self.mark_synchronized()
 
     def step(self) -> AveragingRound | None:
-        """Count a step that the optimizer has attempted, and average if the period is over.
-
-        An attempt counts whether or not a gradient scaler let it through, so that workers never disagree.
+        """Count a step that was attempted (a scaler may have left it out), and average if the period is over.
 
         Returns:
             The record of a round, if one took place now (on CUDA: at the step before; if spread: has ended), or None.

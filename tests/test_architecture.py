@@ -132,9 +132,3 @@ except ModuleNotFoundError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "lightning" in done.stdout
-
-
-def test_former_public_names_still_work_and_say_what_they_are_called_now():
-    for former, new in (("Workers", "WorkerGroup"), ("NodeWorkers", "NodeWorkerGroup")):
-        with pytest.warns(DeprecationWarning, match=f"is now called {new}"):
-            assert getattr(lightning_adpsgd, former) is getattr(lightning_adpsgd, new)

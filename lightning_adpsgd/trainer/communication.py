@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_adpsgd.former_names import warn_of_former_name
 from lightning_adpsgd.rounds.handshake import Kind
 from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.trainer.compat import current_hook, is_interrupted, trainer_of
@@ -48,6 +49,11 @@ class GuardedCommunication(DDPStrategy):
         self._warn_of_communication()
         hook = None if self.lightning_module is None else current_hook(self.lightning_module)
         self._session.handshake(kind, f"`{hook}`" if hook else "")
+
+    def meet(self, kind: Kind) -> None:
+        """Former name of :meth:`handshake`."""
+        warn_of_former_name("ADPSGDStrategy.meet", "ADPSGDStrategy.handshake")
+        self.handshake(kind)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

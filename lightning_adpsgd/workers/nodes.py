@@ -50,6 +50,11 @@ class NodeWorkerGroup(WorkerGroup):
         return self._opened
 
     @property
+    def ranks_per_node(self) -> int:
+        """How many consecutive ranks make up a node."""
+        return self.ranks_per_worker
+
+    @property
     def node(self) -> Any:
         """The process group of this rank's node."""
         return self.open()[0]

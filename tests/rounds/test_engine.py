@@ -191,14 +191,6 @@ def test_alone_it_can_be_copied_and_pickled():
     assert pickle.loads(pickle.dumps(WorkerGroup())).size == 1
 
 
-def test_former_attributes_are_found_among_the_options():
-    local_sgd, *_ = trained(overlap=1, period=4)
-    with pytest.warns(FutureWarning, match=r"LocalSGD\.options\.overlap"):
-        assert local_sgd.overlap == 1
-    with pytest.raises(AttributeError, match="no attribute 'cycles'"):
-        _ = local_sgd.cycles
-
-
 def fail_to_start() -> tuple[str, list[int]]:
     opened: list[Any] = []
     new_async_group = WorkerGroup.new_async_group
