@@ -82,9 +82,9 @@ class CountedSteps(AveragedWeights):
         if self._session is not None and local_sgd is not None:
             trainer = trainer_of(self.lightning_module)
             if trainer is not None:
-                latest = deque[tuple[int, int]](maxlen=local_sgd.options.overlap + _LATEST_STEPS)
-                latest = self._logged_steps.setdefault(local_sgd.index, latest)
-                latest.append((local_sgd.steps + 1, step_of_the_loss(trainer)))
+                if local_sgd.index not in self._logged_steps:
+                    self._logged_steps[local_sgd.index] = deque(maxlen=local_sgd.options.overlap + _LATEST_STEPS)
+                self._logged_steps[local_sgd.index].append((local_sgd.steps + 1, step_of_the_loss(trainer)))
             self._session.step(local_sgd)
         elif optimizer.param_groups:
             raise MisconfigurationException(
