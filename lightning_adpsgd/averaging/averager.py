@@ -83,7 +83,7 @@ class ParameterAverager:
 
         Args:
             contribution: this worker's to the mean; None where all workers contribute.
-            as_it_is: whether values travel as they are, whatever ``reduce_dtype`` says.
+            as_it_is: whether values travel as they are, whatever the codec, and means are adopted, whatever the update.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -232,10 +232,11 @@ class ParameterAverager:
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
             for tile in self.layout.tiles(bucket):
-                mine = tile.pack(snapshot[tile.start : tile.stop])
-                if before is not None:
-                    _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
-                values[tile.start : tile.stop].copy_(mine)
+                with span("pack"):
+                    mine = tile.pack(snapshot[tile.start : tile.stop])
+                    if before is not None:
+                        _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
+                    values[tile.start : tile.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
             launched = self._launch(bucket, values, carrier, carrier.all_contribute, as_it_is=False)
             in_flight.append(launched._replace(snapshot=snapshot))

@@ -278,7 +278,7 @@ class RoundEngine:
         with self._naming_lost_workers(kind, measuring.trigger, measuring.period):
             means = self._measures.read(measuring)
         local_steps = measuring.local_steps
-        if local_steps is None:
+        if not full:
             self.state_policy.end_round()
             local_steps = self.local_steps - (self.steps - measuring.step)
             self._start_from(measuring.step)

@@ -30,8 +30,8 @@ class Measuring(NamedTuple):
     groups: int
     read_at: int
     """The step from which on they are to be read."""
-    local_steps: int | None = None
-    """None: those up to ``step`` since the round before, which is known when the measures are read."""
+    local_steps: int = 0
+    """Of a round of everything; of others those since the round before are known when the measures are read."""
     dropped: int = 0
     stopwatch: Stopwatch | None = None
     """Of a round of everything; None where fragments travelled beside training."""
