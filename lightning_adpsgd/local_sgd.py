@@ -42,7 +42,7 @@ class LocalSGD(FormerNames):
         total_steps: K, the optimizer steps of the whole run; None if not known; "later": by :meth:`setup`.
         average_buffers: this, and all up to ``update``, as in :class:`AveragingOptions`.
         exclude_buffers: patterns of names of buffers that stay each worker's own.
-        optimizer_state: what a round does to momentum and moments: "local", "average" or "reset".
+        optimizer_state: what a round does to momentum and moments: "local", "average", "estimate" or "reset".
         on_divergence: what a round does about parameters that are not finite: "raise" or "drop".
         bucket_size_mb: the longest range of parameters reduced at once, in MiB.
         stagger: whether each round is spread over the period.
@@ -60,7 +60,7 @@ class LocalSGD(FormerNames):
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if an argument is out of range, a group has no learning rate, ``period`` needs ``total_steps``, or
-            ``optimizer_state`` is "reset" and it is not known what are the optimizer's moments.
+            ``optimizer_state`` is "reset" or "estimate" and the optimizer's moments are not known.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.validation import check_choice, check_instance, check_int, check_number, wrong_type, wrong_value
 
-OptimizerState = Literal["local", "average", "reset"]
+OptimizerState = Literal["local", "average", "reset", "estimate"]
 OnDivergence = Literal["raise", "drop"]
 ReduceDtype = Literal["bf16", "fp16"]
 WorkerKind = Literal["device", "node"]
@@ -33,7 +33,8 @@ class AveragingOptions:
         average_buffers: whether floating-point buffers that the module saves (BatchNorm statistics) join the rounds.
         exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`.
         optimizer_state: what a round does to momentum and moments: leave them "local", "average" them over the workers,
-            or "reset" them to what they are before the first step.
+            "reset" them to what they are before the first step, or "estimate" from the drift of parameters how far
+            first moments are from their mean, and bring them there, which sends nothing.
         bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
         on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
             these workers from the mean.
@@ -75,8 +76,8 @@ class AveragingOptions:
         if self.optimizer_state == "average" and self.is_spread:
             asked = "stagger=True" if self.stagger else f"overlap={self.overlap}"
             raise ValueError(
-                f'optimizer_state=\'average\' with {asked}: expected "local" or "reset". The state is averaged in one'
-                " piece, while nobody trains. Leave out one of the two."
+                f'optimizer_state=\'average\' with {asked}: expected "local", "estimate" or "reset". The state is'
+                " averaged in one piece, while nobody trains. Leave out one of the two."
             )
 
     def check_with(self, period: AveragingPeriod) -> None:

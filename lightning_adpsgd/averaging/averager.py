@@ -1,7 +1,7 @@
 """Averages a layout over the workers, bucket by bucket, and measures how far the workers had drifted apart."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_adpsgd.averaging.codec import Codec, DeltaCodec
 from lightning_adpsgd.averaging.constants import Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, extremes, finite
+from lightning_adpsgd.averaging.scratch import BufferPool
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.averaging.tiles import Tile
 from lightning_adpsgd.averaging.update import Adopt, Update
@@ -18,6 +19,9 @@ from lightning_adpsgd.workers.reduction import Reduction
 
 # On the CPU, shorter buckets than the longest that is allowed: what was packed is still in a cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
+
+OnDeviations = Callable[[Tile, Tensor], None]
+"""Is told what a tile of this worker has held, less the mean; shape (len(tile),)."""
 
 
 class BucketInFlight(NamedTuple):
@@ -71,19 +75,22 @@ class ParameterAverager:
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
         self._blocks: dict[Bucket, Blocks] = {}
-        self._buffers: list[Tensor] | None = [] if on_cpu else None  # the system takes its time to hand out memory
+        self._buffers = BufferPool(layout, workers.device, keeps=on_cpu)
 
     @property
     def has_residual(self) -> bool:
         """Whether there may be a residual of rounding that has not travelled yet."""
         return self.delta is not None and self.delta.has_residual
 
-    def average(self, contribution: Contribution | None = None, as_it_is: bool = True) -> Tensor:
+    def average(
+        self, contribution: Contribution | None = None, as_it_is: bool = True, told: OnDeviations | None = None
+    ) -> Tensor:
         """Average everything.
 
         Args:
             contribution: this worker's to the mean; None where all workers contribute.
             as_it_is: whether values travel as they are, whatever the codec, and means are adopted, whatever the update.
+            told: is told of each tile how far this worker was from the mean.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -92,18 +99,19 @@ class ParameterAverager:
         deviations: list[Tensor] = []
         in_flight: deque[BucketInFlight] = deque()
         buffers: deque[Tensor] = deque()  # of what is in flight
-        spare = [] if self._buffers is None else self._buffers
         try:
             for bucket in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
-                    deviations.append(self.finish(in_flight.popleft(), as_it_is))
-                    spare.append(buffers.popleft())
-                buffers.append(self._buffer_for(bucket, spare))
+                    deviations.append(self.finish(in_flight.popleft(), as_it_is, told))
+                    self._buffers.give_back(buffers.popleft())
+                buffers.append(self._buffers.lend(bucket))
                 in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], contribution, as_it_is))
-            deviations += [self.finish(oldest, as_it_is) for oldest in in_flight]
-            spare += buffers
+            deviations += [self.finish(oldest, as_it_is, told) for oldest in in_flight]
+            for buffer in buffers:
+                self._buffers.give_back(buffer)
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to it
+            self._buffers.end_round()
         if self.delta is not None and as_it_is:
             self.delta.note_all()
         return _sum(deviations, self.groups, self._workers.device)
@@ -121,7 +129,7 @@ class ParameterAverager:
             return BucketInFlight(bucket, self._workers.sum_(packed if contribution.contributes else packed.zero_()))
         return self._launch(bucket, packed, self._workers, contribution, as_it_is)
 
-    def finish(self, in_flight: BucketInFlight, as_it_is: bool = True) -> Tensor:
+    def finish(self, in_flight: BucketInFlight, as_it_is: bool = True, told: OnDeviations | None = None) -> Tensor:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
@@ -139,7 +147,10 @@ class ParameterAverager:
                     alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
                 if tile.runs:
                     # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
-                    _add_squares(squares, tile, tile.difference(arrived, scratch[: len(tile)]))
+                    deviations = tile.difference(arrived, scratch[: len(tile)])
+                    _add_squares(squares, tile, deviations)
+            if told is not None and tile.runs:
+                told(tile, deviations)
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)
@@ -158,14 +169,6 @@ class ParameterAverager:
             updated[position:start] = mean[position:start]
             position = stop
         return updated
-
-    def _buffer_for(self, bucket: Bucket, spare: list[Tensor]) -> Tensor:
-        """A spare buffer that fits, or a new one: two of the longest bucket are enough."""
-        while spare:
-            buffer = spare.pop()
-            if self.layout.fits(bucket, buffer, self._workers.device):
-                return buffer
-        return self.layout.new_buffer(bucket, self._workers.device)
 
     def _launch(
         self, bucket: Bucket, values: Tensor, workers: WorkerGroup, contribution: Contribution, as_it_is: bool
@@ -242,7 +245,7 @@ class ParameterAverager:
             in_flight.append(launched._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
-    def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool) -> Tensor:
+    def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, told: OnDeviations | None = None) -> Tensor:
         """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
 
         Tensors of no parameter group (BatchNorm statistics) take the mean as it is: they are moving averages, and a
@@ -252,6 +255,7 @@ class ParameterAverager:
             in_flight: of :meth:`send`.
             moved: whether there were such steps. If not, everything takes the mean as it is, so that it is the same on
                 all workers, bit for bit.
+            told: is told of each tile how far what this worker has sent was from the mean.
 
         Returns:
             Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
@@ -270,6 +274,8 @@ class ParameterAverager:
                     if alike is not None:
                         alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
                     _add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
+                if told is not None and tile.runs:
+                    told(tile, -snapshot[here])
                 if adopts:
                     _write(tile, mean[here], snapshot[here], moved)
             if not adopts:

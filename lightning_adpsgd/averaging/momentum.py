@@ -1,17 +1,20 @@
-"""What is known of optimizers: which of their state are moments, and how far momentum will carry parameters."""
+"""What is known of optimizers: which of their state are moments, and how their momentum moves parameters."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
 """A parameter group, with its settings."""
+State = Mapping[str, Any]
+"""An optimizer's state of one parameter."""
 
 
-class _Momentum(NamedTuple):
+class Momentum(NamedTuple):
     """A first moment, m_t = β m_{t−1} + κ g_t after t steps, of which step t is −(a g_t + b_t m_t), times its size."""
 
     decay: float
@@ -22,6 +25,10 @@ class _Momentum(NamedTuple):
     """b_t; NaN for steps whose size has nothing to do with the latest one's."""
     newest: float = 0.0
     """a, at the latest step."""
+    coupled_decay: float = 0.0
+    """λ, of weight decay that is a part of the gradient, where a step's size is the learning rate alone."""
+    decoupled_decay: float = 0.0
+    """λ, of weight decay that multiplies parameters by 1 − γλ instead."""
 
 
 class Known(NamedTuple):
@@ -30,10 +37,14 @@ class Known(NamedTuple):
     moments: Callable[[Group], Mapping[str, float | None]]
     """Entries of a parameter's state that are moments, or that count their steps; and what they are before the first
     step: None if they are not there."""
-    momentum: Callable[[Group, int], _Momentum | None] = lambda group, steps: None
+    momentum: Callable[[Group, int], Momentum | None] = lambda group, steps: None
     """The first moment of a group after a number of steps, if every step repeats a part of it."""
     made_at_once: bool = False
     """Whether state is made when the optimizer is constructed, not at a parameter's first step."""
+    first_moment: str = ""
+    """The entry that holds the first moment."""
+    divisors: Callable[[Group, list[State]], list[Tensor]] | None = None
+    """What each parameter's steps are divided by, element by element, beside the learning rate; None: by nothing."""
 
 
 def known(optimizer: Optimizer) -> Known | None:
@@ -42,6 +53,11 @@ def known(optimizer: Optimizer) -> Known | None:
         if class_.__module__.split(".")[:2] == ["torch", "optim"] and class_.__name__ in _KNOWN:
             return _KNOWN[class_.__name__]
     return None
+
+
+def known_names(has: Callable[[Known], object]) -> list[str]:
+    """The names of optimizers of torch.optim of which is known what ``has`` asks for."""
+    return [name for name, kind in _KNOWN.items() if has(kind)]
 
 
 def check_known_moments(optimizer: Optimizer) -> None:
@@ -59,8 +75,8 @@ def check_known_moments(optimizer: Optimizer) -> None:
         )
 
 
-class LookAhead:
-    """How far momentum will carry an optimizer's parameters, as a multiple of their latest step.
+class MomentumReader:
+    """Knows an optimizer's momentum as it is now.
 
     Args:
         optimizer: whose momentum.
@@ -70,63 +86,30 @@ class LookAhead:
 
     def __init__(self, optimizer: Optimizer, steps: Callable[[], int]) -> None:
         self._optimizer = optimizer
+        self._kind = known(optimizer)
         self._steps = steps
         self._read: dict[int, tuple[Tensor, int, float]] = {}  # settings that are tensors
 
-    def factors(self, delay: int) -> list[float]:
-        r"""The multiple of the latest step that the next ``delay`` steps are expected to add up to, by momentum alone.
-
-        That is what they add up to on average if gradients to come are as likely to point one way as the other, and as
-        large as those before, so that second moments (bias corrected) stay what they are. In torch's optimizers
-        (source: the algorithms in the documentation of ``torch.optim``) the first moment is m_t = β m_{t−1} + κ g_t,
-        and a step is Δ_t ∝ a g_t + b_t m_t; so the next d add up to Σ_{j=1…d} b_{t+j} β^j m_t. Where a = 0, that is
-
-            Σ_{j=1…d} (b_{t+j} / b_t) β^j · Δ_t,
-
-        exactly. Where the gradient itself is a part of the step (a > 0), m_t is not known from Δ_t. Closest to it in
-        the mean square, for gradients that are independent from step to step as the noise of mini-batches is, comes
-        c · Δ_t (in place of 1 / b_t · Δ_t) with
-
-            c = E[m_t Δ_t] / E[Δ_t²] = (a κ + b_t s) / (a² + 2 a b_t κ + b_t² s),   s = κ² (1 − β^{2t}) / (1 − β²),
-
-        which is exact at the first step.
-
-        ============================= ===== ======= ============================== ==========================
-        optimizer                     β     κ       b_t                            a
-        ============================= ===== ======= ============================== ==========================
-        SGD, RMSprop with momentum    μ     1       1                              0
-        SGD with Nesterov's momentum  μ     1       μ                              1
-        Adam, AdamW, Adamax           β₁    1 − β₁  1 / (1 − β₁^t)                 0
-        RAdam                         β₁    1 − β₁  rectification / (1 − β₁^t)     0
-        NAdam                         β₁    1 − β₁  μ_{t+1} / (1 − μ_1 … μ_{t+1})  (1 − μ_t) / (1 − μ_1 … μ_t)
-        ============================= ===== ======= ============================== ==========================
-
-        RAdam's steps before its rectification begins say nothing of those after it, whose size is another one. Any
-        other optimizer has no momentum that its steps repeat (Adagrad, Rprop), or only where a gradient is not zero
-        (SparseAdam), or not in this way (Muon), or it is not known (Lion, Adan, schedule-free ones): 0.
+    def of(self, group: Group, ago: int = 0) -> tuple[Momentum | None, int]:
+        """The momentum of a parameter group, if it is known to have one, and for how many steps it was gathered then.
 
         Args:
-            delay: d, how many steps.
-
-        Returns:
-            A factor for each parameter group, ≥ 0.
+            group: one of the optimizer's.
+            ago: as it was that many steps ago.
         """
-        kind = known(self._optimizer)
-        if kind is None or delay < 1:
-            return [0.0] * len(self._optimizer.param_groups)
-        groups = self._optimizer.param_groups
-        return [_factor(kind, self._plain(group), self._steps_of(group), delay) for group in groups]
+        steps = max(1, self._steps_of(group) - ago)
+        momentum = None if self._kind is None else self._kind.momentum(self._plain(group), steps)
+        return (None if momentum is None or momentum.decay <= 0.0 else momentum), steps
 
     def _steps_of(self, group: Group) -> int:
-        """How many steps the moments of a group have been gathered for, at least 1."""
         for parameter in group["params"]:
             state = self._optimizer.state.get(parameter)
             step = state.get("step") if isinstance(state, dict) else None
             if isinstance(step, Tensor) and step.device.type != "cpu":
-                return max(1, self._steps())
+                return self._steps()
             if step is not None:
-                return max(1, int(step))
-        return max(1, self._steps())
+                return int(step)
+        return self._steps()
 
     def _plain(self, group: Group) -> Group:
         """A group's settings as numbers; those that are tensors are read again only after they have been changed."""
@@ -146,38 +129,27 @@ class LookAhead:
         return number
 
 
-def _factor(kind: Known, group: Group, steps: int, delay: int) -> float:
-    momentum = kind.momentum(group, steps)
-    if momentum is None or momentum.decay <= 0.0:
-        return 0.0
-    a, b, gain = momentum.newest, momentum.kept(steps), momentum.gain
-    if a == 0.0:
-        c = 1.0 / b
-    else:
-        variance = gain**2 * _geometric(momentum.decay**2, steps)
-        c = (a * gain + b * variance) / (a**2 + 2 * a * b * gain + b**2 * variance)
-    terms = (c * momentum.kept(steps + j) * momentum.decay**j for j in range(1, delay + 1))
-    return sum(term for term in terms if math.isfinite(term))
-
-
-def _geometric(ratio: float, terms: int) -> float:
-    """1 + q + … + q^(n−1)."""
-    return float(terms) if ratio >= 1.0 else (1.0 - ratio**terms) / (1.0 - ratio)
-
-
-def _velocity(group: Group, steps: int) -> _Momentum:
-    momentum = group["momentum"]
+def _velocity(group: Group, steps: int) -> Momentum:
+    momentum, gain = group["momentum"], 1.0 - group.get("dampening", 0.0)
     if not group.get("nesterov"):
-        return _Momentum(momentum, 1.0, lambda t: 1.0)
-    return _Momentum(momentum, 1.0, lambda t: momentum, newest=1.0)
+        return Momentum(momentum, gain, lambda t: 1.0)
+    return Momentum(momentum, 1.0, lambda t: momentum, newest=1.0)
 
 
-def _adam(group: Group, steps: int) -> _Momentum:
+def _velocity_of_sgd(group: Group, steps: int) -> Momentum:
+    return _velocity(group, steps)._replace(coupled_decay=group["weight_decay"])
+
+
+def _adam(group: Group, steps: int) -> Momentum:
     beta = group["betas"][0]
-    return _Momentum(beta, 1.0 - beta, lambda t: 1.0 / (1.0 - beta**t))
+    return Momentum(beta, 1.0 - beta, lambda t: 1.0 / (1.0 - beta**t), decoupled_decay=_decoupled(group))
 
 
-def _radam(group: Group, steps: int) -> _Momentum:
+def _decoupled(group: Group) -> float:
+    return group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
+
+
+def _radam(group: Group, steps: int) -> Momentum:
     beta, beta2 = group["betas"]
     limit = 2.0 / (1.0 - beta2) - 1.0
 
@@ -191,10 +163,10 @@ def _radam(group: Group, steps: int) -> _Momentum:
         rectification = (rho - 4.0) * (rho - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * rho) if rho > 5.0 else 1.0
         return float(math.sqrt(rectification) / (1.0 - beta**t))
 
-    return _Momentum(beta, 1.0 - beta, kept)
+    return Momentum(beta, 1.0 - beta, kept)
 
 
-def _nadam(group: Group, steps: int) -> _Momentum:
+def _nadam(group: Group, steps: int) -> Momentum:
     beta, decay = group["betas"][0], group["momentum_decay"]
 
     def mu(t: int) -> float:
@@ -210,7 +182,25 @@ def _nadam(group: Group, steps: int) -> _Momentum:
         return found
 
     newest = (1.0 - mu(steps)) / (1.0 - product(steps))
-    return _Momentum(beta, 1.0 - beta, lambda t: mu(t + 1) / (1.0 - product(t + 1)), newest)
+    kept = lambda t: mu(t + 1) / (1.0 - product(t + 1))  # noqa: E731
+    return Momentum(beta, 1.0 - beta, kept, newest, decoupled_decay=_decoupled(group))
+
+
+def _roots(group: Group, states: list[State]) -> list[Tensor]:
+    """√(second moment / its bias correction) + ε, of Adam and those like it."""
+    name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    roots = torch._foreach_sqrt([state[name] for state in states])
+    beta, steps = group["betas"][1], [state["step"] for state in states]
+    if all(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
+        torch._foreach_div_(roots, [(1.0 - beta**step).sqrt() for step in steps])  # nobody waits for the device
+    else:
+        torch._foreach_div_(roots, [math.sqrt(1.0 - beta ** float(step)) for step in steps])
+    torch._foreach_add_(roots, group["eps"])
+    return [*roots]
+
+
+def _infinity_norms(group: Group, states: list[State]) -> list[Tensor]:
+    return [state["exp_inf"] for state in states]
 
 
 def _start(**values: float) -> Callable[[Group], Mapping[str, float | None]]:
@@ -222,7 +212,9 @@ def _start_of_sgd(group: Group) -> Mapping[str, float | None]:
     return {"momentum_buffer": None if group["dampening"] else 0.0}
 
 
-_ADAM = Known(_start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam)
+_ADAM = Known(
+    _start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam, first_moment="exp_avg", divisors=_roots
+)
 
 # Counters of steps are those that a bias correction goes by; others (of a decay of the learning rate) are no moments.
 _KNOWN = {
@@ -232,13 +224,19 @@ _KNOWN = {
     "Adagrad": Known(lambda group: {"sum": group["initial_accumulator_value"]}, made_at_once=True),
     "Adam": _ADAM,
     "AdamW": _ADAM,
-    "Adamax": Known(_start(exp_avg=0.0, exp_inf=0.0, step=0.0), _adam),
+    "Adamax": Known(
+        _start(exp_avg=0.0, exp_inf=0.0, step=0.0), _adam, first_moment="exp_avg", divisors=_infinity_norms
+    ),
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
-    "NAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0), _nadam),
+    "NAdam": Known(
+        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0), _nadam, first_moment="exp_avg", divisors=_roots
+    ),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
-    "RMSprop": Known(_start(square_avg=0.0, grad_avg=0.0, momentum_buffer=0.0), _velocity),
+    "RMSprop": Known(
+        _start(square_avg=0.0, grad_avg=0.0, momentum_buffer=0.0), _velocity, first_moment="momentum_buffer"
+    ),
     "Rprop": Known(_start()),  # step sizes, and the latest gradient, whose signs they go by
-    "SGD": Known(_start_of_sgd, _velocity),
+    "SGD": Known(_start_of_sgd, _velocity_of_sgd, first_moment="momentum_buffer"),
     "SparseAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0)),
 }

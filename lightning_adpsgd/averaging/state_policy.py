@@ -1,11 +1,16 @@
-"""What rounds do to an optimizer's state: leave it alone, average its moments or reset them; and share it."""
+"""What rounds do to an optimizer's state: leave it alone, average, estimate or reset its moments; and share it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.momentum import LookAhead, check_known_moments
+from lightning_adpsgd.averaging.averager import OnDeviations
+from lightning_adpsgd.averaging.estimate import MomentEstimate, check_known_momentum
+from lightning_adpsgd.averaging.look_ahead import LookAhead
+from lightning_adpsgd.averaging.momentum import MomentumReader, check_known_moments
 from lightning_adpsgd.averaging.optimizer_state import (
     forget,
     has_state,
@@ -22,25 +27,27 @@ class StatePolicy:
 
     Args:
         optimizer: whose state.
-        policy: "local", "average" or "reset".
+        policy: "local", "average", "reset" or "estimate".
         drops: whether workers may be left out of a mean, and then begin anew with the state of the start.
         workers: with whom.
         bucket_bytes: of the longest bucket.
 
     Raises:
-        ValueError: if moments are to be reset, and it is not known which those are.
+        ValueError: if moments are to be reset or estimated, and it is not known which those are.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        policy: Literal["local", "average", "reset"],
+        policy: Literal["local", "average", "reset", "estimate"],
         drops: bool,
         workers: WorkerGroup,
         bucket_bytes: int,
     ) -> None:
         if policy == "reset":
             check_known_moments(optimizer)
+        elif policy == "estimate":
+            check_known_momentum(optimizer)
         self._optimizer = optimizer
         self._policy = policy
         self._workers = workers
@@ -54,7 +61,9 @@ class StatePolicy:
         """The step at which moments were last reset, on all workers."""
         self._dropped_at = 0  # the step at which this worker has lost its state alone
         self._steps = 0
-        self.look_ahead = LookAhead(optimizer, self._steps_of_moments).factors
+        reader = MomentumReader(optimizer, self._steps_of_moments)
+        self.look_ahead = LookAhead(optimizer, reader).factors
+        self._estimate = MomentEstimate(optimizer, reader) if policy == "estimate" else None
 
     def _steps_of_moments(self) -> int:
         """How many steps this worker's moments have been gathered for."""
@@ -68,6 +77,28 @@ class StatePolicy:
     def count(self, steps: int) -> None:
         """Take note of how many steps the optimizer has taken."""
         self._steps = steps
+
+    def note_step(self) -> None:
+        """Take note of a step that the optimizer has attempted."""
+        self._steps += 1
+        if self._estimate is not None:
+            self._estimate.note_step()
+
+    def estimate(
+        self, parameters: Sequence[Tensor], steps: int, ago: int = 0, ahead: Sequence[float] = ()
+    ) -> OnDeviations | None:
+        """What is to be told of the deviations of a round, to bring moments closer to their mean; None: nothing.
+
+        Args:
+            parameters: what is averaged, as it is laid out.
+            steps: for how many steps what was sent had drifted.
+            ago: how many steps ago it was sent.
+            ahead: for each parameter group, how many times the latest step was added to it.
+        """
+        if self._estimate is None:
+            return None
+        factors = self._estimate.factors(steps, ago, ahead)
+        return partial(self._estimate.correct, parameters=parameters, factors=factors) if any(factors) else None
 
     def restored(self, shared_at: int, reset_at: int) -> None:
         """Take over from a checkpoint."""

@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     flat: Tensor | None
     """All its elements as one dimension in the same storage; None if there is no such view."""
     order: Order
+    place: int = 0
+    """Its place among the tensors that are laid out."""
 
     @classmethod
     def of(cls, tensor: Tensor, group: int | None) -> "Entry":
@@ -91,7 +93,7 @@ def entries_of(
         entry = Entry.in_order(tensor, group, orders[index]) if known else Entry.of(tensor, group)
         if entry.storage not in seen:
             seen.add(entry.storage)
-            yield index, entry
+            yield index, entry._replace(place=index)
 
 
 Piece = tuple[Entry, int, int]
@@ -208,6 +210,12 @@ class Tile:
                 here.copy_(new)
         if targets:
             torch._foreach_add_(targets, added)
+
+    def of_groups(self, values: Tensor) -> Iterator[tuple[Entry, int, int, Tensor]]:
+        """Each piece that belongs to a parameter group: its tensor, where in it the piece is, and its ``values``."""
+        for (entry, start, stop), part in zip(self._pieces, values.split(self._lengths), strict=True):
+            if entry.group is not None:
+                yield entry, start, stop, part
 
     def _values(self) -> list[Tensor]:
         return self._views if self._dense else [entry.read(start, stop) for entry, start, stop in self._pieces]

@@ -109,7 +109,7 @@ class RoundEngine:
                     async_group = self._opened = workers.new_async_group()
             schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
             connected = (workers, async_group, self._contact.state)
-            self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy.look_ahead)
+            self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy)
         # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
         self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
 
@@ -152,7 +152,7 @@ class RoundEngine:
         """Count a step that the optimizer has attempted."""
         self._contact.steps += 1
         self.local_steps += 1
-        self.state_policy.count(self.steps)
+        self.state_policy.note_step()
         self.tracker.note_step()
         if self._pipeline is not None:
             self._pipeline.count_step()
@@ -210,7 +210,9 @@ class RoundEngine:
         tensors.take_over()
         stopwatch = Stopwatch(self._workers.device, self._workers.patience.wait_for)
         sent_before = self._workers.payload_bytes
-        numbers, dropped = self._full_round.run(trigger, period, tensors, also, lambda: self.has_trained)
+        numbers, dropped = self._full_round.run(
+            trigger, period, tensors, also, lambda: self.has_trained, self.local_steps
+        )
         stopwatch.stop()
         self._measures.book_bytes_since(sent_before)
         # The variance among fewer workers is another one, and so is that of a round which replaces fragments.

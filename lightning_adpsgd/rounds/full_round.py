@@ -60,6 +60,7 @@ class FullRound:
         tensors: AveragedTensors,
         also: Sequence[Tensor],
         trained: Callable[[], bool],
+        local_steps: int,
     ) -> tuple[Reduction, int]:
         """Average everything.
 
@@ -69,6 +70,7 @@ class FullRound:
             tensors: what is averaged.
             also: further tensors to average along.
             trained: says whether there is something to average; asked again when that has been done.
+            local_steps: for how many steps it has drifted.
 
         Returns:
             What was measured, which is on its way, and how many workers were left out.
@@ -103,7 +105,9 @@ class FullRound:
             deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
             if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
-                deviations = [*tensors.averager.average(contribution, as_it_is)]
+                contributes = contribution.contributes  # of one that does not, the optimizer begins anew
+                told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
+                deviations = [*tensors.averager.average(contribution, as_it_is, told)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:
                 ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(contribution)

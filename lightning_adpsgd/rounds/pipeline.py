@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.averager import BucketInFlight
+from lightning_adpsgd.averaging.state_policy import StatePolicy
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
 from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
-from lightning_adpsgd.rounds.schedule import Schedule
+from lightning_adpsgd.rounds.schedule import DriftClock, Schedule
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import CollectiveError
 
@@ -53,8 +54,10 @@ class _Fragment(NamedTuple):
     handshake: Handshake
     buckets: list[BucketInFlight]
     step: int
-    looked_ahead: bool
-    """Whether what was sent is what the fragment was expected to become."""
+    ahead: Sequence[float]
+    """How many times the latest step was added to each parameter group; empty where what was sent is what it was."""
+    drifted: int
+    """For how many steps it had drifted."""
 
 
 class _Before(NamedTuple):
@@ -89,8 +92,8 @@ class Pipeline:
         workers: with whom, and where they hold handshakes that are not a fragment's.
         async_group: the same workers in a process group of its own.
         state: makes what this rank states, of a kind, trigger and period.
-        look_ahead: for each parameter group, now, which multiple of the latest step its momentum will add to a
-            fragment in a number of steps; 0 where that is not known.
+        policy: of the optimizer's state: knows which multiple of the latest step momentum will add to a fragment, and
+            what a fragment's deviations say about moments.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Pipeline:
         workers: WorkerGroup,
         async_group: WorkerGroup,
         state: Callable[..., RankState],
-        look_ahead: Callable[[int], list[float]],
+        policy: StatePolicy,
     ) -> None:
         # Configuration
         self._schedule = schedule
@@ -108,13 +111,14 @@ class Pipeline:
         self._workers = workers
         self._async_group = async_group
         self._state = state
-        self._look_ahead = look_ahead
+        self._policy = policy
 
         # State
         self.steps = 0
         """Local steps since all workers were last the same, from which the schedule counts."""
         self._sent_at = 0
         self._round: SpreadRound | None = None  # the one that is being sent
+        self._clock = DriftClock()
         self._in_flight: deque[_Fragment] = deque()  # oldest first
         self._known: AveragedTensors | None = None  # what all workers are known to average
         self._before: _Before | None = None  # of what is sent after the next step
@@ -157,6 +161,7 @@ class Pipeline:
             delay = self._schedule.delay(period)
             none = torch.zeros(tensors.averager.groups, dtype=torch.float64, device=self._async_group.device)
             round_ = self._round = SpreadRound(fragments, delay, period, drift, none)
+            self._clock.begin(fragments)
         self._launch(round_, tensors, step)
         return landed
 
@@ -195,7 +200,7 @@ class Pipeline:
         """
         self._before = None
         due = self._schedule.is_due(self.steps + 1, self._sent_at, period)
-        if self._schedule.overlap == 0 or not due or not any(self._look_ahead(1)):
+        if self._schedule.overlap == 0 or not due or not any(self._policy.look_ahead(1)):
             return
         tensors, round_ = self._tracker.current(), self._round
         fragment, fragments = 0, self._schedule.fragments(period)
@@ -233,6 +238,7 @@ class Pipeline:
 
     def _begin_anew(self) -> None:
         self.steps = self._sent_at = 0
+        self._clock.restart()
         self._round = None
         self._before = None
 
@@ -250,17 +256,17 @@ class Pipeline:
 
     def _launch(self, round_: SpreadRound, tensors: AveragedTensors, step: int) -> None:
         state = self._state("a fragment of an averaging round", "period", round_.period)
-        ahead = self._look_ahead(round_.delay)
+        ahead = self._policy.look_ahead(round_.delay)
         before = self._before
         values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
+        drifted = self._clock.send(self.steps)
         try:
             buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
         except CollectiveError as error:
             raise self.lost(state, error) from error
         handshake = Handshake(self._workers, state._replace(finite=finite))
-        self._in_flight.append(
-            _Fragment(round_, tensors, state, handshake, buckets, self.steps, looked_ahead=values is not None)
-        )
+        ahead = [] if values is None else ahead
+        self._in_flight.append(_Fragment(round_, tensors, state, handshake, buckets, self.steps, ahead, drifted))
         round_.sent += 1
         round_.step = step
         self._sent_at = self.steps
@@ -287,9 +293,12 @@ class Pipeline:
 
     def _adopt(self, fragment: _Fragment) -> None:
         round_ = fragment.round
-        as_sent = self.steps == fragment.step and not fragment.looked_ahead and not self._tracker.moved_by_others
+        as_sent = self.steps == fragment.step and not fragment.ahead and not self._tracker.moved_by_others
         self._tracker.rebind(fragment.tensors)
-        round_.deviations += fragment.tensors.averager.adopt(fragment.buckets, moved=not as_sent)
+        told = self._policy.estimate(
+            fragment.tensors.tensors, fragment.drifted, self.steps - fragment.step, fragment.ahead
+        )
+        round_.deviations += fragment.tensors.averager.adopt(fragment.buckets, not as_sent, told)
         round_.landed += 1
         if round_.fragments == 1 and as_sent:
             self._begin_anew()

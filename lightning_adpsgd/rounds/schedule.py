@@ -62,3 +62,31 @@ class StaggeredRounds(Schedule):
     @override
     def is_due(self, step: int, sent_at: int, period: int) -> bool:
         return sent_at > 0 or step >= period
+
+
+class DriftClock:
+    """For how many steps the elements of a fragment have drifted: since they were last sent, in a round before.
+
+    The fragments of two rounds have different bounds where the period has changed: the middle of a fragment counts.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Take note that all workers are the same; steps are counted from 0 again."""
+        self._before = [0]
+        self._now: list[int] = []
+        self._fragments = 0
+
+    def begin(self, fragments: int) -> None:
+        """Take note that a round begins, of as many fragments."""
+        if self._now and len(self._now) == self._fragments:
+            self._before = self._now
+        self._now, self._fragments = [], fragments
+
+    def send(self, step: int) -> int:
+        """Take note that the next fragment is sent at a step; return for how many steps it has drifted."""
+        middle = (len(self._now) + 0.5) / self._fragments
+        self._now.append(step)
+        return step - self._before[int(middle * len(self._before))]

@@ -69,8 +69,8 @@ class ADPSGDStrategy(NodeGradients):
         exclude_buffers: names of buffers that stay each worker's own (queues, hidden states), as patterns of
             :mod:`fnmatch`, in which ``*`` is any text: ``["*.queue", "memory.*"]``. A checkpoint holds rank 0's.
         optimizer_state: what a round does to momentum and moments: "local" leaves them to each worker, as the paper
-            does; "average" averages them too (which sends as many bytes again for each); "reset" makes them what they
-            are before the first step, for optimizers of torch.optim and those derived from one.
+            does; "average" averages them too (as many bytes again for each); "estimate" brings momentum together as the
+            drift of parameters tells it, without a byte; "reset" makes them what they are before the first step.
         bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
         on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
             before anything is overwritten; or "drop" these ranks from the mean, for them to go on from that.
@@ -102,7 +102,7 @@ class ADPSGDStrategy(NodeGradients):
         self,
         period: AveragingPeriod | int | None = None,
         average_buffers: bool = True,
-        optimizer_state: Literal["local", "average", "reset"] = "local",
+        optimizer_state: Literal["local", "average", "reset", "estimate"] = "local",
         bucket_size_mb: float = 64.0,
         on_divergence: Literal["raise", "drop"] = "raise",
         stagger: bool = False,

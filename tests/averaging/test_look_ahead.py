@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.momentum import LookAhead
+from lightning_adpsgd.averaging.look_ahead import LookAhead
+from lightning_adpsgd.averaging.momentum import MomentumReader
 
 DELAYS = (1, 2, 4)
 STEPS = (1, 2, 3, 8, 30)
@@ -80,7 +81,7 @@ def hold_second_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def factor(optimizer: Optimizer, delay: int, steps: int) -> float:
-    [found] = LookAhead(optimizer, lambda: steps).factors(delay)
+    [found] = LookAhead(optimizer, MomentumReader(optimizer, lambda: steps)).factors(delay)
     return found
 
 
@@ -151,13 +152,13 @@ def test_an_optimizer_that_is_not_known_is_expected_nowhere_else_and_one_derived
 def test_each_group_has_its_own_factor():
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([{"params": [one], "momentum": 0.5}, {"params": [two]}], lr=0.1)
-    assert LookAhead(optimizer, lambda: 9).factors(2) == [0.75, 0.0]
+    assert LookAhead(optimizer, MomentumReader(optimizer, lambda: 9)).factors(2) == [0.75, 0.0]
 
 
 def test_settings_that_are_tensors_are_read_again_when_they_have_changed():
     beta = torch.tensor(0.5)
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.1, betas=(beta, torch.tensor(0.9)), foreach=False)
-    ahead = LookAhead(optimizer, lambda: 1000)
+    ahead = LookAhead(optimizer, MomentumReader(optimizer, lambda: 1000))
     assert ahead.factors(1) == [pytest.approx(0.5)]
     beta.fill_(0.25)
     assert ahead.factors(1) == [pytest.approx(0.25)]

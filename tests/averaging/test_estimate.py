@@ -1,0 +1,190 @@
+"""Moments estimated from drift, against torch's optimizers themselves and on real workers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adpsgd.averaging.estimate import MomentEstimate, check_known_momentum
+from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
+from lightning_adpsgd.averaging.look_ahead import LookAhead
+from lightning_adpsgd.averaging.momentum import MomentumReader
+
+COUNT = 200_000  # elements, each of which is an experiment of its own
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    "SGD, dampened": ("SGD", {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
+    "SGD, Nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "SGD, weight decay": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}),
+    "SGD, maximizes": ("SGD", {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+    "RMSprop": ("RMSprop", {"lr": 0.1, "momentum": 0.7, "alpha": 0.01}),
+    "Adam": ("Adam", {"lr": 0.01}),
+    "Adam, AMSGrad": ("Adam", {"lr": 0.01, "amsgrad": True}),
+    "AdamW": ("AdamW", {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 8.0}),
+    "Adamax": ("Adamax", {"lr": 0.01}),
+    "NAdam": ("NAdam", {"lr": 0.01}),
+}
+
+
+class Experiment:
+    """An optimizer whose gradients are noise: all that parameters do is to drift away from the mean, which is 0."""
+
+    def __init__(self, kind: str, first: int = 5) -> None:
+        class_, options = KINDS[kind]
+        self.parameter = nn.Parameter(torch.zeros(COUNT, dtype=torch.float64))
+        self.optimizer: Optimizer = getattr(torch.optim, class_)([self.parameter], **options)
+        self.reader = MomentumReader(self.optimizer, lambda: self.steps)
+        self.estimate = MomentEstimate(self.optimizer, self.reader)
+        self.generator = torch.Generator().manual_seed(0)
+        self.steps = 0
+        self.before = torch.empty(0)
+        self.train(first)
+        with torch.no_grad():  # a round at which all become the same
+            self.parameter.zero_()
+            self.moment.zero_()
+
+    @property
+    def moment(self) -> Tensor:
+        """The first moment."""
+        state = self.optimizer.state[self.parameter]
+        return state["exp_avg" if "exp_avg" in state else "momentum_buffer"]
+
+    def train(self, steps: int, rates: list[float] | None = None) -> None:
+        """Take steps whose gradients are signs, so that second moments stay what they are."""
+        for step in range(steps):
+            if rates is not None:
+                self.optimizer.param_groups[0]["lr"] = rates[step]
+            self.before = self.parameter.detach().clone()
+            drawn = torch.randint(0, 2, (COUNT,), generator=self.generator, dtype=torch.float64)
+            self.parameter.grad = drawn * 2 - 1
+            self.optimizer.step()
+            self.estimate.note_step()
+            self.steps += 1
+
+    def correct(self, sent: Tensor, **how: Any) -> None:
+        """Correct the moment as a round does whose mean is 0."""
+        factors = self.estimate.factors(**how)
+        layout = FlatLayout([self.parameter], [0])
+        for tile in layout.tiles(Bucket(0, 0, COUNT)):
+            self.estimate.correct(tile, sent[tile.start : tile.stop], [self.parameter], factors)
+
+
+def uncorrelated(moment: Tensor, sent: Tensor) -> bool:
+    """Whether a moment has nothing in common any more with what was sent, so that no factor would have been better."""
+    correlation = torch.dot(moment, sent) / (moment.norm() * sent.norm())
+    return abs(float(correlation)) < 5 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("period", [2, 4, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_of_a_moment_has_nothing_in_common_with_the_drift(kind: str, period: int) -> None:
+    experiment = Experiment(kind)
+    experiment.train(period)
+    drift = experiment.parameter.detach().clone()
+    assert not uncorrelated(experiment.moment, drift)
+
+    experiment.correct(drift, steps=period)
+
+    assert uncorrelated(experiment.moment, drift)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_one_step_the_estimate_is_exact(kind: str) -> None:
+    experiment = Experiment(kind)
+    experiment.train(1)
+    was = experiment.moment.norm()
+
+    experiment.correct(experiment.parameter.detach(), steps=1)
+
+    assert experiment.moment.norm() < 1e-6 * was
+
+
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_it_accounts_for_the_share_that_theory_says(period: int) -> None:
+    mu = 0.9
+    a = [(1 - mu ** (j + 1)) / (1 - mu) for j in range(period)]
+    v = [mu**j for j in range(period)]
+    both = sum(x * y for x, y in zip(a, v, strict=True))
+    share = both**2 / (sum(x * x for x in a) * sum(y * y for y in v))
+    experiment = Experiment("SGD")
+    experiment.train(period)
+    was = experiment.moment.square().sum()
+
+    experiment.correct(experiment.parameter.detach().clone(), steps=period)
+
+    assert float(1 - experiment.moment.square().sum() / was) == pytest.approx(share, abs=0.01)
+    assert experiment.estimate.factors(period)[0] == pytest.approx(-both / sum(x * x for x in a) / 0.1)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "SGD, Nesterov", "Adam"])
+def test_rates_that_change_within_a_period_count_each(kind: str) -> None:
+    rates = [0.1, 0.02, 0.3, 0.005]
+    experiment = Experiment(kind)
+    experiment.train(4, rates)
+    drift = experiment.parameter.detach().clone()
+
+    experiment.correct(drift, steps=4)
+
+    assert uncorrelated(experiment.moment, drift)
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "SGD, Nesterov", "SGD, weight decay", "AdamW", "NAdam"])
+def test_what_arrives_later_corrects_what_the_moment_has_become(kind: str, looks_ahead: bool) -> None:
+    delay, period = 2, 4
+    experiment = Experiment(kind)
+    experiment.train(period)
+    ahead = LookAhead(experiment.optimizer, experiment.reader).factors(delay) if looks_ahead else []
+    sent = experiment.parameter.detach() + (ahead or [0.0])[0] * (experiment.parameter.detach() - experiment.before)
+    experiment.train(delay)
+    # Steps meanwhile have nothing to do with what was sent, but for weight decay's.
+    assert not uncorrelated(experiment.moment, sent)
+
+    experiment.correct(sent, steps=period, ago=delay, ahead=ahead)
+
+    if kind != "SGD, weight decay":
+        assert uncorrelated(experiment.moment, sent)
+    assert experiment.estimate.factors(period, delay, ahead) != experiment.estimate.factors(period)
+
+
+def test_nothing_is_estimated_without_momentum_a_rate_or_steps() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    for options in ({"lr": 0.1, "momentum": 0.0}, {"lr": 0.0, "momentum": 0.9}):
+        optimizer = torch.optim.SGD([parameter], **options)
+        estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3))
+        for _ in range(3):
+            estimate.note_step()
+        assert estimate.factors(3) == [0.0]
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    assert MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3)).factors(3) == [0.0]
+
+
+def test_parameters_of_any_shape_in_memory_and_those_without_state() -> None:
+    parameters = [nn.Parameter(each) for each in (torch.zeros(()), torch.zeros(4, 3, 2, 2), torch.zeros(5))]
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameters[1]]  # as after channels_last was set, and the moment loaded from before
+    state["momentum_buffer"] = state["momentum_buffer"].to(memory_format=torch.channels_last)
+    estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 1))
+    estimate.note_step()
+    layout = FlatLayout(parameters, [0, 0, 0])
+    for bucket in layout.cut(1 << 20):
+        for tile in layout.tiles(bucket):
+            estimate.correct(tile, tile.pack(torch.empty(len(tile))), parameters, estimate.factors(1))
+
+    for parameter in parameters[:2]:
+        torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], torch.zeros_like(parameter))
+    assert not optimizer.state[parameters[2]]
+
+
+@pytest.mark.parametrize("class_", [torch.optim.Adagrad, torch.optim.RAdam, torch.optim.Rprop])
+def test_an_optimizer_whose_momentum_is_not_known_is_refused(class_: Any) -> None:
+    optimizer = class_([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=f'"estimate" with .*{class_.__name__}: expected .*Adam, AdamW.*SGD.*"local"'):
+        check_known_momentum(optimizer)
