@@ -137,7 +137,7 @@ AVERAGING = {
         right=([], (), ["*.queue"], ("a", "b")),
         in_file=("queue", 3),
     ),
-    "optimizer_state": choice("local", "average", "reset"),
+    "optimizer_state": choice("local", "average", "reset", "estimate"),
     "bucket_size_mb": number("expected a positive, finite number of MiB", (-1, 0, -0.0, 2.0**43), (1, 1e-9, 2.0**42)),
     "on_divergence": choice("raise", "drop"),
     "stagger": FLAG,

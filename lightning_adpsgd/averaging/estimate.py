@@ -157,7 +157,7 @@ def _factor(momentum: Momentum, gathered: int, rates: Sequence[float], ago: int,
         kept = momentum.kept(gathered - age)
         if not math.isfinite(kept):
             break
-        size = rate * (momentum.newest + kept * gain)
+        size = rate * (momentum.newest(gathered - age) + kept * gain)
         v, w = (row[0] * gain - row[1] * size for row in (moment, sent))
         both, squares = both + v * w, squares + w * w
         pulls = gain * momentum.coupled_decay

@@ -63,7 +63,7 @@ class LookAhead:
 def _factor(momentum: Momentum | None, steps: int, delay: int) -> float:
     if momentum is None:
         return 0.0
-    a, b, gain = momentum.newest, momentum.kept(steps), momentum.gain
+    a, b, gain = momentum.newest(steps), momentum.kept(steps), momentum.gain
     if a == 0.0:
         c = 1.0 / b
     else:

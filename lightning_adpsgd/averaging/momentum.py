@@ -15,7 +15,7 @@ State = Mapping[str, Any]
 
 
 class Momentum(NamedTuple):
-    """A first moment, m_t = β m_{t−1} + κ g_t after t steps, of which step t is −(a g_t + b_t m_t), times its size."""
+    """A first moment, m_t = β m_{t−1} + κ g_t after t steps; step t is −(a_t g_t + b_t m_t), times its size."""
 
     decay: float
     """β."""
@@ -23,8 +23,8 @@ class Momentum(NamedTuple):
     """κ."""
     kept: Callable[[int], float]
     """b_t; NaN for steps whose size has nothing to do with the latest one's."""
-    newest: float = 0.0
-    """a, at the latest step."""
+    newest: Callable[[int], float] = lambda steps: 0.0
+    """a_t."""
     coupled_decay: float = 0.0
     """λ, of weight decay that is a part of the gradient, where a step's size is the learning rate alone."""
     decoupled_decay: float = 0.0
@@ -133,7 +133,7 @@ def _velocity(group: Group, steps: int) -> Momentum:
     momentum, gain = group["momentum"], 1.0 - group.get("dampening", 0.0)
     if not group.get("nesterov"):
         return Momentum(momentum, gain, lambda t: 1.0)
-    return Momentum(momentum, 1.0, lambda t: momentum, newest=1.0)
+    return Momentum(momentum, 1.0, lambda t: momentum, newest=lambda t: 1.0)
 
 
 def _velocity_of_sgd(group: Group, steps: int) -> Momentum:
@@ -181,7 +181,7 @@ def _nadam(group: Group, steps: int) -> Momentum:
                 return 0.0
         return found
 
-    newest = (1.0 - mu(steps)) / (1.0 - product(steps))
+    newest = lambda t: (1.0 - mu(t)) / (1.0 - product(t))  # noqa: E731
     kept = lambda t: mu(t + 1) / (1.0 - product(t + 1))  # noqa: E731
     return Momentum(beta, 1.0 - beta, kept, newest, decoupled_decay=_decoupled(group))
 

@@ -1,13 +1,16 @@
 """Moments estimated from drift, against torch's optimizers themselves and on real workers."""
 
 import math
+import statistics
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adpsgd import LocalSGD
 from lightning_adpsgd.averaging.estimate import MomentEstimate, check_known_momentum
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 from lightning_adpsgd.averaging.look_ahead import LookAhead
@@ -188,3 +191,94 @@ def test_an_optimizer_whose_momentum_is_not_known_is_refused(class_: Any) -> Non
     optimizer = class_([nn.Parameter(torch.zeros(2))])
     with pytest.raises(ValueError, match=f'"estimate" with .*{class_.__name__}: expected .*Adam, AdamW.*SGD.*"local"'):
         check_known_momentum(optimizer)
+
+
+# On real workers
+
+
+def drift(policy: str, options: dict[str, Any], steps: int = 48, name: str = "SGD") -> list[float]:
+    """The variance of moments among workers that follow noise, after each step once two rounds have taken place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
+    class_, settings = KINDS[name]
+    optimizer = getattr(torch.optim, class_)(model.parameters(), **settings)
+    local_sgd = LocalSGD(optimizer, 4, module=model, optimizer_state=policy, **options)
+    torch.manual_seed(dist.get_rank() + 1)
+    found = []
+    for step in range(1, steps + 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.randint(0, 2, parameter.shape) * 2.0 - 1.0
+        optimizer.step()
+        local_sgd.step()
+        if step > 8:
+            entries = [optimizer.state[parameter] for parameter in model.parameters()]
+            moment = torch.cat([(entry.get("exp_avg", entry.get("momentum_buffer"))).flatten() for entry in entries])
+            mean = moment.clone()
+            dist.all_reduce(mean)
+            found.append(float((moment - mean / dist.get_world_size()).square().mean()))
+    return found
+
+
+def drifts(options: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
+    return drift("local", options, name=name), drift("estimate", options, name=name)
+
+
+# What is left of the deviations' variance, a mean over the steps of a period, is what the run shows, and a tenth.
+@pytest.mark.parametrize(("name", "left", "left_if_late"), [("SGD", 0.4, 0.48), ("AdamW", 0.6, 0.72)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduce_dtype": "bf16"}, {"overlap": 1}, {"stagger": True}, {"stagger": True, "overlap": 1}],
+    ids=str,
+)
+def test_moments_stay_closer_together_whichever_way_rounds_travel(
+    pool: Any, options: dict[str, Any], name: str, left: float, left_if_late: float
+) -> None:
+    for local, estimated in pool.run(drifts, options, name, workers=3):
+        share = statistics.fmean(estimated) / statistics.fmean(local)
+        assert share < (left_if_late if "overlap" in options else left)
+
+
+def every_step(nesterov: bool) -> tuple[Tensor, Tensor]:
+    """Parameters after rounds at every step with the estimate, and as full communication makes them."""
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+    ends = []
+    for averages in (True, False):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(50, dtype=torch.float64))
+        optimizer = torch.optim.SGD([parameter], **settings)
+        local_sgd = LocalSGD(optimizer, 1, optimizer_state="estimate") if averages else None
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        for _ in range(10):
+            parameter.grad = parameter.detach() + torch.randn(50, generator=generator, dtype=torch.float64)
+            if local_sgd is None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+            optimizer.step()
+            if local_sgd is not None:
+                local_sgd.step()
+        ends.append(parameter.detach())
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_at_every_step_it_is_full_communication_momentum_included(pool: Any, nesterov: bool) -> None:
+    for mine, full in pool.run(every_step, nesterov, workers=2):
+        torch.testing.assert_close(mine, full)
+
+
+def nothing_more_is_sent() -> list[int]:
+    sent = []
+    for policy in ("local", "estimate"):
+        model = nn.Linear(4, 4)
+        local_sgd = LocalSGD(torch.optim.AdamW(model.parameters(), lr=0.1), 2, module=model, optimizer_state=policy)
+        for _ in range(6):
+            model(torch.ones(4)).sum().backward()
+            local_sgd.optimizer.step()
+            local_sgd.step()
+        sent.append(local_sgd.workers.payload_bytes)
+    return sent
+
+
+def test_it_sends_nothing(pool: Any) -> None:
+    for local, estimated in pool.run(nothing_more_is_sent):
+        assert local == estimated > 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd import LocalSGD
+from lightning_adpsgd.averaging.momentum import known_names
 
 POLICIES = ("local", "average", "reset")
 
@@ -90,7 +91,9 @@ def learn(name: str, policy: str) -> dict:
 
 
 def learn_in_every_way() -> dict[tuple[str, str], dict]:
-    return {(name, policy): learn(name, policy) for name in NAMES for policy in POLICIES}
+    ways = [(name, policy) for name in NAMES for policy in POLICIES]
+    ways += [(name, "estimate") for name in known_names(lambda kind: kind.first_moment)]
+    return {way: learn(*way) for way in ways}
 
 
 def test_every_optimizer_of_torch_is_tried():

@@ -98,7 +98,7 @@ def test_going_on_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, op
     assert not all(torch.equal(first[name], second[name]) for name in first if "step" not in name)
 
 
-@pytest.mark.parametrize("policy", ["average", "reset"])
+@pytest.mark.parametrize("policy", ["average", "reset", "estimate"])
 def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path, policy):
     for outcome in pool.run_trainer(stop_and_go, "sgd", str(tmp_path), 2, {"optimizer_state": policy}):
         assert outcome["differs"] == []
@@ -112,6 +112,7 @@ def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path
         {"overlap": 2},
         {"stagger": True, "overlap": 1},
         {"stagger": True, "overlap": 1, "optimizer_state": "reset"},
+        {"stagger": True, "overlap": 1, "optimizer_state": "estimate"},
         {"reduce_dtype": "bf16"},
         {"stagger": True, "overlap": 1, "reduce_dtype": "fp16"},
     ],
