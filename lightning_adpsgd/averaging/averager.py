@@ -107,8 +107,7 @@ class ParameterAverager:
                 buffers.append(self._buffers.lend(bucket))
                 in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], contribution, as_it_is))
             deviations += [self.finish(oldest, as_it_is, told) for oldest in in_flight]
-            for buffer in buffers:
-                self._buffers.give_back(buffer)
+            self._buffers.give_back(*buffers)
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to it
             self._buffers.end_round()
@@ -133,7 +132,7 @@ class ParameterAverager:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
-            Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
+            Σ ‖w̄ − w_i‖² over the bucket, as :meth:`average` does, on the bucket's device.
         """
         mean, alike = self._mean(in_flight)
         adopts = as_it_is or isinstance(self.update, Adopt)

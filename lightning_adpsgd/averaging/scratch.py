@@ -28,9 +28,9 @@ class BufferPool:
                 return buffer
         return self._layout.new_buffer(bucket, self._device)
 
-    def give_back(self, buffer: Tensor) -> None:
+    def give_back(self, *buffers: Tensor) -> None:
         """Take back what was lent."""
-        self._spare.append(buffer)
+        self._spare += buffers
 
     def end_round(self) -> None:
         """Forget the buffers that are not kept."""
