@@ -1,8 +1,8 @@
 """What `link.py` compares: ways to train one model on many workers, each as its own project recommends.
 
 Those that average parameters do so every `period` steps, so that all of them have the same number of rounds. The bytes
-that a contender reports are its own count where it has one (``adpsgd``, PowerSGD, QSGD); for the others they are what a
-ring all-reduce sends for the tensors that were reduced.
+that a contender reports are its own count where it has one (``adpsgd``, bf16, PowerSGD, QSGD); for the others they are
+what a ring all-reduce sends for the tensors that were reduced.
 
 Where the comparison is unfair for reasons that are not this package's merit:
 
@@ -45,11 +45,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from benchmarks.baselines import EvenRounds, HookedDDP, QSGDStrategy
+from benchmarks.baselines import BF16Strategy, CountedDDP, EvenRounds, HookedDDP, PowerSGDStrategy, QSGDStrategy
 from benchmarks.frame.rank import ADDRESS
 from benchmarks.frame.trainer import VARIANTS, Rounds, Sent, new_trainer, unknown_options
 from benchmarks.training import (
@@ -67,7 +65,6 @@ from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, Lo
 from lightning_adpsgd.rounds.record import ring_bytes
 
 POWERSGD_RANK = 2  # what its paper uses for images
-FIRST_POWERSGD_STEP = 2  # the smallest that PyTorch allows
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -126,36 +123,19 @@ def _alone(plan: Plan, record: Record) -> None:
 
 
 def _ddp(plan: Plan, record: Record) -> None:
-    record.sent = _every_step(plan, record, bytes_per_parameter=4)
+    record.sent = _every_step(plan, record)
     _fit(plan, record, DDPStrategy())
 
 
-def _ddp_bf16(plan: Plan, record: Record) -> None:
-    record.sent = _every_step(plan, record, bytes_per_parameter=2)
-    _fit(plan, record, HookedDDP(bf16_compress_hook, lambda: None))
+def _compressed(new_strategy: Callable[[Plan], CountedDDP]) -> Callable[[Plan, Record], None]:
+    """DDP with compressed gradients, whose strategy counts what it sends."""
 
+    def train(plan: Plan, record: Record) -> None:
+        strategy = new_strategy(plan)
+        record.sent = lambda: Sent(strategy.steps, strategy.sent_bytes)
+        _fit(plan, record, strategy)
 
-def _ddp_powersgd(plan: Plan, record: Record) -> None:
-    states: list[PowerSGDState] = []
-
-    def new_state() -> PowerSGDState:
-        states.append(PowerSGDState(None, POWERSGD_RANK, start_powerSGD_iter=FIRST_POWERSGD_STEP))
-        return states[0]
-
-    def sent() -> Sent:
-        # It counts from its first step on, which is before the timed steps.
-        compressed = states[0].total_numel_after_compression if states else 0
-        return Sent(record.steps, ring_bytes(4 * compressed, plan.world_size))
-
-    record.sent = sent
-    one_bucket = 1 + 4 * model_size(plan.recipe) // 2**20  # in MB
-    _fit(plan, record, HookedDDP(powerSGD_hook, new_state, bucket_cap_mb=one_bucket))
-
-
-def _qsgd(plan: Plan, record: Record) -> None:
-    strategy = QSGDStrategy(seed=plan.recipe.seed)
-    record.sent = lambda: Sent(strategy.steps, strategy.sent_bytes)
-    _fit(plan, record, strategy)
+    return train
 
 
 def _post_local_sgd(plan: Plan, record: Record) -> None:
@@ -316,9 +296,9 @@ CONTENDERS: dict[str, Contender] = {
         Contender("none", _alone),
         Contender("none-loop", _loop_alone),
         Contender("ddp", _ddp),
-        Contender("ddp-bf16", _ddp_bf16),
-        Contender("ddp-powersgd", _ddp_powersgd),
-        Contender("qsgd", _qsgd),
+        Contender("ddp-bf16", _compressed(lambda plan: BF16Strategy())),
+        Contender("ddp-powersgd", _compressed(lambda plan: PowerSGDStrategy(POWERSGD_RANK))),
+        Contender("qsgd", _compressed(lambda plan: QSGDStrategy(seed=plan.recipe.seed))),
         Contender("post-local-sgd", _post_local_sgd),
         Contender("accelerate", _accelerate, _needs("accelerate")),
         Contender("torchft", _torchft, _needs("torchft")),
@@ -339,8 +319,8 @@ def _rank() -> int:
     return int(os.environ["RANK"])
 
 
-def _every_step(plan: Plan, record: Record, bytes_per_parameter: int) -> Callable[[], Sent]:
-    payload = bytes_per_parameter * model_size(plan.recipe)
+def _every_step(plan: Plan, record: Record) -> Callable[[], Sent]:
+    payload = 4 * model_size(plan.recipe)
     return lambda: Sent(record.steps, ring_bytes(record.steps * payload, plan.world_size))
 
 

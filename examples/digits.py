@@ -1,7 +1,8 @@
 """Adaptive periodic averaging on real handwritten digits, with two workers on a CPU: python examples/digits.py.
 
 The data are scikit-learn's 1,797 images of 8x8 pixels, which come with the package. Compare with
-`--strategy ddp` (full communication) and with `--strategy 8` (a constant averaging period).
+`--strategy ddp` (full communication), with `--strategy 8` (a constant averaging period), and with
+`--strategy proportional` (a period that follows in proportion, rather than by a step per round).
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor
 
 
 class DigitClassifier(L.LightningModule):
@@ -76,12 +77,14 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def strategy_of(name: str) -> str | ADPSGDStrategy:
-    """What `--strategy` stands for: "adpsgd", "ddp", or an int for a constant averaging period."""
+    """What `--strategy` stands for: "adpsgd", "ddp", "proportional", or an int for a constant averaging period."""
     if name in ("adpsgd", "ddp"):
         return name
+    if name == "proportional":
+        return ADPSGDStrategy(period=AdaptivePeriod(growth="proportional"))
     if name.isdecimal() and int(name) > 0:
         return ADPSGDStrategy(period=int(name))
-    raise argparse.ArgumentTypeError(f"{name!r}: expected adpsgd, ddp, or an averaging period such as 8")
+    raise argparse.ArgumentTypeError(f"{name!r}: expected adpsgd, ddp, proportional, or an averaging period such as 8")
 
 
 def positive(number: str) -> int:
@@ -94,12 +97,15 @@ def positive(number: str) -> int:
 def main() -> None:
     """Train, then test the averaged model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", default="adpsgd", type=strategy_of, help="adpsgd, ddp, or a constant period")
+    parser.add_argument(
+        "--strategy", default="adpsgd", type=strategy_of, help="adpsgd, ddp, proportional, or a constant period"
+    )
     parser.add_argument("--workers", default=2, type=positive, help="processes on this machine's CPU")
     parser.add_argument("--epochs", default=20, type=positive)
+    parser.add_argument("--seed", default=1, type=positive)
     arguments = parser.parse_args()
 
-    L.seed_everything(1)
+    L.seed_everything(arguments.seed)
     train, test = digits()
     trainer = L.Trainer(
         strategy=arguments.strategy,

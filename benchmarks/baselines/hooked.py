@@ -1,8 +1,10 @@
-"""DDP with a communication hook, on any device."""
+"""DDP with a communication hook, on any device; and one whose hook counts what it sends."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -36,3 +38,44 @@ class HookedDDP(DDPStrategy):
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(self._new_state(), self._hook)
+
+
+class Reducer(Protocol):
+    """Averages gradients, and counts."""
+
+    @property
+    def steps(self) -> int:
+        """How often all gradients were averaged."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent of them to others."""
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP's communication hook."""
+
+
+class CountedDDP(HookedDDP):
+    """DDP whose gradients a reducer averages.
+
+    Args:
+        reducer: what averages them.
+        options: of ``DDPStrategy``.
+    """
+
+    def __init__(self, reducer: Reducer, **options: Any) -> None:
+        self._reducer = reducer
+        super().__init__(type(reducer).reduce, self._get_reducer, **options)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent of gradients to other ranks since the start; DDP's own broadcasts are not in it."""
+        return self._reducer.sent_bytes
+
+    @property
+    def steps(self) -> int:
+        """How often all gradients were averaged since the start."""
+        return self._reducer.steps
+
+    def _get_reducer(self) -> Reducer:
+        return self._reducer  # a method, not a lambda: start_method="spawn" pickles strategies

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.baselines.hooked import HookedDDP
+from benchmarks.baselines.hooked import CountedDDP
 from lightning_adpsgd.validation import given, type_of
 
 LEVELS = 127  # s: with a sign, what fits into a byte
@@ -167,7 +167,7 @@ class QSGDReducer:
         return wire.cpu() if dist.get_backend() == "gloo" else wire  # gloo exchanges what is on the host
 
 
-class QSGDStrategy(HookedDDP):
+class QSGDStrategy(CountedDDP):
     """DDP that averages gradients quantized to 8 bits, in about a quarter of the bytes (QSGD, arXiv:1610.02132).
 
     With one process nothing is sent, and gradients are unchanged. A run that continues from a checkpoint draws its
@@ -185,21 +185,7 @@ class QSGDStrategy(HookedDDP):
 
     def __init__(self, bucket_size: int = 512, seed: int = 0, **options: Any) -> None:
         codec = QSGDCodec(_check("bucket_size", bucket_size, 1, 2**31 - 1, "for example 512"))
-        self._reducer = QSGDReducer(codec, _check("seed", seed, 0, LARGEST_SEED, "for example 0"))
-        super().__init__(QSGDReducer.reduce, self._get_reducer, **options)
-
-    @property
-    def sent_bytes(self) -> int:
-        """What this rank has sent of gradients to other ranks since the start; DDP's own broadcasts are not in it."""
-        return self._reducer.sent_bytes
-
-    @property
-    def steps(self) -> int:
-        """How often all gradients were averaged since the start."""
-        return self._reducer.steps
-
-    def _get_reducer(self) -> QSGDReducer:
-        return self._reducer  # a method, not a lambda: start_method="spawn" pickles strategies
+        super().__init__(QSGDReducer(codec, _check("seed", seed, 0, LARGEST_SEED, "for example 0")), **options)
 
 
 def _check(name: str, value: object, least: int, most: int, example: str) -> int:

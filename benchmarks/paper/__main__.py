@@ -1,8 +1,10 @@
 """The paper's comparison (arXiv:2007.06134) on CIFAR-10, from training to a page with tables and figures.
 
     .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
+        [--studies A,B] [--tasks A,B] [--contenders A,B] [--seeds N]
 
-`plan.py` lists what is trained at each scale. Every run is a `Trainer.fit` on as many processes as there are workers,
+`plan.py` lists what is trained at each scale; a selection of it with the options of the second line, for example
+`--studies bytes --contenders full,adpsgd-int4 --seeds 5`. The page has all finished runs of the studies. Every run is a `Trainer.fit` on as many processes as there are workers,
 all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an interruption the same
 command continues. When all of them are finished the page is written; `--page-only` writes it from the runs that exist.
 
@@ -29,7 +31,7 @@ from benchmarks.frame.errors import NotMeasuredError
 from benchmarks.frame.ranks import ranks, this_machine
 from benchmarks.paper.links import read_links
 from benchmarks.paper.page import Page
-from benchmarks.paper.plan import SCALES, Run, Study, runs_of
+from benchmarks.paper.plan import ADPSGD, MATCHED, SCALES, Run, Study, runs_of
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store, do
 from examples.image_classification.data import DATASETS
@@ -61,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
         DataMissingError: if there are no images.
         RankFailedError: if a run fails.
     """
-    runs, store = runs_of(_studies(options), options.seeds), Store(_folder(options))
+    runs, store = selected(options), Store(_folder(options))
     missing = [run for run in runs if store.result(run) is None]
     say(f"{len(runs) - len(missing)} of {len(runs)} runs are done, below {store.folder}.")
     if not missing:
@@ -74,6 +76,19 @@ def train(options: argparse.Namespace) -> None:
     with this_machine() as (machine,), ranks([machine] * workers, 1, "benchmarks.paper.training") as started:
         for _ in do(missing, started, store, order, lambda run: _command(run, options), say):
             pass
+
+
+def selected(options: argparse.Namespace) -> list[Run]:
+    """The runs that the options ask for, and those that they depend on."""
+    runs = runs_of(_studies(options), options.seeds)
+    tasks, contenders = options.tasks or [], options.contenders or []
+    if MATCHED.name in contenders:
+        contenders = [*contenders, ADPSGD.name]
+    return [
+        run
+        for run in runs
+        if (not tasks or run.task.name in tasks) and (not contenders or run.contender.name in contenders)
+    ]
 
 
 def find_images(folder: Path) -> bool:
@@ -147,8 +162,13 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--scale", choices=SCALES, default="cpu", help="how large: short, cpu (the default) or gpu")
-    names = {study.name: None for studies in SCALES.values() for study in studies}
-    add("--studies", type=several(one_of(names)), metavar="A,B", help=f"of {', '.join(names)} (all)")
+    every = [study for studies in SCALES.values() for study in studies]
+    studies = {study.name: None for study in every}
+    tasks = {task.name: None for study in every for task in study.tasks}
+    contenders = {each.name: None for study in every for task in study.tasks for each in study.of(task)}
+    add("--studies", type=several(one_of(studies)), metavar="A,B", help=f"of {', '.join(studies)} (all)")
+    add("--tasks", type=several(one_of(tasks)), metavar="A,B", help="train only these (all of the studies)")
+    add("--contenders", type=several(one_of(contenders)), metavar="A,B", help="train only these (all of the studies)")
     add("--seeds", type=number(1), metavar="N", help="at most N runs of each kind (what each study asks for)")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 (data)")
     add("--runs", type=Path, default=Path("logs/paper"), metavar="DIR", help="where runs are kept (logs/paper)")
@@ -157,6 +177,11 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="cuda: all ranks share one GPU (cuda for --scale gpu, or else cpu)")
     add("--backend", choices=("gloo", "nccl"), default="gloo", help="what ranks talk with (gloo)")
     options = parser.parse_args(arguments)
+    if not options.page_only and not selected(options):
+        parser.error(
+            f"--scale {options.scale} has no run with all of --studies, --tasks and --contenders as given; leave one of"
+            " them out, or see benchmarks/paper/plan.py."
+        )
     options.page = options.page or _folder(options) / "results.md"
     options.device = options.device or ("cuda" if options.scale == "gpu" else "cpu")
     if options.device == "cuda" and not options.page_only and not torch.cuda.is_available():

@@ -1,10 +1,12 @@
 """What is trained, by which contenders and with how many seeds: the studies, at each of three scales."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-Method = Literal["full", "qsgd", "constant", "matched", "adaptive"]
+Method = Literal["full", "bf16", "qsgd", "powersgd", "constant", "matched", "adaptive"]
+LATER = {"later": True}
+"""Marks fields that runs done before they existed do not have: at their defaults they are not among the settings."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,13 @@ class Contender:
     period: int | None = None  # of ``constant``; the first one of ``adaptive``
     sampling: float | None = None  # of ``adaptive``: K_s, as a share of the run
     optimizer_state: str = "local"  # what a round does to momentum and moments
+    reduce_dtype: str | None = field(default=None, metadata=LATER)  # of what rounds send
+    matrix_rank: int | None = field(default=None, metadata=LATER)  # of ``powersgd``
+    rate: float = field(default=1.0, metadata=LATER)  # times the task's learning rate
+
+    def at_rate(self, factor: float) -> "Contender":
+        """The same at another learning rate, ``factor`` times the task's."""
+        return replace(self, name=f"{self.name}-x{factor:g}", title=f"{self.title}, rate × {factor:g}", rate=factor)
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,13 @@ class Run(NamedTuple):
 
 
 def _untitled(described: Contender | Task) -> dict[str, Any]:
-    """All fields but the title."""
-    return {name: value for name, value in asdict(described).items() if name != "title"}
+    """All fields but the title, and but those that were added later and are at their default."""
+    unset = {each.name for each in fields(described) if each.metadata == LATER and _is_default(described, each.name)}
+    return {name: value for name, value in asdict(described).items() if name not in {"title", *unset}}
+
+
+def _is_default(described: Contender | Task, name: str) -> bool:
+    return getattr(described, name) == getattr(type(described), name)
 
 
 class Study(NamedTuple):
@@ -72,12 +86,19 @@ class Study(NamedTuple):
     tasks: Sequence[Task]
     contenders: Sequence[Contender]
     seeds: int
+    more: Mapping[str, Sequence[Contender]] = {}
+    """Contenders that only some tasks have, by the task's name."""
+    first: Sequence[Contender] = ()
+    """Contenders that are done with all tasks before the others: where runs end early, these can be compared."""
+
+    def of(self, task: Task) -> tuple[Contender, ...]:
+        """The contenders of a task."""
+        return (*self.contenders, *self.more.get(task.name, ()))
 
     def runs(self, seed: int) -> Iterator[Run]:
         """Those of one seed; ``adpsgd`` comes before what is matched to it."""
-        for task in self.tasks:
-            for contender in self.contenders:
-                yield Run(task, contender, seed)
+        every = [Run(task, contender, seed) for task in self.tasks for contender in self.of(task)]
+        yield from sorted(every, key=lambda run: run.contender not in self.first)  # a sort that is stable
 
 
 # The contenders
@@ -107,10 +128,39 @@ def _constant(period: int, optimizer_state: str) -> Contender:
     return Contender(name, title, "constant", period=period, optimizer_state=optimizer_state)
 
 
+# Accuracy against bytes
+
+HALF = _adaptive(2, 0.25)
+INT8, INT4 = (
+    replace(HALF, name=f"adpsgd-p2-int{bits}", title=f"ADPSGD, {bits} bits", reduce_dtype=f"int{bits}")
+    for bits in (8, 4)
+)
+ADPSGD_INT4 = replace(INT4, name="adpsgd-int4", title="ADPSGD, 4 bits, estimate", optimizer_state="estimate")
+BF16 = Contender("ddp-bf16", "DDP, bf16", "bf16")
+POWERSGD = tuple(
+    Contender(f"powersgd-{rank}", f"PowerSGD, rank {rank}", "powersgd", matrix_rank=rank) for rank in (1, 2, 4)
+)
+BYTES = (FULL, BF16, QSGD, *POWERSGD, ADPSGD, HALF, INT4, ADPSGD_INT4)
+FASTER = {
+    contender: tuple(contender.at_rate(factor) for factor in factors)
+    for contender, factors in (
+        (FULL, (2, 2.8)),
+        (POWERSGD[-1], (2, 2.8)),
+        (ADPSGD_INT4, (2.8, 4)),
+    )
+}
+"""Those whose learning rate is tuned where it matters, at other rates than the task's.
+
+A worker's second moment sees more gradient noise than that of full communication, so AdamW's steps are shorter at the
+same rate; the best of each are compared."""
+
 GRID = tuple(_adaptive(initial, sampling) for initial in (2, 4, 8) for sampling in (0.1, 0.25, 0.5))
 MOMENTUM = (CPSGD_8, _constant(16, "average"), _constant(8, "average"), _constant(8, "reset"))
 MOMENTS = (CPSGD_8, _constant(24, "average"), _constant(8, "average"))
 """Adam has two of them, so that a round which averages them sends three times as much."""
+
+
+SEEDS = 5  # of what is compared with full communication to within its own spread
 
 
 def _tasks(networks: Sequence[tuple[str, str, str]], **common: Any) -> tuple[Task, ...]:
@@ -120,6 +170,7 @@ def _tasks(networks: Sequence[tuple[str, str, str]], **common: Any) -> tuple[Tas
 def _studies(tasks: Sequence[Task], transformer: Task, seeds: int) -> tuple[Study, ...]:
     """All studies; the paper's on all tasks, those about the rule on the last of them."""
     last = tasks[-1]
+    tuned = [contender for others in FASTER.values() for contender in others]
     cosine = replace(last, name=f"{last.name}-cosine", title=f"{last.title}, cosine decay", schedule="cosine")
     return (
         Study("paper", "The paper's comparison", tasks, PAPER, seeds),
@@ -128,6 +179,15 @@ def _studies(tasks: Sequence[Task], transformer: Task, seeds: int) -> tuple[Stud
         Study("momentum", "Averaging the momentum", [last], MOMENTUM, seeds),
         Study("moments", "Averaging Adam's moments", [transformer], MOMENTS, seeds),
         Study("rule", "p_init and sampling", [last], GRID, seeds),
+        Study(
+            "bytes",
+            "Accuracy against bytes",
+            [*tasks, cosine, transformer],
+            BYTES,
+            SEEDS,
+            more={last.name: (INT8,), transformer.name: tuned},
+            first=(FULL, ADPSGD_INT4, *FASTER[FULL], *FASTER[ADPSGD_INT4]),
+        ),
     )
 
 

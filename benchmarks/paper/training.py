@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.accuracy import ddp_sent, evaluate, judge
-from benchmarks.baselines import EvenRounds, QSGDStrategy
+from benchmarks.baselines import BF16Strategy, CountedDDP, EvenRounds, PowerSGDStrategy, QSGDStrategy
 from benchmarks.frame.connection import connect
 from benchmarks.frame.rank import Parent
 from benchmarks.frame.trainer import Losses, Rounds, Sent, new_trainer, parameter_count, whole_batch
@@ -32,11 +32,17 @@ DIGITS = 6  # that are kept of a number
 
 
 class Classifier(L.LightningModule):
-    """A network with the optimizer and the schedule of a task, which is a `plan.Task` as JSON."""
+    """A network with the optimizer and the schedule of a task, which is a `plan.Task` as JSON.
 
-    def __init__(self, task: Mapping[str, Any]) -> None:
+    Args:
+        task: the task.
+        rate: times the task's learning rate.
+    """
+
+    def __init__(self, task: Mapping[str, Any], rate: float = 1.0) -> None:
         super().__init__()
         self.task = task
+        self.learning_rate = rate * task["learning_rate"]
         self.network = new_network(task["network"])
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -49,11 +55,11 @@ class Classifier(L.LightningModule):
         task = self.task
         if task["optimizer"] == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.parameters(), lr=task["learning_rate"], weight_decay=task["weight_decay"]
+                self.parameters(), lr=self.learning_rate, weight_decay=task["weight_decay"]
             )
         else:
             optimizer = torch.optim.SGD(
-                self.parameters(), lr=task["learning_rate"], momentum=MOMENTUM, weight_decay=task["weight_decay"]
+                self.parameters(), lr=self.learning_rate, momentum=MOMENTUM, weight_decay=task["weight_decay"]
             )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total, task))
@@ -107,7 +113,7 @@ def sent(trainer: L.Trainer, model: nn.Module, rounds: Rounds) -> Sent:
     """What this rank has sent since the run began."""
     if isinstance(trainer.strategy, ADPSGDStrategy):
         return rounds.sent()
-    if isinstance(trainer.strategy, QSGDStrategy):
+    if isinstance(trainer.strategy, CountedDDP):
         return Sent(trainer.global_step, trainer.strategy.sent_bytes)
     return ddp_sent(model, trainer)
 
@@ -125,14 +131,20 @@ def averaged(network: nn.Module) -> nn.Module:
 
 def new_strategy(contender: Mapping[str, Any], rounds: int | None, backend: str) -> Strategy:
     """A contender's strategy."""
+    options: dict[str, Any] = {"process_group_backend": backend}
     if contender["method"] == "full":
-        return DDPStrategy(process_group_backend=backend)
+        return DDPStrategy(**options)
+    if contender["method"] == "bf16":
+        return BF16Strategy(**options)
     if contender["method"] == "qsgd":
-        return QSGDStrategy(process_group_backend=backend)
+        return QSGDStrategy(**options)
+    if contender["method"] == "powersgd":
+        return PowerSGDStrategy(contender["matrix_rank"], **options)
     return ADPSGDStrategy(
         period=new_period(contender, rounds),
         optimizer_state=contender["optimizer_state"],
-        process_group_backend=backend,
+        reduce_dtype=contender.get("reduce_dtype"),
+        **options,
     )
 
 
@@ -159,7 +171,7 @@ def train(order: Mapping[str, Any]) -> dict[str, Any]:
     task, seed = settings["task"], settings["seed"]
     data = read(order["data"], order["verify"], task["images"])
     L.seed_everything(seed, verbose=False)
-    model = Classifier(task)
+    model = Classifier(task, settings["contender"].get("rate", 1.0))
     losses, rounds = Losses(), Rounds()
     observer = Observer(data.val_set, seed, losses, rounds)
     data.train_set.augment = True

@@ -2,10 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning_adpsgd.periods.base import AveragingPeriod, Observation, Steps, as_observation
-from lightning_adpsgd.validation import check_int, check_number, check_state, check_total_steps
+from lightning_adpsgd.validation import (
+    LARGEST_INT,
+    check_choice,
+    check_instance,
+    check_int,
+    check_number,
+    check_state,
+    check_total_steps,
+)
+
+LARGEST_FACTOR = 2.0
+"""What a round multiplies or divides the period by at most, with ``growth="proportional"``."""
+RISE = 1.001
+"""A learning rate has risen if it is more than so many times the highest one so far; less may be rounding."""
 
 
 class AdaptivePeriod(AveragingPeriod):
@@ -22,6 +35,16 @@ class AdaptivePeriod(AveragingPeriod):
     sampling phase (a very short run, or one in which the warm-up lasts as long), the first one after both sets the
     target alone.
 
+    Two options are not in the paper. A change by one step per round takes long where r is far from its target, as it is
+    after a strong decay of the learning rate. With ``growth="proportional"`` the new period is p · √(C₂ / r), rounded,
+    but at least p / 2, at most 2 p, and not p. That meets the target in one round if workers drift apart evenly
+    (r ∝ p²), and approaches it from one side if their steps are independent (r ∝ p).
+
+    While the learning rate warms up, workers drift less than at its peak, and rounds sampled then make the target too
+    low for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is higher
+    than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling phase or
+    after it. A rate that does not rise changes nothing.
+
     Args:
         initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the
             target is what ``initial`` steps of drift amount to.
@@ -33,6 +56,8 @@ class AdaptivePeriod(AveragingPeriod):
         warmup: steps (int) or share of the run (float) at the start during which workers average after every step;
             these rounds are not sampled. Has to be shorter than ``sampling``, which counts from the first step too.
             Of a number of steps and a share nobody knows before the run which is shorter: give both in the same unit.
+        growth: "unit", one step per round, or "proportional", by a factor.
+        skip_rising: leave samples out that were taken before the learning rate rose.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -48,6 +73,8 @@ class AdaptivePeriod(AveragingPeriod):
         minimum: int = 1,
         maximum: int | None = None,
         warmup: int | float = 0,
+        growth: Literal["unit", "proportional"] = "unit",
+        skip_rising: bool = False,
     ) -> None:
         # Configuration
         name = "AdaptivePeriod"
@@ -64,6 +91,8 @@ class AdaptivePeriod(AveragingPeriod):
         if maximum is not None:
             self._maximum = check_int(name, "maximum", maximum, at_least=1, or_else=", or None")
         self._warmup = Steps(name, "warmup", warmup)
+        self._growth = check_choice(name, "growth", growth, ("unit", "proportional"))
+        self._skip_rising = check_instance(name, "skip_rising", skip_rising, bool, "True or False")
         _check_bounds(self._initial, self._minimum, self._maximum)
         _check_phases(self._warmup.amount, self._sampling.amount)
 
@@ -72,6 +101,7 @@ class AdaptivePeriod(AveragingPeriod):
         self._c2 = 0.0
         self._m = 0
         self._k = 0
+        self._highest_rate = 0.0  # of the sampled rounds
         self._sampling_steps = 0
         self._warmup_steps = 0
 
@@ -110,19 +140,37 @@ class AdaptivePeriod(AveragingPeriod):
         if step <= self._warmup_steps or observation.learning_rate == 0.0:
             return
         if step <= self._sampling_steps or self._m == 0:
-            self._c2 = (self._m * self._c2 + ratio) / (self._m + 1)
-            self._m += 1
+            self._sample(ratio, observation.learning_rate)
         elif ratio < self._low * self._c2:
-            self._p = self._p + 1 if self._maximum is None else min(self._p + 1, self._maximum)
+            self._p = self._within_bounds(max(self._p + 1, self._proportional(ratio)))
         elif ratio > self._high * self._c2:
-            self._p = max(self._minimum, self._p - 1)
+            self._p = self._within_bounds(min(self._p - 1, self._proportional(ratio)))
+
+    def _sample(self, ratio: float, learning_rate: float) -> None:
+        if learning_rate > RISE * self._highest_rate:
+            self._highest_rate = learning_rate
+            if self._skip_rising:
+                self._c2, self._m = 0.0, 0
+        self._c2 = (self._m * self._c2 + ratio) / (self._m + 1)
+        self._m += 1
+
+    def _proportional(self, ratio: float) -> int:
+        """The period p · √(C₂ / r), rounded; p itself if the period is to change by one step."""
+        if self._growth == "unit":
+            return self._p
+        factor = math.sqrt(self._c2 / ratio) if ratio > 0.0 else LARGEST_FACTOR
+        return round(self._p * min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR))
+
+    def _within_bounds(self, period: int) -> int:
+        return min(max(self._minimum, period), self._maximum or LARGEST_INT)
 
     def state_dict(self) -> dict[str, Any]:
-        """Period, target, number of samples, last step, and the phases' lengths in steps."""
+        """Period, target, number of samples and their highest rate, last step, and the phases' lengths in steps."""
         return {
             "period": self._p,
             "target": self._c2,
             "samples": self._m,
+            "highest_rate": self._highest_rate,
             "step": self._k,
             "sampling_steps": self._sampling_steps,
             "warmup_steps": self._warmup_steps,
@@ -138,25 +186,29 @@ class AdaptivePeriod(AveragingPeriod):
             TypeError: if ``state`` or one of its entries is of the wrong type.
             ValueError: if an entry is missing or out of range. The rule is then as it was before.
         """
-        saved = check_state("AdaptivePeriod", state, tuple(self.state_dict()))
+        names = tuple(name for name in self.state_dict() if name != "highest_rate")  # not in files of version 0.1
+        saved = check_state("AdaptivePeriod", state, names)
         where = "AdaptivePeriod.load_state_dict"
         period = check_int(where, "period", saved["period"], at_least=1)
         target = check_number(
             where, "target", saved["target"], "a number of at least 0", at_least=0.0, at_most=math.inf
         )
+        rate = check_number(
+            where, "highest_rate", saved.get("highest_rate", 0.0), "a number of at least 0", at_least=0.0
+        )
         samples, step, sampling_steps, warmup_steps = (
             check_int(where, name, saved[name], at_least=0)
             for name in ("samples", "step", "sampling_steps", "warmup_steps")
         )
-        period = max(self._minimum, period)
-        self._p = period if self._maximum is None else min(period, self._maximum)
-        self._c2, self._m, self._k = target, samples, step
+        self._p = self._within_bounds(period)
+        self._c2, self._m, self._k, self._highest_rate = target, samples, step, rate
         self._sampling_steps, self._warmup_steps = sampling_steps, warmup_steps
 
     def __repr__(self) -> str:
         return (
             f"AdaptivePeriod(initial={self._initial}, sampling={self._sampling.amount}, low={self._low},"
-            f" high={self._high}, minimum={self._minimum}, maximum={self._maximum}, warmup={self._warmup.amount})"
+            f" high={self._high}, minimum={self._minimum}, maximum={self._maximum}, warmup={self._warmup.amount},"
+            f" growth={self._growth!r}, skip_rising={self._skip_rising})"
         )
 
 

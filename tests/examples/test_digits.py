@@ -43,6 +43,11 @@ def test_the_demo_takes_a_constant_period_and_ddp(tmp_path):
     constant = run(EXAMPLES / "digits.py", "--strategy", "11", "--epochs", "1", cwd=tmp_path)
     assert constant.returncode == 0, constant.stderr
     assert "11 at first, 11 at last" in constant.stdout
+    proportional = run(
+        EXAMPLES / "digits.py", "--strategy", "proportional", "--epochs", "2", "--seed", "2", cwd=tmp_path
+    )
+    assert proportional.returncode == 0, proportional.stderr
+    assert "in 44 steps" in proportional.stdout
     ddp = run(EXAMPLES / "digits.py", "--strategy", "ddp", "--epochs", "1", cwd=tmp_path)
     assert ddp.returncode == 0, ddp.stderr
     assert "Averaging rounds" not in ddp.stdout
@@ -51,7 +56,7 @@ def test_the_demo_takes_a_constant_period_and_ddp(tmp_path):
 
 def test_the_demo_says_what_is_wrong_with_its_arguments(monkeypatch, capsys):
     for arguments, message in (
-        (["--strategy", "0"], "'0': expected adpsgd, ddp, or an averaging period such as 8"),
+        (["--strategy", "0"], "'0': expected adpsgd, ddp, proportional, or an averaging period such as 8"),
         (["--workers", "none"], "'none': expected an int of at least 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["digits.py", *arguments])

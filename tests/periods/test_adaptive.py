@@ -46,7 +46,8 @@ def after_sampling(target=1.0, **arguments):
 
 def test_defaults_are_the_papers_setting_as_we_read_it():
     assert repr(AdaptivePeriod()) == (
-        "AdaptivePeriod(initial=4, sampling=0.25, low=0.7, high=1.3, minimum=1, maximum=None, warmup=0)"
+        "AdaptivePeriod(initial=4, sampling=0.25, low=0.7, high=1.3, minimum=1, maximum=None, warmup=0,"
+        " growth='unit', skip_rising=False)"
     )
 
 
@@ -138,6 +139,125 @@ def test_target_does_not_move_after_sampling():
     rule = after_sampling(target=1.0)
     drive(rule, [0.1, 7.0, 3.0], first_step=11)
     assert rule.target == 1.0
+
+
+# In proportion
+
+
+def proportional(p, ratio, **arguments):
+    """The period after a round with that ratio, for a target of 1."""
+    rule = after_sampling(initial=p, growth="proportional", **arguments)
+    rule.update(14, ratio=ratio, learning_rate=0.1)
+    return rule.value
+
+
+def test_period_is_multiplied_by_the_root_of_target_over_ratio():
+    assert {ratio: proportional(100, ratio) for ratio in (0.25, 0.64, 0.5, 2.0, 1.5625, 4.0)} == {
+        0.25: 200,
+        0.64: 125,
+        0.5: 141,
+        2.0: 71,
+        1.5625: 80,
+        4.0: 50,
+    }
+
+
+def test_period_at_most_doubles_or_halves_however_far_the_ratio_is_from_its_target():
+    assert [proportional(20, ratio) for ratio in (0.0, 5e-324, 0.01, 100.0, 1e300)] == [40, 40, 40, 10, 10]
+
+
+def test_period_that_is_to_change_changes_by_at_least_a_step():
+    assert [proportional(1, 0.69), proportional(2, 0.69), proportional(2, 1.31), proportional(3, 1.31)] == [2, 3, 1, 2]
+
+
+def test_period_in_proportion_stays_between_low_and_high():
+    assert [proportional(100, ratio) for ratio in (0.7, 1.0, 1.3)] == [100] * 3
+    assert proportional(100, 0.5, low=0.4) == proportional(100, 2.0, high=2.5) == 100
+
+
+def test_period_in_proportion_stays_within_its_bounds():
+    assert proportional(8, 0.0, maximum=11) == 11
+    assert proportional(8, 100.0, minimum=6) == 6
+    assert proportional(1, 100.0) == 1
+
+
+def test_period_that_doubles_for_ever_is_still_a_number_of_steps():
+    rule = after_sampling(growth="proportional")
+    for step in range(11, 111):
+        rule.update(step, ratio=0.0, learning_rate=0.1)
+    restored = after_sampling(growth="proportional")
+    restored.load_state_dict(rule.state_dict())
+    assert restored.value == rule.value == 2**63 - 1
+
+
+def test_drift_that_grows_with_the_square_of_the_period_meets_its_target_in_one_round():
+    rule = after_sampling(initial=8, growth="proportional")
+    rule.update(20, ratio=0.4 * (rule.value / 8) ** 2, learning_rate=0.1)
+    assert 0.4 * (rule.value / 8) ** 2 == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_rule_in_proportion_settles_where_the_rule_by_steps_does_and_sooner(power):
+    took = {}
+    for growth in ("unit", "proportional"):
+        rule = after_sampling(growth=growth)
+        for count in range(200):
+            ratio = 1e-3 * rule.value**power
+            if 0.7 <= ratio <= 1.3:
+                break
+            rule.update(11 + count, ratio=ratio, learning_rate=0.1)
+        took[growth] = count
+        assert (0.7e3) ** (1 / power) <= rule.value <= (1.3e3) ** (1 / power) or (power, growth) == (1, "unit")
+    assert took["proportional"] <= 9
+    assert took["unit"] >= 22
+
+
+# Samples of a rising learning rate
+
+
+def sampled(rates, ratios, **arguments):
+    """The rule after a sampling phase with these rates and ratios."""
+    rule = AdaptivePeriod(sampling=1000, **arguments)
+    rule.setup(None)
+    for step, (rate, ratio) in enumerate(zip(rates, ratios, strict=True), start=1):
+        rule.update(4 * step, ratio=ratio, learning_rate=rate)
+    return rule
+
+
+def test_samples_before_the_rate_has_risen_are_left_out_if_asked_for():
+    rates, ratios = [0.02, 0.06, 0.1, 0.1, 0.1, 0.05], [1.0, 2.0, 5.0, 6.0, 7.0, 2.0]
+    assert sampled(rates, ratios).target == pytest.approx(fmean(ratios))
+    assert sampled(rates, ratios, skip_rising=True).target == pytest.approx(fmean(ratios[2:]))
+
+
+def test_target_is_the_last_sample_while_the_rate_keeps_rising():
+    rule = sampled([0.01, 0.02, 0.03], [1.0, 2.0, 3.0], skip_rising=True)
+    assert rule.target == 3.0
+    rule.update(1001, ratio=30.0, learning_rate=0.1)  # sampling is over: what comes is acted on
+    assert (rule.target, rule.value) == (3.0, 3)
+
+
+def test_rate_that_does_not_rise_has_all_of_its_samples_taken():
+    for rates in ([0.1] * 4, [0.1, 0.08, 0.09, 0.01], [0.1, 0.1 * (1 + 1e-7), 0.1, 0.1]):
+        assert sampled(rates, [1.0, 2.0, 3.0, 4.0], skip_rising=True).target == 2.5
+
+
+def test_rule_restored_in_the_middle_of_a_warm_up_knows_how_high_the_rate_was():
+    rule = sampled([0.05, 0.1], [1.0, 4.0], skip_rising=True)
+    restored = AdaptivePeriod(skip_rising=True)
+    restored.load_state_dict(rule.state_dict())
+    restored.update(12, ratio=6.0, learning_rate=0.1)
+    restored.update(16, ratio=2.0, learning_rate=0.08)
+    assert restored.target == 4.0
+
+
+def test_state_of_a_version_that_did_not_keep_the_highest_rate_is_taken():
+    state = sampled([0.1, 0.1], [1.0, 3.0]).state_dict()
+    del state["highest_rate"]
+    rule = AdaptivePeriod()
+    rule.load_state_dict(state)
+    rule.update(12, ratio=5.0, learning_rate=0.2)
+    assert rule.target == 3.0
 
 
 # Warm-up
@@ -331,6 +451,8 @@ def configurations(draw):
         "minimum": minimum,
         "maximum": maximum,
         "warmup": warmup,
+        "growth": draw(st.sampled_from(["unit", "proportional"])),
+        "skip_rising": draw(st.booleans()),
     }
 
 
@@ -389,10 +511,26 @@ def test_period_is_one_during_the_warm_up_and_within_its_bounds_after_it(argumen
 @quick
 @given(configurations(), run_lengths, histories())
 def test_period_changes_by_at_most_one_per_round_after_the_warm_up(arguments, total_steps, history):
-    rule = made(arguments, total_steps)
+    rule = made({**arguments, "growth": "unit"}, total_steps)
     warmup = steps_of(arguments["warmup"], total_steps)
     periods = [period for (step, _, _), (period, _) in zip(history, show(rule, history), strict=True) if step >= warmup]
     assert all(abs(after - before) <= 1 for before, after in pairwise(periods))
+
+
+@quick
+@given(configurations(), run_lengths, histories())
+def test_period_in_proportion_goes_where_that_by_steps_goes_and_at_least_as_far(arguments, total_steps, history):
+    rule = made({**arguments, "growth": "proportional"}, total_steps)
+    for step, ratio, rate in history:
+        by_steps = made({**arguments, "growth": "unit"}, total_steps)
+        by_steps.load_state_dict(rule.state_dict())
+        before = by_steps.value
+        for each in (rule, by_steps):
+            each.update(step, ratio=ratio, learning_rate=rate)
+        if before != 1 or step > steps_of(arguments["warmup"], total_steps):
+            assert (rule.value - before) * (by_steps.value - before) >= 0
+            assert abs(rule.value - before) >= abs(by_steps.value - before)
+            assert (before - 1) / 2 <= rule.value <= max(2 * before, by_steps.value)
 
 
 @quick
@@ -410,8 +548,12 @@ def test_period_is_the_initial_one_during_sampling(arguments, total_steps, histo
 def test_target_is_the_mean_of_the_usable_ratios_of_the_sampling_phase(arguments, total_steps, history):
     rule = made(arguments, total_steps)
     warmup, sampling = (steps_of(arguments[name], total_steps) for name in ("warmup", "sampling"))
-    usable = [(step, ratio) for step, ratio, rate in history if step > warmup and rate > 0.0]
-    sampled = [ratio for step, ratio in usable if step <= sampling] or [ratio for _, ratio in usable[:1]]
+    usable = [each for each in history if each[0] > warmup and each[2] > 0.0]
+    usable = [each for each in usable if each[0] <= sampling] or usable[:1]
+    if arguments["skip_rising"] and usable:
+        highest = max(rate for _, _, rate in usable)
+        usable = usable[[rate for _, _, rate in usable].index(highest) :]
+    sampled = [ratio for _, ratio, _ in usable]
     show(rule, history)
     assert rule.target == (pytest.approx(fmean(sampled)) if sampled else None)
 
