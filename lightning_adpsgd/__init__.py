@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from lightning_adpsgd.averaging.codec import Codec
+from lightning_adpsgd.averaging.int_codec import IntCodec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.former_names import warn_of_former_name
@@ -33,6 +34,7 @@ __all__ = [
     "Codec",
     "CommunicationMonitor",
     "ConstantPeriod",
+    "IntCodec",
     "LocalSGD",
     "NodeWorkerGroup",
     "Update",

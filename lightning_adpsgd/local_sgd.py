@@ -47,7 +47,7 @@ class LocalSGD(FormerNames):
         bucket_size_mb: the longest range of parameters reduced at once, in MiB.
         stagger: whether each round is spread over the period.
         overlap: d, how many local steps go on while a round, or a fragment of it, travels.
-        reduce_dtype: "bf16", "fp16", or a :class:`Codec`: how rounds that the period asks for travel.
+        reduce_dtype: "bf16", "fp16", "int8", "int4" or a :class:`Codec`: how rounds that the period asks for travel.
         update: what is done with the mean in rounds that the period asks for.
         options: all settings from ``average_buffers`` to ``update`` in one, in place of single ones.
         workers: whom to average with; None is the default process group.

@@ -1,7 +1,7 @@
 """What there is to choose about averaging rounds: each setting stated, and checked, once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from numbers import Integral
@@ -10,16 +10,22 @@ from typing import Any, Literal, get_args
 import torch
 
 from lightning_adpsgd.averaging.codec import CastCodec, Codec
+from lightning_adpsgd.averaging.int_codec import IntCodec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.periods import AdaptivePeriod, AveragingPeriod, ConstantPeriod
 from lightning_adpsgd.validation import check_choice, check_instance, check_int, check_number, wrong_type, wrong_value
 
 OptimizerState = Literal["local", "average", "reset", "estimate"]
 OnDivergence = Literal["raise", "drop"]
-ReduceDtype = Literal["bf16", "fp16"]
+ReduceDtype = Literal["bf16", "fp16", "int8", "int4"]
 WorkerKind = Literal["device", "node"]
 
-_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CODECS: dict[str, Callable[[], Codec]] = {
+    "bf16": lambda: CastCodec(torch.bfloat16),
+    "fp16": lambda: CastCodec(torch.float16),
+    "int8": lambda: IntCodec(bits=8),
+    "int4": lambda: IntCodec(bits=4),
+}
 
 # torch counts a timeout in whole milliseconds, and adds it to the time since 1970 in 64-bit nanoseconds.
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=1), timedelta(days=36_500)
@@ -40,8 +46,8 @@ class AveragingOptions:
             these workers from the mean.
         stagger: spread each round over the period.
         overlap: d, how many local steps go on while a round, or a fragment of it, travels.
-        reduce_dtype: "bf16" or "fp16": the type in which rounds that the period asks for travel; None: as they are. Or
-            a :class:`Codec` of your own.
+        reduce_dtype: "bf16", "fp16", "int8" or "int4": the type in which rounds that the period asks for travel; None:
+            as they are. Or a :class:`Codec`, such as ``IntCodec(bits=4, block_size=64)``.
         update: what is done with the mean in rounds that the period asks for; None: it is adopted.
 
     Raises:
@@ -102,7 +108,7 @@ class AveragingOptions:
         """How rounds that the period asks for are encoded; None: not at all."""
         if self.reduce_dtype is None or isinstance(self.reduce_dtype, Codec):
             return self.reduce_dtype
-        return CastCodec(_WIRE_DTYPES[self.reduce_dtype])
+        return _CODECS[self.reduce_dtype]()
 
     @property
     def is_spread(self) -> bool:
@@ -185,6 +191,8 @@ def _check_reduce_dtype(value: object) -> Any:
 
 
 def _name_of(reduce_dtype: ReduceDtype | Codec) -> str:
+    if isinstance(reduce_dtype, IntCodec):
+        return repr(reduce_dtype)
     return reduce_dtype if isinstance(reduce_dtype, str) else type(reduce_dtype).__name__
 
 

@@ -142,7 +142,7 @@ AVERAGING = {
     "on_divergence": choice("raise", "drop"),
     "stagger": FLAG,
     "overlap": whole(0, (0, 3, np.int64(2))),
-    "reduce_dtype": choice("bf16", "fp16", or_none=True),
+    "reduce_dtype": choice("bf16", "fp16", "int8", "int4", or_none=True),
     "update": instance(Update, Adopt()),
 }
 PREFIX = Argument(

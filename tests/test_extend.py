@@ -136,7 +136,7 @@ def test_fragments_in_flight_are_updated_too(pool):
     assert all(a > b for rank in range(2) for a, b in zip(moved[rank], plain[rank], strict=True))
 
 
-@pytest.mark.parametrize("value", ["int4", torch.bfloat16, example("Int8Codec")])
+@pytest.mark.parametrize("value", ["int3", torch.bfloat16, example("Int8Codec")])
 def test_what_is_no_codec_is_refused(value):
     with pytest.raises((TypeError, ValueError), match="reduce_dtype="):
         AveragingOptions(reduce_dtype=value)

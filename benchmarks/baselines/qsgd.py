@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.baselines.hooked import CountedDDP
+from lightning_adpsgd.averaging import scaled_blocks
 from lightning_adpsgd.validation import given, type_of
 
 LEVELS = 127  # s: with a sign, what fits into a byte
-NORM_BYTES = 4  # fp32
 LARGEST_SEED = 2**62  # so that every rank's fits into 64 bits
 
 
@@ -31,12 +30,12 @@ class QSGDCodec(NamedTuple):
 
     def rows(self, numel: int) -> int:
         """Buckets for ``numel`` elements; the last one may not be full, and takes as many bytes as the others."""
-        return -(-numel // self.bucket_size)
+        return scaled_blocks.blocks_in(numel, self.bucket_size)
 
     @property
     def row_bytes(self) -> int:
         """Bytes per bucket."""
-        return self.bucket_size + NORM_BYTES
+        return scaled_blocks.row_bytes(self.bucket_size, torch.float32)
 
     def encode(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """Quantize floating-point values of shape (numel,), in fp32, to uint8 of shape (rows, bucket_size + 4).
@@ -44,8 +43,7 @@ class QSGDCodec(NamedTuple):
         A bucket of zeros stays one. If a value is not finite, neither is its bucket's norm. The generator has to be on
         the device of the values, as is the result.
         """
-        rows = self.rows(len(values))
-        full = F.pad(values.float(), (0, rows * self.bucket_size - len(values))).view(rows, self.bucket_size)
+        full = scaled_blocks.padded(values.float(), self.bucket_size).view(-1, self.bucket_size)
         # In fp64 squares of fp32 numbers are exact: a norm is never less than a value, so no code is beyond ±127.
         norms = torch.linalg.vector_norm(full, dim=1, keepdim=True, dtype=torch.float64).float()
         # 0/0 and ∞/∞ get the code 0; the norm tells which it was. Divided first, because s/‖b‖ may be infinite.
@@ -54,16 +52,13 @@ class QSGDCodec(NamedTuple):
         codes = scaled.floor()
         chances = torch.rand(scaled.shape, generator=generator, device=scaled.device)
         codes += chances < scaled.sub_(codes)
-        wire = torch.empty(rows, self.row_bytes, dtype=torch.uint8, device=values.device)
-        wire[:, : self.bucket_size].view(torch.int8).copy_(codes)
-        wire[:, self.bucket_size :] = norms.view(torch.uint8)
+        wire = torch.empty(len(full), self.row_bytes, dtype=torch.uint8, device=values.device)
+        scaled_blocks.write(codes, norms, wire, torch.float32)
         return wire
 
     def decode(self, wire: Tensor) -> Tensor:
         """What :meth:`encode` has quantized, as fp32 of shape (rows · bucket_size,); the same bits on every rank."""
-        # A copy, as fp32 has to begin at a multiple of four bytes.
-        norms = wire[:, self.bucket_size :].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        codes = wire[:, : self.bucket_size].view(torch.int8)
+        codes, norms = scaled_blocks.read(wire, torch.float32)
         return codes.float().div_(LEVELS).mul_(norms).flatten()
 
 

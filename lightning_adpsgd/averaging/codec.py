@@ -1,7 +1,7 @@
 """How values travel: as differences from the last average, encoded, without losing what encoding cuts off."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -9,14 +9,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, hash48
+from lightning_adpsgd.averaging.scaled_blocks import blocks_in, padded
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
+
+# On the CPU, what is done to a piece one pass after the other stays in a core's cache. Elements.
+_PIECE = 2**16
+
+Pieces = tuple[Tensor, ...]
 
 
 class Codec(ABC):
     """A wire format: rows of numbers to rows of bytes, and back.
 
-    What :meth:`encode` cuts off is not lost: it travels in the next round (see :class:`DeltaCodec`).
+    What :meth:`encode` cuts off is not lost: it travels in the next round (see :class:`DeltaCodec`). Blocks are encoded
+    one by one: what becomes of a block does not depend on those beside it. :meth:`encode_` and :meth:`add_decoded_` are
+    made of the other two; a codec that can do better in one go overrides them.
     """
 
     block = 1
@@ -45,6 +53,20 @@ class Codec(ABC):
             Of that type, shape (rows, k · block).
         """
 
+    def encode_(self, values: Tensor, encoded: Tensor) -> None:
+        """Encode rows, and overwrite ``values`` by what that cuts off.
+
+        Args:
+            values: as for :meth:`encode`.
+            encoded: to be overwritten by what :meth:`encode` returns.
+        """
+        encoded.copy_(self.encode(values))
+        values.sub_(self.decode(encoded, values.dtype))
+
+    def add_decoded_(self, encoded: Tensor, values: Tensor) -> None:
+        """Add what :meth:`decode` returns to ``values``, fp32 or fp64, of shape (rows, k · block)."""
+        values.add_(self.decode(encoded, values.dtype))
+
 
 class CastCodec(Codec):
     """Numbers in a shorter floating-point type; those beyond its largest become that.
@@ -69,12 +91,12 @@ class CastCodec(Codec):
 class DeltaCodec:
     """Sends what has changed since the last average through a codec, and what that cuts off the next time.
 
-    All workers know the last average w̄. Worker i sends q_i = Q((w_i − w̄ + e_i) / n) and keeps the error of rounding,
-    e_i ← w_i − w̄ + e_i − n·q_i. Each worker adds up its share of the elements, in the wide type, and sends the rounded
-    sum s = Q(Σ_i q_i) to all; what that cuts off, n·(Σ_i q_i − s), it adds to its own error. The new average is w̄ + s.
-    A change too small for the type so adds up until it is not (error feedback; Seide et al., "1-bit stochastic gradient
-    descent and its application to data-parallel distributed training of speech DNNs", 2014; Karimireddy et al.,
-    arXiv:1901.09847).
+    All workers know the last average w̄. Worker i sends q_i = Q(w_i − w̄ + e_i) and keeps the error of rounding,
+    e_i ← w_i − w̄ + e_i − q_i. Each worker averages its share of the elements, in the wide type, and sends the rounded
+    mean s = Q(Σ_i q_i / n) to all; what that cuts off, Σ_i q_i − n·s, it adds to its own error. The new average is
+    w̄ + s. A change too small for the type so adds up until it is not (error feedback; Seide et al., "1-bit stochastic
+    gradient descent and its application to data-parallel distributed training of speech DNNs", 2014; Karimireddy et
+    al., arXiv:1901.09847).
 
     It keeps two numbers per element, the average and the error, of the type in which elements are packed. Both change
     when a mean arrives, never before: what is sent and then thrown away leaves no trace.
@@ -98,6 +120,7 @@ class DeltaCodec:
         self._averages = {number: layout.new_buffer(space, workers.device) for number, space in self._spaces.items()}
         self._errors = {number: torch.zeros_like(average) for number, average in self._averages.items()}
         self._unknown = [*self._spaces.values()]
+        self._bytes_of_a_block: dict[torch.dtype, int] = {}  # encoded, by the type of its elements
 
     @property
     def fingerprint(self) -> int:
@@ -142,20 +165,17 @@ class DeltaCodec:
         """
         self.has_residual = True
         average, error = self._of(bucket)
-        change = values.sub_(average).add_(error).div_(workers.count)
-        shares = workers.shares(change)
-        length = self._padded(len(shares[0]))
-        rows, sizes = [], []
-        for share in shares:
-            padded = torch.nn.functional.pad(share, (0, length - len(share)))
-            rows.append(self._codec.encode(padded[None]))
-            share.sub_(self._codec.decode(rows[-1], share.dtype)[0, : len(share)]).mul_(workers.count)
-            sizes.append(rows[-1].nbytes * self._padded(len(share)) // max(1, length))
+        shares = workers.shares(values)
+        sizes = [blocks_in(len(share), self._codec.block) * self._block_bytes(values) for share in shares]
+        rows = values.new_zeros(len(shares), sizes[0], dtype=torch.uint8)
+        for row, *parts in zip(rows, shares, workers.shares(average), workers.shares(error), strict=True):
+            for (change, known, owed), (encoded,) in self._pieces(parts, [row]):
+                self._encode_(change.sub_(known).add_(owed), encoded)
         combine = partial(self._combine, shares[workers.rank], workers.count)
-        return workers.exchange(torch.cat(rows), combine, shares, sizes), change
+        return workers.exchange(rows, combine, shares, sizes), values
 
     def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor) -> Tensor:
-        """The new average of a bucket, as a buffer of its own.
+        """The new average of a bucket, which nobody may write to.
 
         Args:
             bucket: the bucket.
@@ -165,8 +185,9 @@ class DeltaCodec:
         average, error = self._of(bucket)
         error.copy_(cut_off)
         for row, share in zip(change, self._workers.shares(average), strict=True):
-            share.add_(self._codec.decode(row[None], share.dtype)[0, : len(share)])
-        return average.clone()
+            for (piece,), (encoded,) in self._pieces([share], [row]):
+                self._add_decoded_(encoded, piece)
+        return average
 
     def residual(self, bucket: Bucket) -> Tensor | None:
         """What is to be added to values that are about to travel as they are: what has been cut off so far."""
@@ -185,14 +206,47 @@ class DeltaCodec:
         self._unknown, self.has_residual = [], False
 
     def _combine(self, residual: Tensor, workers: int, rows: Tensor) -> Tensor:
-        """Add up one share of all workers, encoded as it is sent; what that cuts off goes to the residual."""
-        total = self._codec.decode(rows, residual.dtype).sum(dim=0, keepdim=True)
-        encoded = self._codec.encode(total)
-        residual += total.sub_(self._codec.decode(encoded, residual.dtype))[0, : len(residual)].mul_(workers)
-        return encoded[0]
+        """Average one share of all workers, encoded as it is sent; what that cuts off goes to the residual."""
+        combined = torch.zeros_like(rows[0])
+        for (owed,), (encoded, *sent) in self._pieces([residual], [combined, *rows]):
+            total = torch.zeros_like(owed)
+            for each in sent:
+                self._add_decoded_(each, total)
+            self._encode_(total.div_(workers), encoded)
+            owed.add_(total, alpha=workers)
+        return combined
 
-    def _padded(self, length: int) -> int:
-        return -(-length // self._codec.block) * self._codec.block
+    # Pieces of whole blocks, but for the last one of a share
+
+    def _pieces(self, parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[tuple[Pieces, Pieces]]:
+        """Pieces of tensors as long as a share, and of shares encoded, which may be longer."""
+        block, block_bytes = self._codec.block, self._block_bytes(parts[0])
+        blocks = blocks_in(len(parts[0]), block)
+        length = min(max(1, _PIECE // block), blocks) if rows[0].device.type == "cpu" else blocks
+        if length == 0:
+            return iter(())
+        elements = zip(*(part.split(length * block) for part in parts), strict=True)
+        encoded = zip(*(row[: blocks * block_bytes].split(length * block_bytes) for row in rows), strict=True)
+        return zip(elements, encoded, strict=True)
+
+    def _encode_(self, piece: Tensor, encoded: Tensor) -> None:
+        """Encode a piece, and overwrite it by what that cuts off."""
+        whole = padded(piece, self._codec.block)
+        self._codec.encode_(whole[None], encoded[None])
+        if whole is not piece:
+            piece.copy_(whole[: len(piece)])
+
+    def _add_decoded_(self, encoded: Tensor, piece: Tensor) -> None:
+        whole = padded(piece, self._codec.block)
+        self._codec.add_decoded_(encoded[None], whole[None])
+        if whole is not piece:
+            piece.copy_(whole[: len(piece)])
+
+    def _block_bytes(self, like: Tensor) -> int:
+        if like.dtype not in self._bytes_of_a_block:
+            block = self._codec.encode(like.new_zeros(1, self._codec.block))
+            self._bytes_of_a_block[like.dtype] = block.shape[1]
+        return self._bytes_of_a_block[like.dtype]
 
     def _note_known(self, bucket: Bucket) -> None:
         self._unknown = [rest for unknown in self._unknown for rest in unknown.without(bucket)]

@@ -80,8 +80,8 @@ class ADPSGDStrategy(NodeGradients):
             those steps. Best with ``stagger=True``: alone, it costs accuracy where d is not small against p.
         worker: what drifts and is averaged: each "device", or each "node", whose devices then average their gradients
             after every backward pass, as DDP does. A node sends the model once per round.
-        reduce_dtype: "bf16" or "fp16" (or a ``Codec``): in rounds that the period asks for, differences from the last
-            average travel in that type; what rounding cuts off travels in the next round. Keeps two more copies.
+        reduce_dtype: "bf16", "fp16", "int8" or "int4" (or a ``Codec``): in rounds that the period asks for, differences
+            from the last average travel in it; what rounding cuts off travels in the next round. Keeps two more copies.
         update: what is done with the mean in rounds that the period asks for; None: it is adopted. Each optimizer gets
             a copy of its own.
         accelerator: set by the Trainer.
@@ -108,7 +108,7 @@ class ADPSGDStrategy(NodeGradients):
         stagger: bool = False,
         overlap: int = 0,
         worker: Literal["device", "node"] = "device",
-        reduce_dtype: Literal["bf16", "fp16"] | Codec | None = None,
+        reduce_dtype: Literal["bf16", "fp16", "int8", "int4"] | Codec | None = None,
         exclude_buffers: Sequence[str] = (),
         update: Update | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
