@@ -29,7 +29,7 @@ flight, the estimate brings moments together when it arrives: they complement ea
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class MomentEstimate:
         self._optimizer = optimizer
         self._reader = reader
         self._rates: deque[tuple[float, ...]] = deque(maxlen=_REMEMBERED)  # of each group; the latest step's come last
+        self._left: list[float] = []  # of each group, the variance of moments' deviations after the latest round
+        self._drifts: list[float] = []  # of each group, the variance that the latest round's deviations should have
 
     def note_step(self) -> None:
         """Take note of the learning rates of a step."""
@@ -91,13 +93,35 @@ class MomentEstimate:
             One per group; 0 where there is nothing to estimate. To be divided by a learning rate that is on a device.
         """
         rates = [*self._rates][max(0, len(self._rates) - ago - steps) : len(self._rates) - ago]
-        found = []
-        for place, group in enumerate(self._optimizer.param_groups):
+        groups = self._optimizer.param_groups
+        left, self._left, self._drifts, found = [*self._left, *[0.0] * len(groups)], [], [], []
+        for place, group in enumerate(groups):
             mine = [each[place] if place < len(each) else 0.0 for each in reversed(rates)]
             momentum, gathered = self._reader.of(group, ago)
             looked = ahead[place] if place < len(ahead) else 0.0
-            found.append(0.0 if momentum is None else _factor(momentum, gathered, mine, ago, looked))
+            response = _Response(0.0, 0.0, 0.0)
+            if momentum is not None:
+                response = _response(momentum, gathered, mine, ago, looked, left[place])
+            found.append(response.factor)
+            self._drifts.append(response.drift)
+            self._left.append(response.left)
         return found
+
+    def drifts_at(self, rates: Sequence[float]) -> list[float]:
+        """The variance of one element of w_i − w that the latest round should have measured, of each parameter group.
+
+        That is Σ_j W_j², and what the rounds before have left in the first moment, for gradients with a variance of 1;
+        or whatever it is, where steps are divided by its root.
+
+        Args:
+            rates: γ_g of each group.
+        """
+        groups = zip(self._optimizer.param_groups, self._drifts, rates, strict=False)
+        return [drift * rate**2 if _is_on_device(group["lr"]) else drift for group, drift, rate in groups]
+
+    def mark_shared(self) -> None:
+        """Take note that moments are the same on all workers."""
+        self._left = []
 
     @torch.no_grad()
     def correct(self, tile: Tile, deviations: Tensor, parameters: Sequence[Tensor], factors: Sequence[float]) -> None:
@@ -139,8 +163,21 @@ class MomentEstimate:
 _Range = tuple[int, int]
 
 
-def _factor(momentum: Momentum, gathered: int, rates: Sequence[float], ago: int, ahead: float) -> float:
-    """K.
+class _Response(NamedTuple):
+    """What gradients whose deviations have a variance of 1 come to in a round."""
+
+    factor: float
+    """K."""
+    drift: float
+    """The variance of the deviations of what was sent."""
+    left: float
+    """The variance of the first moment's deviations after the round, but for what came after it was sent."""
+
+
+def _response(
+    momentum: Momentum, gathered: int, rates: Sequence[float], ago: int, ahead: float, left: float
+) -> _Response:
+    """Follow them through the linear system.
 
     Args:
         momentum: when it was sent.
@@ -148,18 +185,22 @@ def _factor(momentum: Momentum, gathered: int, rates: Sequence[float], ago: int,
         rates: learning rates of the steps in which what was sent had drifted, the latest first.
         ago: how many steps ago it was sent.
         ahead: how many times the latest step was added to it.
+        left: by the round before.
     """
     beta, gain = momentum.decay, momentum.gain
     # What is wanted and what is known, as combinations of (m, w) after a step: at first, after the one before sending.
     moment, sent = (beta**ago, 0.0), (0.0, 1.0 + ahead)
-    both = squares = 0.0
+    vv = vw = ww = 0.0
+    before = 0.0, 0.0  # the round before was as late, and what it has left has mattered since then
     for age, rate in enumerate(rates[:gathered]):
+        if age == len(rates) - ago:
+            before = moment[0], sent[0]
         kept = momentum.kept(gathered - age)
         if not math.isfinite(kept):
             break
         size = rate * (momentum.newest(gathered - age) + kept * gain)
         v, w = (row[0] * gain - row[1] * size for row in (moment, sent))
-        both, squares = both + v * w, squares + w * w
+        vv, vw, ww = vv + v * v, vw + v * w, ww + w * w
         pulls = gain * momentum.coupled_decay
         keeps = 1.0 - rate * momentum.decoupled_decay - size * momentum.coupled_decay
         moment, sent = (
@@ -167,8 +208,13 @@ def _factor(momentum: Momentum, gathered: int, rates: Sequence[float], ago: int,
         )
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
-    factor = both / squares if squares > 0.0 else 0.0
-    return factor if math.isfinite(factor) else 0.0
+    factor = vw / ww if ww > 0.0 else 0.0
+    if not math.isfinite(factor):
+        return _Response(0.0, 0.0, 0.0)
+    if ago == 0:
+        before = moment[0], sent[0]
+    after = vv - 2.0 * factor * vw + factor**2 * ww + (before[0] - factor * before[1]) ** 2 * left
+    return _Response(factor, ww + before[1] ** 2 * left, after)
 
 
 def _part(name: str, value: Any, parameter: Tensor, entry: Entry, here: _Range) -> Any:

@@ -43,6 +43,8 @@ class Known(NamedTuple):
     """Whether state is made when the optimizer is constructed, not at a parameter's first step."""
     first_moment: str = ""
     """The entry that holds the first moment."""
+    second_moments: tuple[str, ...] = ()
+    """Entries that are means of squared gradients, corrected by β₂ for their bias."""
     divisors: Callable[[Group, list[State]], list[Tensor]] | None = None
     """What each parameter's steps are divided by, element by element, beside the learning rate; None: by nothing."""
 
@@ -98,7 +100,7 @@ class MomentumReader:
             ago: as it was that many steps ago.
         """
         steps = max(1, self._steps_of(group) - ago)
-        momentum = None if self._kind is None else self._kind.momentum(self._plain(group), steps)
+        momentum = None if self._kind is None else self._kind.momentum(self.plain(group), steps)
         return (None if momentum is None or momentum.decay <= 0.0 else momentum), steps
 
     def _steps_of(self, group: Group) -> int:
@@ -111,7 +113,7 @@ class MomentumReader:
                 return int(step)
         return self._steps()
 
-    def _plain(self, group: Group) -> Group:
+    def plain(self, group: Group) -> Group:
         """A group's settings as numbers; those that are tensors are read again only after they have been changed."""
         return {
             **group,
@@ -213,7 +215,11 @@ def _start_of_sgd(group: Group) -> Mapping[str, float | None]:
 
 
 _ADAM = Known(
-    _start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0), _adam, first_moment="exp_avg", divisors=_roots
+    _start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0),
+    _adam,
+    first_moment="exp_avg",
+    divisors=_roots,
+    second_moments=("exp_avg_sq", "max_exp_avg_sq"),
 )
 
 # Counters of steps are those that a bias correction goes by; others (of a decay of the learning rate) are no moments.
@@ -230,7 +236,11 @@ _KNOWN = {
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
     "NAdam": Known(
-        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0), _nadam, first_moment="exp_avg", divisors=_roots
+        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0),
+        _nadam,
+        first_moment="exp_avg",
+        divisors=_roots,
+        second_moments=("exp_avg_sq",),
     ),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
     "RMSprop": Known(

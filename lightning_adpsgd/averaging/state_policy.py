@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ from lightning_adpsgd.averaging.optimizer_state import (
     share_state,
     state_at_start,
 )
+from lightning_adpsgd.averaging.second_moments import SecondMoments
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 
 
@@ -64,6 +65,7 @@ class StatePolicy:
         reader = MomentumReader(optimizer, self._steps_of_moments)
         self.look_ahead = LookAhead(optimizer, reader).factors
         self._estimate = MomentEstimate(optimizer, reader) if policy == "estimate" else None
+        self.second_moments = SecondMoments(optimizer, reader, workers.count)
 
     def _steps_of_moments(self) -> int:
         """How many steps this worker's moments have been gathered for."""
@@ -100,8 +102,19 @@ class StatePolicy:
         factors = self._estimate.factors(steps, ago, ahead)
         return partial(self._estimate.correct, parameters=parameters, factors=factors) if any(factors) else None
 
-    def restored(self, shared_at: int, reset_at: int) -> None:
+    def see(self, variances: Sequence[float], rates: Sequence[float]) -> None:
+        """Learn from a round whose fragments have all drifted for a period.
+
+        Args:
+            variances: S_g of each parameter group.
+            rates: γ_g of each parameter group.
+        """
+        if self._estimate is not None:
+            self.second_moments.correct(variances, self._estimate.drifts_at(rates))
+
+    def restored(self, shared_at: int, reset_at: int, second_moments: dict[str, Any]) -> None:
         """Take over from a checkpoint."""
+        self.second_moments.load_state_dict(second_moments)
         self.shared_at, self.reset_at, self._dropped_at = shared_at, reset_at, 0
 
     def is_shared(self) -> bool:
@@ -129,6 +142,8 @@ class StatePolicy:
                 same = {id(moment) for moment in moments(self._optimizer)} if averages else set()
                 self._share(contribution, shared=same)
                 self._dropped_at = 0  # it has been given the others' moments
+                if self._estimate is not None:
+                    self._estimate.mark_shared()
             self.shared_at = self._steps
 
     def end_round(self) -> None:
