@@ -5,14 +5,14 @@ and σ² the variance of its noise. Full communication averages gradients first,
 it, as with small batches, local steps are up to √n shorter at the same learning rate. Averaging second moments does not
 change that.
 
-How much of V is noise follows from the drift, which rounds measure anyway. Steps of size γ / √v make workers drift apart
-by σ² / v times a known D (see :mod:`lightning_adpsgd.averaging.estimate`), so with S_g of a parameter group that has N
-elements, as a mean over these,
+How much of V is noise follows from the drift, which rounds measure anyway. Steps of size γ / √v make workers drift
+apart by σ² / v times a known D (see :mod:`lightning_adpsgd.averaging.estimate`), so with S_g of a parameter group that
+has N elements, as a mean over these,
 
     σ² / v ≈ S_g / ((1 − 1/n) N D).
 
-After each round v is multiplied so that it becomes f V, with f = 1 − (1 − 1/n) σ² / V, between 1/n and 1. The share of V
-that is new since the round before, (1 − β₂^p) / (1 − β₂^t) after t steps, is brought to f at once, the rest has been: v
+After each round v is multiplied so that it becomes f V, with f = 1 − (1 − 1/n) σ² / V, between 1/n and 1. What of V is
+new since the round before, (1 − β₂^p) / (1 − β₂^t) after t steps, is brought to f at once; the rest has been. So v
 stays a mean over as many steps as before.
 """
 
