@@ -173,6 +173,24 @@ def test_configuration_makes_the_trainer_it_describes(folder, strategy):
     assert sum(isinstance(callback, CommunicationMonitor) for callback in trainer.callbacks) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("int4", "IntCodec(bits=4, block_size=128)"),
+        ("int8", "IntCodec(bits=8, block_size=128)"),
+        (
+            {"class_path": "lightning_adpsgd.IntCodec", "init_args": {"block_size": 64}},
+            "IntCodec(bits=4, block_size=64)",
+        ),
+    ],
+    ids=["int4", "int8", "class"],
+)
+def test_configuration_says_in_how_many_bits_rounds_travel(folder, given, expected):
+    init_args = {"reduce_dtype": given}
+    strategy = made({"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": init_args}).trainer.strategy
+    assert repr(strategy._options.codec) == expected
+
+
 def test_strategy_has_every_setting_of_the_configuration(folder):
     adaptive, constant, by_name = (made(strategy).trainer.strategy for strategy in (ADAPTIVE, CONSTANT, "adpsgd"))
     assert repr(adaptive._period) == repr(AdaptivePeriod(initial=2, sampling=6, low=0.5, maximum=16))

@@ -18,6 +18,8 @@ TRANSPORTS = {
     "both": {"stagger": True, "overlap": 1},
     "bf16": {"reduce_dtype": "bf16"},
     "bf16 both": {"reduce_dtype": "bf16", "stagger": True, "overlap": 1},
+    "int4": {"reduce_dtype": "int4"},
+    "int4 both": {"reduce_dtype": "int4", "stagger": True, "overlap": 1},
 }
 
 
@@ -57,7 +59,9 @@ def test_the_ratio_is_that_of_means_for_every_way_that_rounds_travel(pool, trans
     expected = 24 * (3 * 0.25) ** 2 / 0.2 + 24 * (3 * 0.05) ** 2 / 0.2
     for seen in pool.run(ratios, transport):
         assert len(seen) >= 2
-        assert seen == pytest.approx([expected] * len(seen), rel=0.02 if "bf16" in transport else 1e-5)
+        assert seen == pytest.approx(
+            [expected] * len(seen), rel=1e-5 if "reduce_dtype" not in TRANSPORTS[transport] else 0.02
+        )
 
 
 def watched(transport: str, validate_every: int, steps: int) -> list[tuple[int, float]]:

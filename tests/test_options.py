@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod, LocalSGD
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod, IntCodec, LocalSGD
 from lightning_adpsgd.options import AveragingOptions, as_period
 
 
@@ -51,11 +51,18 @@ def test_reduce_dtype_names_what_travels(name, dtype):
     assert getattr(AveragingOptions(reduce_dtype=name).codec, "dtype", None) is dtype
 
 
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
+def test_reduce_dtype_names_integers_in_blocks_of_128(name, bits):
+    assert repr(AveragingOptions(reduce_dtype=name).codec) == repr(IntCodec(bits=bits, block_size=128))
+
+
 @pytest.mark.parametrize(
     ("options", "is_spread", "transport"),
     [
         ({}, False, "at once"),
         ({"optimizer_state": "average", "reduce_dtype": "fp16"}, False, "in fp16"),
+        ({"reduce_dtype": "int4"}, False, "in int4"),
+        ({"reduce_dtype": IntCodec(8, 64)}, False, "in IntCodec(bits=8, block_size=64)"),
         ({"stagger": True}, True, "spread over the period"),
         ({"overlap": 2}, True, "adopted 2 step(s) later"),
         (

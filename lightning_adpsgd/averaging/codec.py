@@ -14,7 +14,7 @@ from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
 # On the CPU, what is done to a piece one pass after the other stays in a core's cache. Elements.
-_PIECE = 2**16
+PIECE = 2**16
 
 Pieces = tuple[Tensor, ...]
 
@@ -222,7 +222,7 @@ class DeltaCodec:
         """Pieces of tensors as long as a share, and of shares encoded, which may be longer."""
         block, block_bytes = self._codec.block, self._block_bytes(parts[0])
         blocks = blocks_in(len(parts[0]), block)
-        length = min(max(1, _PIECE // block), blocks) if rows[0].device.type == "cpu" else blocks
+        length = min(max(1, PIECE // block), blocks) if rows[0].device.type == "cpu" else blocks
         if length == 0:
             return iter(())
         elements = zip(*(part.split(length * block) for part in parts), strict=True)

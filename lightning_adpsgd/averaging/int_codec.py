@@ -1,12 +1,14 @@
 """Rounds in 8 or 4 bits per element: signed integers, and a scale per block of elements."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_adpsgd.averaging import scaled_blocks
 from lightning_adpsgd.averaging.codec import Codec
-from lightning_adpsgd.validation import check_int, wrong_value
+from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # whose reciprocal is finite, too
 _LARGEST = torch.finfo(torch.float32).max
@@ -39,9 +41,9 @@ class IntCodec(Codec):
     """
 
     def __init__(self, bits: int = 4, block_size: int = 128) -> None:
-        self.bits = check_int("IntCodec", "bits", bits, at_least=4, at_most=8)
-        if self.bits not in (4, 8):
-            raise wrong_value("IntCodec", "bits", bits, "4 or 8")
+        self.bits = int(check_instance("IntCodec", "bits", bits, Integral, "8 or 4"))
+        if self.bits not in (8, 4):
+            raise wrong_value("IntCodec", "bits", bits, "8 or 4")
         self.block = check_int("IntCodec", "block_size", block_size, at_least=2, at_most=2**20)
         if self.block % 2:
             raise wrong_value("IntCodec", "block_size", block_size, "an even number, for example 128")

@@ -1,11 +1,11 @@
-"""Differences from the last average in 16 bits, on real processes."""
+"""Differences from the last average in 16 bits and fewer, on real processes."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adpsgd import LocalSGD
+from lightning_adpsgd import Codec, IntCodec, LocalSGD
 from lightning_adpsgd.averaging.averager import ParameterAverager
 from lightning_adpsgd.averaging.codec import CastCodec
 from lightning_adpsgd.averaging.layout import FlatLayout
@@ -33,8 +33,15 @@ def push(dtype: str | None, change: float, steps: int, start: float, forced: boo
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_of_the_bytes_travel_and_nothing_is_lost(pool, dtype, options):
+@pytest.mark.parametrize(
+    (
+        "dtype",
+        "sent_bytes",
+        "owed",
+    ),  # of 300 elements: in blocks of 128, two workers' shares; in one round of two steps
+    [("bf16", 2 * 300, 2**-6), ("fp16", 2 * 300, 2**-6), ("int8", 4 * 130, 2**-5), ("int4", 4 * 66, 2**-2)],
+)
+def test_fewer_bytes_travel_and_nothing_is_lost(pool, dtype, sent_bytes, owed, options):
     # Rounding loses a part of each change that is the same every time: it would add up.
     change = 1.0 + 2.0**-11 + 2.0**-13
     plain = pool.run(push, None, change, 200, 1000.0, False, options)
@@ -42,11 +49,12 @@ def test_half_of_the_bytes_travel_and_nothing_is_lost(pool, dtype, options):
     assert torch.equal(halved[0]["value"], halved[1]["value"]) or options
     for ours, theirs in zip(halved, plain, strict=True):
         difference = (ours["value"] - theirs["value"]).abs().max().item()
-        assert difference < 2.0**-6  # what one round of two steps may owe; 100 rounds would add up to 0.1 and more
+        assert difference < owed  # 100 rounds would add up to many times as much
         assert len(ours["rounds"]) == len(theirs["rounds"])
         sent, would_send = (sum(round_.payload_bytes for round_ in outcome["rounds"]) for outcome in (ours, theirs))
-        saved = sum(2 * 300 for _ in ours["rounds"])
-        assert saved <= would_send - sent <= saved + 2 * 300  # a part of the next round may be under way
+        saved = (4 * 300 - sent_bytes) * len(ours["rounds"])
+        # A part of the next round may be under way.
+        assert saved <= would_send - sent <= saved + 4 * 300 - sent_bytes
 
 
 def test_without_the_errors_small_parts_would_be_lost(pool):
@@ -122,12 +130,12 @@ def start_apart() -> list[int]:
     return [round_.payload_bytes for round_ in rounds]
 
 
-def settle(kind: str, cycles: list[int]) -> float:
+def settle(kind: str, codec: Codec, cycles: list[int]) -> float:
     """How far a round that travels as it is ends from the mean of all changes, after cycles of so many parts."""
     workers = NodeWorkerGroup(2) if kind == "nodes" else WorkerGroup()
     mine = workers.worker_of(dist.get_rank())
     tensor = torch.zeros(24)
-    averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, CastCodec(torch.bfloat16))
+    averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 2**20, codec)
     averager.delta.start()
     total = torch.zeros(24, dtype=torch.float64)
     step = 0
@@ -147,5 +155,8 @@ def settle(kind: str, cycles: list[int]) -> float:
 
 @pytest.mark.parametrize("cycles", [[1, 1, 1], [3, 3, 3], [3, 4, 5]], ids=str)
 @pytest.mark.parametrize("kind", ["devices", "nodes"])
-def test_what_is_owed_is_settled_however_the_parts_were_cut(pool, kind, cycles):
-    assert max(pool.run(settle, kind, cycles, workers=2 if kind == "devices" else 4)) < 1e-5
+@pytest.mark.parametrize(
+    "codec", [CastCodec(torch.bfloat16), IntCodec(8, 6), IntCodec(4, 2)], ids=["bf16", "int8", "int4"]
+)
+def test_what_is_owed_is_settled_however_the_parts_were_cut(pool, codec, kind, cycles):
+    assert max(pool.run(settle, kind, codec, cycles, workers=2 if kind == "devices" else 4)) < 1e-5

@@ -22,6 +22,14 @@ WRONG = {
         ),
         (["--data", ".", "--json", "no_such_folder/file.json"], "there is no folder"),
     ],
+    "codec": [
+        (["--codecs", "int4,int2"], "argument --codecs: expected some of bf16, fp16, int8, int4, got 'int2'"),
+        (["--numel", "0"], "argument --numel: expected int of at least 1024, got '0'"),
+        (["--workers", "1"], "argument --workers: expected int of at least 2, got '1'"),
+        (["--gbit", "fast"], "argument --gbit: expected float of at least 1e-06, got 'fast'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--json", "no_such_folder/file.json"], "there is no folder"),
+    ],
     "gpu": [
         (["--parts", "training,test"], "argument --parts: expected some of local-step, round, training, trace"),
         (["--backend", "mpi"], "argument --backend: invalid choice: 'mpi'"),
@@ -104,7 +112,7 @@ COMMANDS = sorted(set(documented()))
 
 def test_documentation_has_the_command_of_each_benchmark():
     modules = {command.split()[0].removeprefix("benchmarks.") for command in COMMANDS}
-    assert modules == {"accuracy", "gpu", "interface_bytes", "link", "local_step", "paper", "round"}
+    assert modules == {"accuracy", "codec", "gpu", "interface_bytes", "link", "local_step", "paper", "round"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

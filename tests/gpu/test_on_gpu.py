@@ -82,7 +82,9 @@ def train(options: dict) -> dict:
     return {"weights": [p.detach().cpu() for p in model.parameters()], "rates": [r.learning_rate for r in rounds]}
 
 
-@pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 2}, {"reduce_dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stagger": True, "overlap": 2}, {"reduce_dtype": "bf16"}, {"reduce_dtype": "int4"}], ids=str
+)
 def test_ranks_on_one_gpu_end_with_the_same_weights_and_rates_that_are_tensors_are_recorded(pool, options):
     first, second = pool.run(train, options)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first["weights"], second["weights"], strict=True))
