@@ -3,10 +3,11 @@
     .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
         [--studies A,B] [--tasks A,B] [--contenders A,B] [--seeds N]
 
-`plan.py` lists what is trained at each scale; a selection of it with the options of the second line, for example
-`--studies bytes --contenders full,adpsgd-int4 --seeds 5`. The page has all finished runs of the studies. Every run is a `Trainer.fit` on as many processes as there are workers,
-all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an interruption the same
-command continues. When all of them are finished the page is written; `--page-only` writes it from the runs that exist.
+`plan.py` lists what is trained at each scale. The options of the second line select some of it, for example
+`--studies bytes --contenders full,adpsgd-int4 --seeds 5`. Every run is a `Trainer.fit` on as many processes as there
+are workers, all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an
+interruption the same command continues. When all of them are finished the page is written, from all runs of the studies
+that exist; `--page-only` writes it without training.
 
 Runs of one seed start from the same weights and see the same batches. The averaged model is evaluated every other epoch
 on a copy, so that no round is added; the communication for this is not counted.

@@ -8,11 +8,24 @@ from string import Template
 
 from benchmarks.frame.table import Column, table
 from benchmarks.frame.trainer import parameter_count
-from benchmarks.paper import figures
-from benchmarks.paper.claims import claims
+from benchmarks.paper import against_bytes, figures
+from benchmarks.paper.against_bytes import COLUMNS
+from benchmarks.paper.claims import Claim, claims
 from benchmarks.paper.links import PAPER_SPEEDUPS, Link, communication_share, middle_share
 from benchmarks.paper.networks import new_network
-from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, RARE, Contender, Study, Task
+from benchmarks.paper.plan import (
+    ADPSGD,
+    ADPSGD_INT4,
+    CPSGD_8,
+    FULL,
+    MATCHED,
+    QSGD,
+    RARE,
+    Contender,
+    Study,
+    Task,
+    runs_of,
+)
 from benchmarks.paper.results import (
     POINTS,
     Outcomes,
@@ -27,7 +40,9 @@ from benchmarks.paper.results import (
 ALL_IMAGES = 50_000
 MEGABYTE = 1e6
 
-LOSS, ACCURACY, VARIANCE, HABITS = (f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits"))
+LOSS, ACCURACY, VARIANCE, HABITS, BYTES = (
+    f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits", "bytes")
+)
 OBSERVED = (CPSGD_8, ADPSGD)  # of which figures show what the rule sees
 
 Cells = Sequence[str]
@@ -50,6 +65,12 @@ class Page:
     images: Path  # folder for the figures, beside the page
 
     def __post_init__(self) -> None:
+        # It has more seeds than others, whose results are not to change with it.
+        self._bytes_study = next((study for study in self.studies if study.name == "bytes"), None)
+        if self._bytes_study is not None:
+            self._bytes_outcomes = self.outcomes.of_runs(runs_of([self._bytes_study]))
+            self.studies = [study for study in self.studies if study is not self._bytes_study]
+            self.outcomes = self.outcomes.of_runs(runs_of(self.studies))
         self._studies: dict[str, Study] = {}
         for study in self.studies:
             tasks = [task for task in study.tasks if self.outcomes.known(task, study.contenders)]
@@ -64,13 +85,15 @@ class Page:
             "head": self._head(),
             "claims": self._claims(),
             "comparison": self._comparison(),
+            "bytes": self._bytes(),
             "time": self._time(),
             "habits": self._habits(),
             "state": self._state(),
             "rule": self._rule(),
             "sources": self._sources(),
         }
-        return "\n\n".join(SECTIONS[name].substitute(values).rstrip() for name, values in of.items() if values) + "\n"
+        filled = (SECTIONS[name].substitute(values).rstrip() for name, values in of.items() if values)
+        return re.sub(r"\n{3,}", "\n\n", "\n\n".join(filled)) + "\n"
 
     def draw(self) -> None:
         """The figures that the text shows."""
@@ -79,6 +102,9 @@ class Page:
             figures.loss(self.outcomes, paper.tasks, paper.contenders, self.images / LOSS)
             figures.accuracy(self.outcomes, paper.tasks, paper.contenders, self.images / ACCURACY)
             figures.variance(self.outcomes, paper.tasks, OBSERVED, self.images / VARIANCE)
+        points = self._bytes_points()
+        if points:
+            figures.against_bytes(points, self.images / BYTES)
         if habits:
             figures.variance(self.outcomes, habits, OBSERVED, self.images / HABITS)
 
@@ -90,26 +116,21 @@ class Page:
             columns, rows = self._cells(task, paper.contenders, with_speedups=True)
             cells = [dict(zip(columns, row, strict=True)) for row in rows]
             parts.append(f"{task.title}\n\n{table(cells, [Column(title, title) for title in columns])}")
-        return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in self.claims)])
+        goals = against_bytes.goals(self._bytes_outcomes, self._bytes_study) if self._bytes_study else []
+        return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in (*self.claims, *goals))])
 
     # The values of each section; none if it is left out
 
     def _head(self) -> Values:
-        tasks = {task.name: task for study in self._studies.values() for task in study.tasks}
+        known = [*(task for study in self._studies.values() for task in study.tasks), *self._bytes_tasks()]
+        tasks = {task.name: task for task in known}
         columns = ("task", "parameters", "workers × batch", "images", "epochs", "optimizer", "schedule")
         missing = len(self.outcomes.missing)
         note = f"\n\n**{missing} of the runs that belong here are not done yet.**" if missing else ""
         return {"tasks": _table(columns, map(_described, tasks.values())), "missing": note}
 
     def _claims(self) -> Values:
-        numbered = list(enumerate(self.claims, start=1))
-        rows = [(f"{number}. {claim.text}", f"**{claim.verdict}**") for number, claim in numbered]
-        details = [
-            "\n".join([f"### Claim {number}\n", *(f"- {sentence}" for sentence in claim.sentences)])
-            for number, claim in numbered
-            if claim.sentences
-        ]
-        return {"table": _table(("claim", "here"), rows), "details": "\n\n".join(details)}
+        return {"table": _verdicts(self.claims, "claim"), "details": _details(self.claims, "Claim")}
 
     def _comparison(self) -> Values:
         study = self._studies.get("paper")
@@ -125,6 +146,39 @@ class Page:
             "accuracy": self._image(ACCURACY, "Test accuracy against bytes sent"),
             "variance": self._image(VARIANCE, "Variance, its ratio to the learning rate, and the period"),
         }
+
+    def _bytes(self) -> Values:
+        study, tasks = self._bytes_study, self._bytes_tasks()
+        if study is None or not tasks:
+            return {}
+        goals = against_bytes.goals(self._bytes_outcomes, study)
+        tables = [
+            f"### {task.title}\n\n{_table(COLUMNS, against_bytes.rows(self._bytes_outcomes, study, task))}"
+            for task in tasks
+        ]
+        return {
+            "missing": against_bytes.missing(self._bytes_outcomes, study),
+            "contender": ADPSGD_INT4.title,
+            "goals": _verdicts(goals, "goal"),
+            "details": _details(goals, "Goal"),
+            "figure": self._image(BYTES, "Test accuracy against bytes, on a logarithmic axis")
+            if self._bytes_points()
+            else "",
+            "tables": "\n\n".join(tables),
+        }
+
+    def _bytes_tasks(self) -> list[Task]:
+        """Those of which something is known."""
+        study = self._bytes_study
+        return [task for task in study.tasks if self._bytes_outcomes.known(task, study.of(task))] if study else []
+
+    def _bytes_points(self) -> dict[Task, list[against_bytes.Point]]:
+        """What the figure shows: tasks with a run of full communication."""
+        study = self._bytes_study
+        if study is None:
+            return {}
+        points = {task: against_bytes.points(self._bytes_outcomes, study, task) for task in self._bytes_tasks()}
+        return {task: known for task, known in points.items() if known}
 
     def _time(self) -> Values:
         if not self.links:
@@ -244,6 +298,23 @@ class Page:
 
     def _image(self, file: str, shows: str) -> str:
         return f"![{shows}]({self.images.name}/{file})"
+
+
+def _verdicts(claims: Sequence[Claim], kind: str) -> str:
+    """A table of claims and verdicts."""
+    return _table(
+        (kind, "here"),
+        [(f"{number}. {claim.text}", f"**{claim.verdict}**") for number, claim in enumerate(claims, start=1)],
+    )
+
+
+def _details(claims: Sequence[Claim], kind: str) -> str:
+    """The figures behind the verdicts, a heading for each claim that has some."""
+    return "\n\n".join(
+        "\n".join([f"### {kind} {number}\n", *(f"- {sentence}" for sentence in claim.sentences)])
+        for number, claim in enumerate(claims, start=1)
+        if claim.sentences
+    )
 
 
 def _described(task: Task) -> Cells:
