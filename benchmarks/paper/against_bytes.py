@@ -21,6 +21,17 @@ MOST_BYTES = 0.055  # of full communication's: a fifth of QSGD's
 MOST_POINTS = 0.3  # of accuracy below full communication, on average
 
 
+class Part(NamedTuple):
+    """A study of accuracy against bytes, and what is known of its runs."""
+
+    study: Study
+    outcomes: Outcomes
+
+    def tasks(self) -> list[Task]:
+        """Those that have results."""
+        return [task for task in self.study.tasks if self.outcomes.known(task, self.study.of(task))]
+
+
 class Point(NamedTuple):
     """A contender in the figure."""
 
@@ -30,8 +41,9 @@ class Point(NamedTuple):
     deviation: float  # its spread; 0 if there is one seed
 
 
-def rows(outcomes: Outcomes, study: Study, task: Task) -> list[list[str]]:
+def rows(part: Part, task: Task) -> list[list[str]]:
     """A row per contender that has results, see `COLUMNS`; differences are to full communication, within a seed."""
+    study, outcomes = part
     return [
         [
             contender.title,
@@ -66,8 +78,9 @@ def byte_share(outcomes: Outcomes, task: Task, contender: Contender, other: Cont
     return mine / others
 
 
-def points(outcomes: Outcomes, study: Study, task: Task) -> list[Point]:
+def points(part: Part, task: Task) -> list[Point]:
     """What the figure shows of a task; nothing without a run of full communication."""
+    study, outcomes = part
     known = []
     for contender in outcomes.known(task, study.of(task)):
         share = byte_share(outcomes, task, contender)
@@ -86,23 +99,24 @@ def frontier(of: Sequence[Point]) -> list[Point]:
     return found
 
 
-def missing(outcomes: Outcomes, study: Study) -> str:
+def missing(parts: Sequence[Part]) -> str:
     """Which runs are not done, as a sentence; empty if all are."""
-    by_contender = Counter(run.contender.title for run in outcomes.missing)
+    by_contender = Counter(run.contender.title for part in parts for run in part.outcomes.missing)
     if not by_contender:
         return ""
-    total = len(runs_of([study]))
+    total = len(runs_of([part.study for part in parts]))
     listed = "; ".join(f"{title}: {count}" for title, count in by_contender.items())
-    return f"**{len(outcomes.missing)} of the {total} runs of this section are not done yet** ({listed})."
+    return f"**{by_contender.total()} of the {total} runs of this section are not done yet** ({listed})."
 
 
 # Goals
 
 
-def goals(outcomes: Outcomes, study: Study) -> list[Claim]:
+def goals(parts: Sequence[Part]) -> list[Claim]:
     """What ADPSGD in 4 bits with an estimate is to reach, and whether it does."""
-    pairs = [pair for task in study.tasks if (pair := _Pair.of(outcomes, study, task)) is not None]
-    return [_within_spread(pairs), _on_average(pairs), _bytes(outcomes, study), _against_powersgd(outcomes, study)]
+    every = [(part, task) for part in parts for task in part.study.tasks]
+    pairs = [pair for part, task in every if (pair := _Pair.of(part, task)) is not None]
+    return [_within_spread(pairs), _on_average(pairs), _bytes(every), _against_powersgd(every)]
 
 
 class _Pair(NamedTuple):
@@ -116,9 +130,10 @@ class _Pair(NamedTuple):
     accuracy_spread: float | None  # in points
 
     @classmethod
-    def of(cls, outcomes: Outcomes, study: Study, task: Task) -> "_Pair | None":
+    def of(cls, part: Part, task: Task) -> "_Pair | None":
         """None if they have no seed in common."""
-        mine, full = (best(outcomes, study, task, each) for each in (ADPSGD_INT4, FULL))
+        mine, full = (best(part, task, each) for each in (ADPSGD_INT4, FULL))
+        outcomes = part.outcomes
         if mine is None or full is None:
             return None
         losses = outcomes.differences(task, mine, full, final_loss)
@@ -136,8 +151,9 @@ class _Pair(NamedTuple):
         )
 
 
-def best(outcomes: Outcomes, study: Study, task: Task, contender: Contender) -> Contender | None:
+def best(part: Part, task: Task, contender: Contender) -> Contender | None:
     """A contender at the learning rate that gives it the smallest final loss, of those that were tried on a task."""
+    study, outcomes = part
     tried = [each for each in study.of(task) if each == contender or each in FASTER.get(contender, ())]
     known = outcomes.known(task, tried)
     return min(known, key=lambda each: outcomes.of(task, each, final_loss).mean) if known else None
@@ -169,21 +185,22 @@ def _on_average(pairs: Sequence[_Pair]) -> Claim:
     return Claim(text, _verdict([mean >= -MOST_POINTS], "tasks"), [f"{mean:+.2f} points: {listed}."])
 
 
-def _bytes(outcomes: Outcomes, study: Study) -> Claim:
+def _bytes(every: Sequence[tuple[Part, Task]]) -> Claim:
     reached, sentences = [], []
-    for task in study.tasks:
-        share = byte_share(outcomes, task, ADPSGD_INT4)
+    for part, task in every:
+        share = byte_share(part.outcomes, task, ADPSGD_INT4)
         if share is not None:
             reached.append(share <= MOST_BYTES)
             sentences.append(f"{task.title}: {share:.3f}.")
     return Claim(f"At most {MOST_BYTES} of full communication's bytes", _verdict(reached, "tasks"), sentences)
 
 
-def _against_powersgd(outcomes: Outcomes, study: Study) -> Claim:
+def _against_powersgd(every: Sequence[tuple[Part, Task]]) -> Claim:
     reached, sentences = [], []
-    for task in study.tasks:
+    for part, task in every:
+        outcomes = part.outcomes
         for peer in POWERSGD:
-            mine, other = (best(outcomes, study, task, each) for each in (ADPSGD_INT4, peer))
+            mine, other = (best(part, task, each) for each in (ADPSGD_INT4, peer))
             gains = outcomes.differences(task, mine, other, accuracy) if mine and other else []
             share = byte_share(outcomes, task, mine, other) if mine and other else None
             if mine is None or other is None or share is None or not gains:

@@ -9,13 +9,14 @@ from string import Template
 from benchmarks.frame.table import Column, table
 from benchmarks.frame.trainer import parameter_count
 from benchmarks.paper import against_bytes, figures
-from benchmarks.paper.against_bytes import COLUMNS
+from benchmarks.paper.against_bytes import COLUMNS, Part
 from benchmarks.paper.claims import Claim, claims
 from benchmarks.paper.links import PAPER_SPEEDUPS, Link, communication_share, middle_share
 from benchmarks.paper.networks import new_network
 from benchmarks.paper.plan import (
     ADPSGD,
     ADPSGD_INT4,
+    AGAINST_BYTES,
     CPSGD_8,
     FULL,
     MATCHED,
@@ -36,6 +37,7 @@ from benchmarks.paper.results import (
     rounds,
     sent_bytes,
 )
+from benchmarks.paper.text import CONTEXT
 
 ALL_IMAGES = 50_000
 MEGABYTE = 1e6
@@ -65,12 +67,11 @@ class Page:
     images: Path  # folder for the figures, beside the page
 
     def __post_init__(self) -> None:
-        # It has more seeds than others, whose results are not to change with it.
-        self._bytes_study = next((study for study in self.studies if study.name == "bytes"), None)
-        if self._bytes_study is not None:
-            self._bytes_outcomes = self.outcomes.of_runs(runs_of([self._bytes_study]))
-            self.studies = [study for study in self.studies if study is not self._bytes_study]
-            self.outcomes = self.outcomes.of_runs(runs_of(self.studies))
+        # Studies of bytes have more seeds than others, whose results are not to change with them.
+        of_bytes = [study for study in self.studies if study.name in AGAINST_BYTES]
+        self._parts = [Part(study, self.outcomes.of_runs(runs_of([study]))) for study in of_bytes]
+        self.studies = [study for study in self.studies if study.name not in AGAINST_BYTES]
+        self.outcomes = self.outcomes.of_runs(runs_of(self.studies))
         self._studies: dict[str, Study] = {}
         for study in self.studies:
             tasks = [task for task in study.tasks if self.outcomes.known(task, study.contenders)]
@@ -116,13 +117,14 @@ class Page:
             columns, rows = self._cells(task, paper.contenders, with_speedups=True)
             cells = [dict(zip(columns, row, strict=True)) for row in rows]
             parts.append(f"{task.title}\n\n{table(cells, [Column(title, title) for title in columns])}")
-        goals = against_bytes.goals(self._bytes_outcomes, self._bytes_study) if self._bytes_study else []
+        goals = against_bytes.goals(self._parts) if self._parts else []
         return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in (*self.claims, *goals))])
 
     # The values of each section; none if it is left out
 
     def _head(self) -> Values:
-        known = [*(task for study in self._studies.values() for task in study.tasks), *self._bytes_tasks()]
+        known = [task for study in self._studies.values() for task in study.tasks]
+        known += [task for part in self._parts for task in part.tasks()]
         tasks = {task.name: task for task in known}
         columns = ("task", "parameters", "workers × batch", "images", "epochs", "optimizer", "schedule")
         missing = len(self.outcomes.missing)
@@ -148,16 +150,16 @@ class Page:
         }
 
     def _bytes(self) -> Values:
-        study, tasks = self._bytes_study, self._bytes_tasks()
-        if study is None or not tasks:
-            return {}
-        goals = against_bytes.goals(self._bytes_outcomes, study)
         tables = [
-            f"### {task.title}\n\n{_table(COLUMNS, against_bytes.rows(self._bytes_outcomes, study, task))}"
-            for task in tasks
+            f"### {task.title}\n\n{_table(COLUMNS, against_bytes.rows(part, task))}"
+            for part in self._parts
+            for task in part.tasks()
         ]
+        if not tables:
+            return {}
+        goals = against_bytes.goals(self._parts)
         return {
-            "missing": against_bytes.missing(self._bytes_outcomes, study),
+            "missing": against_bytes.missing(self._parts),
             "contender": ADPSGD_INT4.title,
             "goals": _verdicts(goals, "goal"),
             "details": _details(goals, "Goal"),
@@ -167,17 +169,9 @@ class Page:
             "tables": "\n\n".join(tables),
         }
 
-    def _bytes_tasks(self) -> list[Task]:
-        """Those of which something is known."""
-        study = self._bytes_study
-        return [task for task in study.tasks if self._bytes_outcomes.known(task, study.of(task))] if study else []
-
     def _bytes_points(self) -> dict[Task, list[against_bytes.Point]]:
         """What the figure shows: tasks with a run of full communication."""
-        study = self._bytes_study
-        if study is None:
-            return {}
-        points = {task: against_bytes.points(self._bytes_outcomes, study, task) for task in self._bytes_tasks()}
+        points = {task: against_bytes.points(part, task) for part in self._parts for task in part.tasks()}
         return {task: known for task, known in points.items() if known}
 
     def _time(self) -> Values:
@@ -325,7 +319,7 @@ def _described(task: Task) -> Cells:
         task.title,
         f"{parameter_count(new_network(task.network)):,}",
         f"{task.workers} × {task.batch_size}",
-        f"{task.images or ALL_IMAGES:,}",
+        f"{task.images or ALL_IMAGES:,}" + (f" × {CONTEXT} characters" if task.data == "text" else ""),
         str(task.epochs),
         f"{optimizer}, peak rate {task.learning_rate:g}, weight decay {task.weight_decay:g}",
         f"warm-up of {task.warmup_epochs:g} epoch, {decay}",

@@ -41,9 +41,9 @@ class AdaptivePeriod(AveragingPeriod):
     (r ∝ p²), and approaches it from one side if their steps are independent (r ∝ p).
 
     While the learning rate warms up, workers mostly drift less than at its peak, and rounds sampled then lower the
-    target for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is higher
-    than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling phase or
-    after it. A rate that does not rise changes nothing.
+    target for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is
+    higher than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling
+    phase or after it. A rate that does not rise changes nothing.
 
     Args:
         initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the

@@ -123,6 +123,21 @@ def test_page_says_which_runs_of_bytes_are_missing(tmp_path):
     assert "of the runs that belong here are not done yet" not in text
 
 
+def test_language_is_described_and_compared_beside_images(tmp_path):
+    language = dataclasses.replace(
+        TASK, name="gpt", title="Language", network="gpt_tiny", data="text", optimizer="adamw"
+    )
+    studies = (
+        Study("bytes", "Bytes", [TASK], BYTES, 1),
+        Study("language", "Language", [language], (FULL, ADPSGD_INT4), 1),
+    )
+    both = {FULL: [a_result(1.0, 0.6, 1000)], ADPSGD_INT4: [a_result(1.0, 0.6, 50)]}
+    text = page_of(tmp_path, {"net": both, "gpt": both}, studies).text()
+    assert "18 × 64 characters" in text
+    assert text.count("| ADPSGD, 4 bits, estimate | 1 | 0.050 |") == 2
+    assert "- Language: 0.050." in text
+
+
 RESULTS = ["--runs", "benchmarks/results/paper", "--page", "docs/results.md", "--page-only"]
 
 

@@ -2,6 +2,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -22,7 +23,8 @@ from benchmarks.paper.plan import (
     RARE,
     Run,
 )
-from benchmarks.paper.training import Classifier, averaged, new_period, new_strategy, rate_factor
+from benchmarks.paper.text import CONTEXT, Windows
+from benchmarks.paper.training import Classifier, averaged, judge_text, new_period, new_strategy, rate_factor
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
 from tests.benchmarks.paper.helpers import TASK
 
@@ -103,6 +105,29 @@ def test_rate_of_a_contender_multiplies_that_of_the_task(optimizer):
         model._trainer = SimpleNamespace(estimated_stepping_batches=10)
         (group,) = model.configure_optimizers()["optimizer"].param_groups
         assert group["initial_lr"] == pytest.approx(0.2 * rate)
+
+
+class Repeats(nn.Module):
+    """Is sure that each character is followed by the one after it in the alphabet."""
+
+    def __init__(self):
+        super().__init__()
+        self.sure = nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, characters):
+        return (self.sure * nn.functional.one_hot(characters + 1, 100)).transpose(1, 2)
+
+
+def test_language_model_is_judged_by_the_text_that_it_is_not_trained_on():
+    tail = torch.arange(CONTEXT + 1).repeat(2)[: 2 * CONTEXT + 1]
+    tail[-1] = 0  # the last one comes as a surprise
+    data = SimpleNamespace(val_set=Windows(tail))
+    answers = [judge_text(Repeats(), data, SimpleNamespace(global_rank=rank, world_size=2)) for rank in (0, 1)]
+    assert {answer["test_images"] for answer in answers} == {answer["train_images"] for answer in answers}
+    assert answers[0]["test_images"] == 2 * CONTEXT
+    wrong = 2 * CONTEXT - sum(answer["right"] for answer in answers)
+    assert wrong == sum(int(tail[place + 1] != tail[place] + 1) for place in range(2 * CONTEXT)) > 0
+    assert sum(answer["train_loss_sum"] for answer in answers) == pytest.approx(100.0 * wrong)
 
 
 def average_on_rank():

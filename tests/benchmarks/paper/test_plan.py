@@ -7,6 +7,7 @@ import pytest
 from benchmarks.paper.plan import (
     ADPSGD,
     ADPSGD_INT4,
+    AGAINST_BYTES,
     BF16,
     BYTES,
     CPSGD_8,
@@ -126,3 +127,13 @@ def test_what_only_some_tasks_have_is_done_for_these():
         ("net", ADPSGD),
         ("other", ADPSGD),
     ]
+
+
+def test_language_and_a_longer_run_are_asked_about_too():
+    studies = {study.name: study for study in SCALES["cpu"]}
+    (language,), (long,) = studies["language"].tasks, studies["long"].tasks
+    assert (language.data, language.optimizer, language.schedule, language.workers) == ("text", "adamw", "cosine", 8)
+    assert language.images * language.epochs // (language.workers * language.batch_size) == 1200
+    assert (long.network, long.epochs) == ("resnet_tiny", 60)
+    for name in AGAINST_BYTES:
+        assert {FULL, ADPSGD_INT4} <= set(studies[name].contenders)
