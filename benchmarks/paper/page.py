@@ -155,7 +155,7 @@ class Page:
             for part in self._parts
             for task in part.tasks()
         ]
-        if not tables:
+        if not self._parts:
             return {}
         goals = against_bytes.goals(self._parts)
         return {
