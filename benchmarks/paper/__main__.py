@@ -3,16 +3,17 @@
     .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
         [--studies A,B] [--tasks A,B] [--contenders A,B] [--seeds N]
 
-`plan.py` lists what is trained at each scale; a selection of it with the options of the second line, for example
-`--studies bytes --contenders full,adpsgd-int4 --seeds 5`. The page has all finished runs of the studies. Every run is a `Trainer.fit` on as many processes as there are workers,
-all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an interruption the same
-command continues. When all of them are finished the page is written; `--page-only` writes it from the runs that exist.
+`plan.py` lists what is trained at each scale. The options of the second line select some of it, for example
+`--studies bytes --contenders full,adpsgd-int4 --seeds 5`. Every run is a `Trainer.fit` on as many processes as there
+are workers, all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an
+interruption the same command continues. When all of them are finished the page is written, from all runs of the studies
+that exist; `--page-only` writes it without training.
 
 Runs of one seed start from the same weights and see the same batches. The averaged model is evaluated every other epoch
 on a copy, so that no round is added; the communication for this is not counted.
 
-CIFAR-10 is downloaded to `--data` unless it is there. Repacked files with the same images are accepted, with a message,
-and each run's file says so.
+CIFAR-10, and tiny shakespeare for the study of language, are downloaded to `--data` unless they are there. Repacked
+files with the same images are accepted, with a message, and each run's file says so.
 
 At the scale ``gpu`` all ranks share one GPU. For ``--backend nccl`` each rank is told that it is on its own host, as
 NCCL refuses two ranks of one host on one GPU.
@@ -34,6 +35,7 @@ from benchmarks.paper.page import Page
 from benchmarks.paper.plan import ADPSGD, MATCHED, SCALES, Run, Study, runs_of
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store, do
+from benchmarks.paper.text import find_text
 from examples.image_classification.data import DATASETS
 
 LINK_RESULTS = Path("benchmarks/results")
@@ -61,6 +63,7 @@ def train(options: argparse.Namespace) -> None:
 
     Raises:
         DataMissingError: if there are no images.
+        TextMissingError: if there is no text.
         RankFailedError: if a run fails.
     """
     runs, store = selected(options), Store(_folder(options))
@@ -69,7 +72,10 @@ def train(options: argparse.Namespace) -> None:
     if not missing:
         return
     order = {"data": str(options.data), "device": options.device, "backend": options.backend}
-    order["verify"] = find_images(options.data)
+    of_text = {run.task.data == "text" for run in missing}
+    if True in of_text:
+        find_text(options.data)
+    order["verify"] = find_images(options.data) if False in of_text else True
     workers = missing[0].task.workers
     say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
     # One host per rank: NCCL refuses two ranks of one host on one GPU.
@@ -170,7 +176,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--tasks", type=several(one_of(tasks)), metavar="A,B", help="train only these (all of the studies)")
     add("--contenders", type=several(one_of(contenders)), metavar="A,B", help="train only these (all of the studies)")
     add("--seeds", type=number(1), metavar="N", help="at most N runs of each kind (what each study asks for)")
-    add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 (data)")
+    add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 and the text (data)")
     add("--runs", type=Path, default=Path("logs/paper"), metavar="DIR", help="where runs are kept (logs/paper)")
     add("--page", type=output_file, metavar="FILE", help="what to write (results.md beside the runs)")
     add("--page-only", action="store_true", help="train nothing, write the page from the runs that exist")

@@ -1,6 +1,8 @@
 """The figures of the results page: means over seeds, with a band from the least to the greatest."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
 
+from benchmarks.paper.against_bytes import Point, frontier
 from benchmarks.paper.plan import Contender, Task
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Result
@@ -25,10 +30,22 @@ COLOURS = {
     "cpsgd-matched": "#ccbb44",
     "adpsgd": "#4477aa",
     "adpsgd-p8-s0.25": "#66ccee",
+    "ddp-bf16": "#777777",
+    "powersgd-1": "#997700",
+    "powersgd-2": "#997700",
+    "powersgd-4": "#997700",
+    "adpsgd-p2-s0.25": "#4477aa",
+    "adpsgd-p2-int8": "#4477aa",
+    "adpsgd-p2-int4": "#4477aa",
+    "adpsgd-int4": "#cc3311",
 }
 """Of each contender, everywhere; told apart by most people who see colours differently (P. Tol's "bright")."""
 OTHERS = "#aa3377"
 LEGEND_COLUMNS = 3
+PANELS = 2  # beside each other, where points have names
+DISTANCES = (6, 14, 22, 30, 40, 50, 60, 75, 90, 110, 130)  # of a name from its point, in typographic points
+ANGLES = tuple(math.radians(degrees) for degrees in (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240))
+POINT_PIXELS = 4
 MEGABYTE = 1e6
 
 Columns = tuple[Sequence[float], Sequence[float]]
@@ -64,6 +81,103 @@ def accuracy(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Con
         axes.set_ylabel("test accuracy [%]")
         _against_bytes(axes)
     _finish(figure, grid, file)
+
+
+def against_bytes(tasks: Mapping[Task, Sequence[Point]], file: Path) -> None:
+    """Test accuracy against bytes ÷ full communication's: a panel per task, a labelled point per contender."""
+    rows = -(-len(tasks) // PANELS)
+    figure, grid = plt.subplots(
+        rows, min(PANELS, len(tasks)), figsize=(6.6 * min(PANELS, len(tasks)), 4.6 * rows), squeeze=False
+    )
+    panels = [axes for row in grid for axes in row]
+    for axes in panels[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, (task, points) in zip(panels, tasks.items(), strict=False):
+        best = frontier(points)
+        axes.plot(
+            [each.share for each in best], [each.accuracy for each in best], color="#bbbbbb", linewidth=3, zorder=1
+        )
+        for point in points:
+            colour, hollow = _colour(point.contender), point.contender.rate != 1.0
+            axes.errorbar(
+                point.share,
+                point.accuracy,
+                yerr=point.deviation,
+                color=colour,
+                marker="o",
+                markersize=5,
+                markerfacecolor="white" if hollow else colour,
+                capsize=2,
+                linewidth=1,
+            )
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis, (1, 2, 5))
+        axes.set_xlim(min(each.share for each in points) / 1.8, 2)
+        axes.margins(y=0.12)
+        axes.grid(True, which="major", alpha=0.25)
+        axes.set_title(task.title)
+        axes.set_xlabel("bytes ÷ full communication's")
+        axes.set_ylabel("test accuracy [%]")
+    figure.tight_layout()
+    figure.canvas.draw()
+    for axes, points in zip(panels, tasks.values(), strict=False):
+        _label(axes, points)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Name each point, as near to it as there is room; a line leads to a name that is far away."""
+    taken = [*(_surroundings(axes, point) for point in points), *_along(axes, frontier(points))]
+    for point in sorted(points, key=lambda each: each.share):
+        for distance, angle in product(DISTANCES, ANGLES):
+            text = _name(axes, point, distance, angle)
+            box = _extent(text)
+            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+            if inside and not any(box.overlaps(each) for each in taken):
+                break
+            text.remove()
+        else:
+            text = _name(axes, point, DISTANCES[0], ANGLES[0])  # no room: better over something than not at all
+        taken.append(_extent(text))
+
+
+def _name(axes: Axes, point: Point, distance: float, angle: float) -> Annotation:
+    across, up = math.cos(angle), math.sin(angle)
+    return axes.annotate(
+        point.contender.title,
+        (point.share, point.accuracy),
+        xytext=(distance * across, distance * up),
+        textcoords="offset points",
+        ha="center" if abs(across) < 0.3 else "left" if across > 0 else "right",
+        va="center" if abs(up) < 0.3 else "bottom" if up > 0 else "top",
+        fontsize=8,
+        color=_colour(point.contender),
+        arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"} if distance > DISTANCES[0] else None,
+    )
+
+
+def _along(axes: Axes, line: Sequence[Point]) -> list[Bbox]:
+    """What the line through these points covers, in pixels, as many small boxes."""
+    corners = axes.transData.transform([(each.share, each.accuracy) for each in line])
+    places = np.linspace(0, len(corners) - 1, 100 * len(corners))
+    across, up = (np.interp(places, range(len(corners)), corners[:, axis]) for axis in (0, 1))
+    return [Bbox([[x - 2, y - 2], [x + 2, y + 2]]) for x, y in zip(across, up, strict=True)]
+
+
+def _extent(text: Annotation) -> Bbox:
+    """What a name covers, in pixels, without the line that leads to it."""
+    text.update_positions(text.figure.canvas.get_renderer())
+    return Text.get_window_extent(text)
+
+
+def _surroundings(axes: Axes, point: Point) -> Bbox:
+    """What a point and its spread cover, in pixels."""
+    (x, low), (_, high) = (
+        axes.transData.transform((point.share, point.accuracy + side * point.deviation)) for side in (-1, 1)
+    )
+    return Bbox([[x - POINT_PIXELS, low - POINT_PIXELS], [x + POINT_PIXELS, high + POINT_PIXELS]])
 
 
 def variance(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Contender], file: Path) -> None:
@@ -118,7 +232,7 @@ def _by_period(result: Result) -> tuple[list[int], Mapping[str, list[Any]]]:
 
 
 def _colour(contender: Contender) -> str:
-    return COLOURS.get(contender.name, OTHERS)
+    return COLOURS.get(contender.name.partition("-x")[0], OTHERS)
 
 
 def _points(result: Result, horizontal: str, vertical: str, factor: float = 1.0) -> Columns:

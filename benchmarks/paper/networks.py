@@ -8,13 +8,17 @@ from torchvision.models.googlenet import BasicConv2d, Inception
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import make_layers
 
+from benchmarks.paper.text import CONTEXT
 from examples.image_classification.model import ARCHITECTURES
 
 CLASSES = 10
+CHARACTERS = 65  # that occur in the text
 
 
 def new_network(name: str) -> nn.Module:
-    """A new network for colour images of 32 pixels and ten classes: one of `SMALL` or of the image example."""
+    """A new network: one of `OF_TEXT`, or for colour images of 32 pixels one of `SMALL` or of the image example."""
+    if name in OF_TEXT:
+        return OF_TEXT[name]()
     network = SMALL[name]() if name in SMALL else ARCHITECTURES[name](CLASSES, 3)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, arXiv:1502.01852
@@ -77,6 +81,29 @@ class VisionTransformer(nn.Module):
         return self.head(self.encoder(tokens).mean(dim=1))
 
 
+class LanguageModel(nn.Module):
+    """A decoder that predicts the next character (Radford et al. 2018), with positions learned."""
+
+    def __init__(self, width: int = 96, depth: int = 2, heads: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(CHARACTERS, width)
+        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(CONTEXT, width), std=0.02))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.decoder = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, CHARACTERS)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Characters (N, T) to logits (N, characters, T), where a logit knows of no later character than its own."""
+        length = characters.shape[1]
+        hidden = self.embed(characters) + self.position[:length]
+        hidden = self.decoder(hidden, mask=self.mask[:length, :length], is_causal=True)
+        return self.head(hidden).transpose(1, 2)
+
+
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "vgg_tiny": _vgg_tiny,
     "googlenet_tiny": _googlenet_tiny,
@@ -84,4 +111,6 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "vit_tiny": VisionTransformer,
     "vit_small": lambda: VisionTransformer(width=192, depth=9, heads=3),
 }
-"""By name; those that a CPU trains, but for ``vit_small``."""
+"""Of images, by name; those that a CPU trains, but for ``vit_small``."""
+OF_TEXT: dict[str, Callable[[], nn.Module]] = {"gpt_tiny": LanguageModel}
+"""Of text, by name."""

@@ -8,11 +8,25 @@ from string import Template
 
 from benchmarks.frame.table import Column, table
 from benchmarks.frame.trainer import parameter_count
-from benchmarks.paper import figures
-from benchmarks.paper.claims import claims
+from benchmarks.paper import against_bytes, figures
+from benchmarks.paper.against_bytes import COLUMNS, Part
+from benchmarks.paper.claims import Claim, claims
 from benchmarks.paper.links import PAPER_SPEEDUPS, Link, communication_share, middle_share
 from benchmarks.paper.networks import new_network
-from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, RARE, Contender, Study, Task
+from benchmarks.paper.plan import (
+    ADPSGD,
+    ADPSGD_INT4,
+    AGAINST_BYTES,
+    CPSGD_8,
+    FULL,
+    MATCHED,
+    QSGD,
+    RARE,
+    Contender,
+    Study,
+    Task,
+    runs_of,
+)
 from benchmarks.paper.results import (
     POINTS,
     Outcomes,
@@ -23,11 +37,14 @@ from benchmarks.paper.results import (
     rounds,
     sent_bytes,
 )
+from benchmarks.paper.text import CONTEXT
 
 ALL_IMAGES = 50_000
 MEGABYTE = 1e6
 
-LOSS, ACCURACY, VARIANCE, HABITS = (f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits"))
+LOSS, ACCURACY, VARIANCE, HABITS, BYTES = (
+    f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits", "bytes")
+)
 OBSERVED = (CPSGD_8, ADPSGD)  # of which figures show what the rule sees
 
 Cells = Sequence[str]
@@ -50,6 +67,11 @@ class Page:
     images: Path  # folder for the figures, beside the page
 
     def __post_init__(self) -> None:
+        # Studies of bytes have more seeds than others, whose results are not to change with them.
+        of_bytes = [study for study in self.studies if study.name in AGAINST_BYTES]
+        self._parts = [Part(study, self.outcomes.of_runs(runs_of([study]))) for study in of_bytes]
+        self.studies = [study for study in self.studies if study.name not in AGAINST_BYTES]
+        self.outcomes = self.outcomes.of_runs(runs_of(self.studies))
         self._studies: dict[str, Study] = {}
         for study in self.studies:
             tasks = [task for task in study.tasks if self.outcomes.known(task, study.contenders)]
@@ -64,13 +86,15 @@ class Page:
             "head": self._head(),
             "claims": self._claims(),
             "comparison": self._comparison(),
+            "bytes": self._bytes(),
             "time": self._time(),
             "habits": self._habits(),
             "state": self._state(),
             "rule": self._rule(),
             "sources": self._sources(),
         }
-        return "\n\n".join(SECTIONS[name].substitute(values).rstrip() for name, values in of.items() if values) + "\n"
+        filled = (SECTIONS[name].substitute(values).rstrip() for name, values in of.items() if values)
+        return re.sub(r"\n{3,}", "\n\n", "\n\n".join(filled)) + "\n"
 
     def draw(self) -> None:
         """The figures that the text shows."""
@@ -79,6 +103,9 @@ class Page:
             figures.loss(self.outcomes, paper.tasks, paper.contenders, self.images / LOSS)
             figures.accuracy(self.outcomes, paper.tasks, paper.contenders, self.images / ACCURACY)
             figures.variance(self.outcomes, paper.tasks, OBSERVED, self.images / VARIANCE)
+        points = self._bytes_points()
+        if points:
+            figures.against_bytes(points, self.images / BYTES)
         if habits:
             figures.variance(self.outcomes, habits, OBSERVED, self.images / HABITS)
 
@@ -90,26 +117,22 @@ class Page:
             columns, rows = self._cells(task, paper.contenders, with_speedups=True)
             cells = [dict(zip(columns, row, strict=True)) for row in rows]
             parts.append(f"{task.title}\n\n{table(cells, [Column(title, title) for title in columns])}")
-        return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in self.claims)])
+        goals = against_bytes.goals(self._parts) if self._parts else []
+        return "\n\n".join([*parts, "\n".join(f"{claim.text}: {claim.verdict}." for claim in (*self.claims, *goals))])
 
     # The values of each section; none if it is left out
 
     def _head(self) -> Values:
-        tasks = {task.name: task for study in self._studies.values() for task in study.tasks}
+        known = [task for study in self._studies.values() for task in study.tasks]
+        known += [task for part in self._parts for task in part.tasks()]
+        tasks = {task.name: task for task in known}
         columns = ("task", "parameters", "workers × batch", "images", "epochs", "optimizer", "schedule")
         missing = len(self.outcomes.missing)
         note = f"\n\n**{missing} of the runs that belong here are not done yet.**" if missing else ""
         return {"tasks": _table(columns, map(_described, tasks.values())), "missing": note}
 
     def _claims(self) -> Values:
-        numbered = list(enumerate(self.claims, start=1))
-        rows = [(f"{number}. {claim.text}", f"**{claim.verdict}**") for number, claim in numbered]
-        details = [
-            "\n".join([f"### Claim {number}\n", *(f"- {sentence}" for sentence in claim.sentences)])
-            for number, claim in numbered
-            if claim.sentences
-        ]
-        return {"table": _table(("claim", "here"), rows), "details": "\n\n".join(details)}
+        return {"table": _verdicts(self.claims, "claim"), "details": _details(self.claims, "Claim")}
 
     def _comparison(self) -> Values:
         study = self._studies.get("paper")
@@ -125,6 +148,31 @@ class Page:
             "accuracy": self._image(ACCURACY, "Test accuracy against bytes sent"),
             "variance": self._image(VARIANCE, "Variance, its ratio to the learning rate, and the period"),
         }
+
+    def _bytes(self) -> Values:
+        tables = [
+            f"### {task.title}\n\n{_table(COLUMNS, against_bytes.rows(part, task))}"
+            for part in self._parts
+            for task in part.tasks()
+        ]
+        if not self._parts:
+            return {}
+        goals = against_bytes.goals(self._parts)
+        return {
+            "missing": against_bytes.missing(self._parts),
+            "contender": ADPSGD_INT4.title,
+            "goals": _verdicts(goals, "goal"),
+            "details": _details(goals, "Goal"),
+            "figure": self._image(BYTES, "Test accuracy against bytes, on a logarithmic axis")
+            if self._bytes_points()
+            else "",
+            "tables": "\n\n".join(tables),
+        }
+
+    def _bytes_points(self) -> dict[Task, list[against_bytes.Point]]:
+        """What the figure shows: tasks with a run of full communication."""
+        points = {task: against_bytes.points(part, task) for part in self._parts for task in part.tasks()}
+        return {task: known for task, known in points.items() if known}
 
     def _time(self) -> Values:
         if not self.links:
@@ -246,6 +294,23 @@ class Page:
         return f"![{shows}]({self.images.name}/{file})"
 
 
+def _verdicts(claims: Sequence[Claim], kind: str) -> str:
+    """A table of claims and verdicts."""
+    return _table(
+        (kind, "here"),
+        [(f"{number}. {claim.text}", f"**{claim.verdict}**") for number, claim in enumerate(claims, start=1)],
+    )
+
+
+def _details(claims: Sequence[Claim], kind: str) -> str:
+    """The figures behind the verdicts, a heading for each claim that has some."""
+    return "\n\n".join(
+        "\n".join([f"### {kind} {number}\n", *(f"- {sentence}" for sentence in claim.sentences)])
+        for number, claim in enumerate(claims, start=1)
+        if claim.sentences
+    )
+
+
 def _described(task: Task) -> Cells:
     decays = ", ".join(f"{share:g}" for share in task.decay_at)
     decay = f"a tenth from each of {decays} of the run on" if task.schedule == "steps" else "cosine to 0"
@@ -254,7 +319,7 @@ def _described(task: Task) -> Cells:
         task.title,
         f"{parameter_count(new_network(task.network)):,}",
         f"{task.workers} × {task.batch_size}",
-        f"{task.images or ALL_IMAGES:,}",
+        f"{task.images or ALL_IMAGES:,}" + (f" × {CONTEXT} characters" if task.data == "text" else ""),
         str(task.epochs),
         f"{optimizer}, peak rate {task.learning_rate:g}, weight decay {task.weight_decay:g}",
         f"warm-up of {task.warmup_epochs:g} epoch, {decay}",

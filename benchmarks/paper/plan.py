@@ -37,8 +37,8 @@ class Task:
     title: str
     network: str
     workers: int
-    batch_size: int  # images per worker and step
-    images: int | None  # the number of training images, the first ones; None is all
+    batch_size: int  # images, or sequences of characters, per worker and step
+    images: int | None  # the number of training images, the first ones; None is all. Of text: sequences of an epoch
     epochs: int
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["steps", "cosine"] = "steps"
@@ -47,6 +47,7 @@ class Task:
     weight_decay: float = 5e-4
     warmup_epochs: float = 1.0
     decay_at: tuple[float, ...] = (0.5, 0.75)  # shares of the run
+    data: Literal["images", "text"] = field(default="images", metadata=LATER)
 
 
 class Run(NamedTuple):
@@ -143,16 +144,13 @@ POWERSGD = tuple(
 BYTES = (FULL, BF16, QSGD, *POWERSGD, ADPSGD, HALF, INT4, ADPSGD_INT4)
 FASTER = {
     contender: tuple(contender.at_rate(factor) for factor in factors)
-    for contender, factors in (
-        (FULL, (2, 2.8)),
-        (POWERSGD[-1], (2, 2.8)),
-        (ADPSGD_INT4, (2.8, 4)),
-    )
+    for contender, factors in ((FULL, (2, 2.8)), *((each, (2,)) for each in POWERSGD), (ADPSGD_INT4, (2.8, 4)))
 }
-"""Those whose learning rate is tuned where it matters, at other rates than the task's.
+"""With AdamW each of these is tuned, as the best rate of one is not that of another.
 
-A worker's second moment sees more gradient noise than that of full communication, so AdamW's steps are shorter at the
-same rate; the best of each are compared."""
+A worker's second moment sees more gradient noise than that of full communication, so its steps are shorter."""
+
+SHORTLIST = (FULL, POWERSGD[1], ADPSGD, ADPSGD_INT4)
 
 GRID = tuple(_adaptive(initial, sampling) for initial in (2, 4, 8) for sampling in (0.1, 0.25, 0.5))
 MOMENTUM = (CPSGD_8, _constant(16, "average"), _constant(8, "average"), _constant(8, "reset"))
@@ -160,6 +158,8 @@ MOMENTS = (CPSGD_8, _constant(24, "average"), _constant(8, "average"))
 """Adam has two of them, so that a round which averages them sends three times as much."""
 
 
+AGAINST_BYTES = ("bytes", "language", "long")
+"""The studies of accuracy against bytes."""
 SEEDS = 5  # of what is compared with full communication to within its own spread
 
 
@@ -196,6 +196,28 @@ def _transformer(network: str, **common: Any) -> Task:
     return Task("vit-adamw", "vision transformer, AdamW, cosine decay", network, **common, **adamw)
 
 
+def _further(resnet: Task, **common: Any) -> tuple[Study, ...]:
+    """Language, and a longer run."""
+    language = Task(
+        "gpt-adamw",
+        "language model, AdamW, cosine decay",
+        "gpt_tiny",
+        **common,
+        optimizer="adamw",
+        schedule="cosine",
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        data="text",
+    )
+    long = replace(resnet, name=f"{resnet.name}-long", title=f"{resnet.title}, 60 epochs", epochs=60)
+    tuned = [contender for base in (FULL, POWERSGD[1], ADPSGD_INT4) for contender in FASTER[base]]
+    pair = (FULL, ADPSGD_INT4, *FASTER[FULL], *FASTER[ADPSGD_INT4])
+    return (
+        Study("language", "Accuracy against bytes: language", [language], (*SHORTLIST, *tuned), 3, first=pair),
+        Study("long", "Accuracy against bytes: a longer run", [long], SHORTLIST, 1, first=pair),
+    )
+
+
 _SHORT = {"workers": 8, "batch_size": 16, "images": 6400, "epochs": 10}
 _CPU = {"workers": 8, "batch_size": 16, "images": 12800, "epochs": 12}
 _GPU = {"workers": 16, "batch_size": 32, "images": None, "epochs": 60}
@@ -215,7 +237,8 @@ SCALES: dict[str, tuple[Study, ...]] = {
         ),
         _transformer("vit_tiny", **_CPU),
         seeds=3,
-    ),
+    )
+    + _further(Task("resnet", "ResNet", "resnet_tiny", **_CPU), **_CPU),
     "gpu": _studies(
         _tasks(
             [

@@ -4,6 +4,7 @@ A spread is the sample standard deviation over the seeds. A difference is taken 
 with the same weights and saw the same batches.
 """
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -79,6 +80,17 @@ class Outcomes:
                 self.missing.append(run)
             else:
                 self._results.setdefault((run.task.name, run.contender.name), {})[run.seed] = result
+
+    def of_runs(self, runs: Iterable[Run]) -> "Outcomes":
+        """Those of some of the runs: a study's own seeds, where another one has more."""
+        wanted = {(run.task.name, run.contender.name, run.seed) for run in runs}
+        part = copy.copy(self)
+        part.missing = [run for run in self.missing if (run.task.name, run.contender.name, run.seed) in wanted]
+        part._results = {
+            names: {seed: result for seed, result in by_seed.items() if (*names, seed) in wanted}
+            for names, by_seed in self._results.items()
+        }
+        return part
 
     def results(self, task: Task, contender: Contender) -> Mapping[int, Result]:
         """The results of a contender with a task, by seed; empty if nothing is done."""

@@ -40,10 +40,10 @@ class AdaptivePeriod(AveragingPeriod):
     but at least p / 2, at most 2 p, and not p. That meets the target in one round if workers drift apart evenly
     (r ∝ p²), and approaches it from one side if their steps are independent (r ∝ p).
 
-    While the learning rate warms up, workers drift less than at its peak, and rounds sampled then make the target too
-    low for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is higher
-    than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling phase or
-    after it. A rate that does not rise changes nothing.
+    While the learning rate warms up, workers mostly drift less than at its peak, and rounds sampled then lower the
+    target for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is
+    higher than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling
+    phase or after it. A rate that does not rise changes nothing.
 
     Args:
         initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
-from benchmarks.baselines import QSGDStrategy
+from benchmarks.baselines import BF16Strategy, PowerSGDStrategy, QSGDStrategy
 from benchmarks.baselines.qsgd import QSGDCodec
 from lightning_adpsgd import ADPSGDStrategy
 from tests.benchmarks.helpers import REPOSITORY
@@ -20,7 +20,14 @@ def command_line(monkeypatch, tmp_path, name, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("full.yaml", DDPStrategy), ("cpsgd.yaml", ADPSGDStrategy), ("qsgd.yaml", QSGDStrategy)]
+    ("name", "kind"),
+    [
+        ("full.yaml", DDPStrategy),
+        ("cpsgd.yaml", ADPSGDStrategy),
+        ("qsgd.yaml", QSGDStrategy),
+        ("powersgd.yaml", PowerSGDStrategy),
+        ("bf16.yaml", BF16Strategy),
+    ],
 )
 def test_configuration_on_top_of_the_example_makes_the_strategy_it_names(monkeypatch, tmp_path, name, kind):
     cli = command_line(monkeypatch, tmp_path, name)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from benchmarks.frame.trainer import parameter_count
-from benchmarks.paper.networks import SMALL, new_network
+from benchmarks.paper.networks import CHARACTERS, SMALL, new_network
 from benchmarks.paper.plan import SCALES
+from benchmarks.paper.text import CONTEXT
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -13,5 +14,18 @@ def test_networks_tell_ten_classes_of_small_images_apart(name):
 
 
 def test_networks_for_a_cpu_are_small():
-    counts = [parameter_count(new_network(task.network)) for study in SCALES["cpu"] for task in study.tasks]
-    assert max(counts) < 100_000
+    networks = {task.network for study in SCALES["cpu"] for task in study.tasks}
+    counts = {name: parameter_count(new_network(name)) for name in networks}
+    assert 200_000 < counts.pop("gpt_tiny") < 250_000
+    assert max(counts.values()) < 100_000
+
+
+def test_language_model_predicts_from_what_came_before_and_nothing_else():
+    network = new_network("gpt_tiny").eval()
+    characters = torch.randint(CHARACTERS, (2, CONTEXT))
+    changed = characters.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % CHARACTERS
+    before, after = network(characters), network(changed)
+    assert before.shape == (2, CHARACTERS, CONTEXT)
+    assert torch.allclose(before[..., :40], after[..., :40], atol=1e-6)
+    assert (before[..., 40:] - after[..., 40:]).abs().amax(dim=(0, 1)).min() > 1e-4

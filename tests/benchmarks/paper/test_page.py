@@ -3,8 +3,9 @@ import re
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.links import read_links
+from benchmarks.paper.page import BYTES as BYTES_FIGURE
 from benchmarks.paper.page import HABITS, Page
-from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, GRID, MOMENTUM, PAPER, QSGD, Run, Study
+from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, BYTES, CPSGD_8, FULL, GRID, MOMENTUM, PAPER, QSGD, Run, Study
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store
 from tests.benchmarks.helpers import REPOSITORY
@@ -74,6 +75,67 @@ def test_page_says_how_many_runs_are_missing(tmp_path):
     store.keep(runs[0], a_result(), "command", {})
     page = Page(STUDIES, Outcomes(store, runs), {}, "runs", "command", tmp_path / "images")
     assert "**2 of the runs that belong here are not done yet.**" in page.text()
+
+
+def page_with_bytes(folder, results, seeds=3):
+    paper = Study("paper", "The comparison", [TASK], PAPER, 1)
+    study = Study("bytes", "Bytes", [TASK], BYTES, seeds)
+    return page_of(folder, {"net": results}, (paper, study))
+
+
+def test_page_compares_accuracy_against_bytes_and_draws_it(tmp_path):
+    results = {FULL: [a_result(1.0, 0.6, 1000)] * 3, ADPSGD_INT4: [a_result(1.0, 0.6, 50)] * 3}
+    results[QSGD] = [a_result(1.0, 0.59, 260)]
+    page = page_with_bytes(tmp_path, results)
+    text = page.text()
+    section = text[text.index("## Accuracy against bytes") :]
+    assert "| ADPSGD, 4 bits, estimate | 3 | 0.050 | 1.0000 ± 0.0000 | 60.00 ± 0.00 |" in section
+    assert "| 3. At most 0.055 of full communication's bytes | **reached** |" in section
+    assert "At most 0.055 of full communication's bytes: reached." in page.overview()
+    page.draw()
+    assert (tmp_path / "images" / BYTES_FIGURE).stat().st_size > 1000
+    assert f"](images/{BYTES_FIGURE})" in section
+
+
+def test_seeds_of_one_study_do_not_change_the_results_of_another(tmp_path):
+    results = {FULL: [a_result(1.0, 0.6), a_result(2.0, 0.5), a_result(3.0, 0.4)], ADPSGD: [a_result(1.0, 0.6)]}
+    text = page_with_bytes(tmp_path, results).text()
+    comparison, bytes_section = text[text.index("## The comparison") :].split("## Accuracy against bytes")
+    assert "| full communication | 1 | 10 | 4.00 | 0.0 | 1.000 | 1.0000 | 60.00 |" in comparison
+    assert "| full communication | 3 | 1.000 | 2.0000 ± 1.0000 | 50.00 ± 10.00 |" in bytes_section
+
+
+def test_page_has_bytes_without_full_communication_but_no_figure(tmp_path):
+    page = page_with_bytes(tmp_path, {ADPSGD_INT4: [a_result(1.0, 0.6, 50)]})
+    assert "| ADPSGD, 4 bits, estimate | 1 |  | 1.0000 | 60.00 |" in page.text()
+    assert BYTES_FIGURE not in page.text()
+    page.draw()
+    assert not (tmp_path / "images" / BYTES_FIGURE).exists()
+
+
+def test_page_says_which_runs_of_bytes_are_missing(tmp_path):
+    study = Study("bytes", "Bytes", [TASK], BYTES, 1)
+    store, runs = Store(tmp_path), some_runs(*BYTES)
+    store.keep(runs[0], a_result(), "command", {})
+    text = Page([study], Outcomes(store, runs), {}, "runs", "command", tmp_path / "images").text()
+    assert "**9 of the 10 runs of this section are not done yet** (DDP, bf16: 1; " in text
+    assert "| Net |" in text
+    assert "of the runs that belong here are not done yet" not in text
+
+
+def test_language_is_described_and_compared_beside_images(tmp_path):
+    language = dataclasses.replace(
+        TASK, name="gpt", title="Language", network="gpt_tiny", data="text", optimizer="adamw"
+    )
+    studies = (
+        Study("bytes", "Bytes", [TASK], BYTES, 1),
+        Study("language", "Language", [language], (FULL, ADPSGD_INT4), 1),
+    )
+    both = {FULL: [a_result(1.0, 0.6, 1000)], ADPSGD_INT4: [a_result(1.0, 0.6, 50)]}
+    text = page_of(tmp_path, {"net": both, "gpt": both}, studies).text()
+    assert "18 × 64 characters" in text
+    assert text.count("| ADPSGD, 4 bits, estimate | 1 | 0.050 |") == 2
+    assert "- Language: 0.050." in text
 
 
 RESULTS = ["--runs", "benchmarks/results/paper", "--page", "docs/results.md", "--page-only"]

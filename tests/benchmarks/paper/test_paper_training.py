@@ -1,13 +1,30 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from benchmarks.baselines import EvenRounds, QSGDStrategy
 from benchmarks.paper import training
-from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, MOMENTUM, PAPER, QSGD, RARE
-from benchmarks.paper.training import averaged, new_period, new_strategy, rate_factor
+from benchmarks.paper.plan import (
+    ADPSGD,
+    ADPSGD_INT4,
+    BF16,
+    BYTES,
+    CPSGD_8,
+    FULL,
+    MATCHED,
+    MOMENTUM,
+    PAPER,
+    POWERSGD,
+    QSGD,
+    RARE,
+    Run,
+)
+from benchmarks.paper.text import CONTEXT, Windows
+from benchmarks.paper.training import Classifier, averaged, judge_text, new_period, new_strategy, rate_factor
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
 from tests.benchmarks.paper.helpers import TASK
 
@@ -60,6 +77,57 @@ def test_contenders_that_average_momentum_do_so(monkeypatch):
     monkeypatch.setattr(training, "ADPSGDStrategy", lambda **options: options["optimizer_state"])
     states = [new_strategy(described(contender), None, "gloo") for contender in MOMENTUM]
     assert states == ["local", "average", "average", "reset"]
+
+
+def test_contenders_that_send_less_get_what_they_are_named_after(monkeypatch):
+    monkeypatch.setattr(
+        training, "ADPSGDStrategy", lambda **options: (options["reduce_dtype"], options["optimizer_state"])
+    )
+    made = {contender.name: new_strategy(described(contender), None, "gloo") for contender in BYTES}
+    assert made["adpsgd-int4"] == ("int4", "estimate")
+    assert made["adpsgd-p2-int4"] == ("int4", "local")
+    assert made["adpsgd-p2-s0.25"] == made["adpsgd"] == (None, "local")
+    assert type(made[BF16.name]).__name__ == "BF16Strategy"
+    assert [made[each.name]._reducer._rank for each in POWERSGD] == [1, 2, 4]
+
+
+def test_settings_without_fields_that_came_later_make_the_same_strategy():
+    settings = Run(TASK, ADPSGD, 0).settings(None)["contender"]
+    assert "reduce_dtype" not in settings
+    assert new_strategy(settings, None, "gloo")._options.reduce_dtype is None
+    assert new_period(Run(TASK, ADPSGD_INT4, 0).settings(None)["contender"], None).value == 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_rate_of_a_contender_multiplies_that_of_the_task(optimizer):
+    for rate in (1.0, 4.0):
+        model = Classifier(dataclasses.asdict(TASK) | {"optimizer": optimizer, "learning_rate": 0.2}, rate)
+        model._trainer = SimpleNamespace(estimated_stepping_batches=10)
+        (group,) = model.configure_optimizers()["optimizer"].param_groups
+        assert group["initial_lr"] == pytest.approx(0.2 * rate)
+
+
+class Repeats(nn.Module):
+    """Is sure that each character is followed by the one after it in the alphabet."""
+
+    def __init__(self):
+        super().__init__()
+        self.sure = nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, characters):
+        return (self.sure * nn.functional.one_hot(characters + 1, 100)).transpose(1, 2)
+
+
+def test_language_model_is_judged_by_the_text_that_it_is_not_trained_on():
+    tail = torch.arange(CONTEXT + 1).repeat(2)[: 2 * CONTEXT + 1]
+    tail[-1] = 0  # the last one comes as a surprise
+    data = SimpleNamespace(val_set=Windows(tail))
+    answers = [judge_text(Repeats(), data, SimpleNamespace(global_rank=rank, world_size=2)) for rank in (0, 1)]
+    assert {answer["test_images"] for answer in answers} == {answer["train_images"] for answer in answers}
+    assert answers[0]["test_images"] == 2 * CONTEXT
+    wrong = 2 * CONTEXT - sum(answer["right"] for answer in answers)
+    assert wrong == sum(int(tail[place + 1] != tail[place] + 1) for place in range(2 * CONTEXT)) > 0
+    assert sum(answer["train_loss_sum"] for answer in answers) == pytest.approx(100.0 * wrong)
 
 
 def average_on_rank():

@@ -1,8 +1,17 @@
+import json
+from dataclasses import replace
+from itertools import takewhile
+
 import pytest
 
 from benchmarks.paper.plan import (
     ADPSGD,
+    ADPSGD_INT4,
+    AGAINST_BYTES,
+    BF16,
+    BYTES,
     CPSGD_8,
+    FASTER,
     FULL,
     GRID,
     MATCHED,
@@ -10,8 +19,11 @@ from benchmarks.paper.plan import (
     QSGD,
     RARE,
     SCALES,
+    Study,
     runs_of,
 )
+from tests.benchmarks.helpers import REPOSITORY
+from tests.benchmarks.paper.helpers import TASK
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -48,7 +60,7 @@ def test_short_comparison_has_one_network_and_one_seed():
 
 
 def test_seeds_can_be_limited():
-    assert {run.seed for run in runs_of(SCALES["cpu"])} == {0, 1, 2}
+    assert {run.seed for run in runs_of(SCALES["cpu"])} == {0, 1, 2, 3, 4}
     assert {run.seed for run in runs_of(SCALES["cpu"], seeds=1)} == {0}
 
 
@@ -56,3 +68,72 @@ def test_grid_has_the_default_once_under_its_own_name():
     assert len({contender.name for contender in GRID}) == len(GRID) == 9
     assert ADPSGD in GRID
     assert RARE in GRID
+
+
+def test_fields_that_came_later_are_settings_only_where_they_say_something():
+    (run,) = (run for run in runs_of(SCALES["cpu"], 1) if (run.task.name, run.contender) == ("resnet", FULL))
+    assert {"reduce_dtype", "matrix_rank", "rate"}.isdisjoint(run.settings(None)["contender"])
+    faster = run._replace(contender=FULL.at_rate(2)).settings(None)["contender"]
+    assert (faster["name"], faster["rate"]) == ("full-x2", 2)
+    assert run._replace(contender=replace(FULL, optimizer_state="local")).settings(None) == run.settings(None)
+
+
+def test_all_stored_runs_have_the_settings_of_today():
+    folder = REPOSITORY / "benchmarks" / "results" / "paper" / "cpu"
+    runs = {run.file: run for run in runs_of(SCALES["cpu"])}
+    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.json"))]
+    assert len(files) >= 114
+    for file in files:
+        kept = json.loads((folder / file).read_text())["settings"]
+        assert json.loads(json.dumps(runs[file].settings(kept.get("rounds")))) == kept, file
+
+
+def the_study_of_bytes(scale="cpu"):
+    (study,) = (study for study in SCALES[scale] if study.name == "bytes")
+    return study
+
+
+def test_accuracy_against_bytes_is_asked_of_every_task_with_five_seeds():
+    study = the_study_of_bytes()
+    assert [task.name for task in study.tasks] == ["vgg", "googlenet", "resnet", "resnet-cosine", "vit-adamw"]
+    assert study.seeds == 5
+    assert {FULL, QSGD, BF16, ADPSGD, ADPSGD_INT4} <= set(BYTES)
+    assert sorted(each.matrix_rank for each in BYTES if each.method == "powersgd") == [1, 2, 4]
+
+
+def test_only_adamw_is_tuned():
+    study = the_study_of_bytes()
+    tuned = {task.name: {each.name for each in study.of(task) if each.rate != 1} for task in study.tasks}
+    assert tuned.pop("vit-adamw") >= {"full-x2", "adpsgd-int4-x4", "powersgd-1-x2", "powersgd-4-x2"}
+    assert set(map(len, tuned.values())) == {0}
+
+
+def test_runs_that_are_compared_come_first_of_every_seed():
+    runs = runs_of([the_study_of_bytes()])
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    pair = {FULL, ADPSGD_INT4, *FASTER[FULL], *FASTER[ADPSGD_INT4]}
+    for seed in range(5):
+        of_seed = [run for run in runs if run.seed == seed]
+        first = [*takewhile(lambda run: run.contender in pair, of_seed)]
+        assert {run.task.name for run in first} == {"vgg", "googlenet", "resnet", "resnet-cosine", "vit-adamw"}
+        assert len(first) == sum(run.contender in pair for run in of_seed) == 2 * 5 + 4
+
+
+def test_what_only_some_tasks_have_is_done_for_these():
+    other = replace(TASK, name="other")
+    study = Study("some", "Some", [TASK, other], [ADPSGD], 1, more={"other": [FULL]}, first=[FULL])
+    assert [(run.task.name, run.contender) for run in study.runs(0)] == [
+        ("other", FULL),
+        ("net", ADPSGD),
+        ("other", ADPSGD),
+    ]
+
+
+def test_language_and_a_longer_run_are_asked_about_too():
+    studies = {study.name: study for study in SCALES["cpu"]}
+    (language,), (long,) = studies["language"].tasks, studies["long"].tasks
+    assert (language.data, language.optimizer, language.schedule, language.workers) == ("text", "adamw", "cosine", 8)
+    assert language.images * language.epochs // (language.workers * language.batch_size) == 1200
+    assert (long.network, long.epochs) == ("resnet_tiny", 60)
+    for name in AGAINST_BYTES:
+        assert {FULL, ADPSGD_INT4} <= set(studies[name].contenders)
