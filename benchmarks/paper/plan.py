@@ -23,6 +23,8 @@ class Contender:
     reduce_dtype: str | None = field(default=None, metadata=LATER)  # of what rounds send
     matrix_rank: int | None = field(default=None, metadata=LATER)  # of ``powersgd``
     rate: float = field(default=1.0, metadata=LATER)  # times the task's learning rate
+    stagger: bool = field(default=False, metadata=LATER)
+    overlap: int = field(default=0, metadata=LATER)  # steps
 
     def at_rate(self, factor: float) -> "Contender":
         """The same at another learning rate, ``factor`` times the task's."""

@@ -145,6 +145,8 @@ def new_strategy(contender: Mapping[str, Any], rounds: int | None, backend: str)
         period=new_period(contender, rounds),
         optimizer_state=contender["optimizer_state"],
         reduce_dtype=contender.get("reduce_dtype"),
+        stagger=contender.get("stagger", False),
+        overlap=contender.get("overlap", 0),
         **options,
     )
 

@@ -12,6 +12,7 @@ from lightning_adpsgd.averaging.constants import Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, extremes, finite
 from lightning_adpsgd.averaging.scratch import BufferPool
 from lightning_adpsgd.averaging.spans import span
+from lightning_adpsgd.averaging.squares import add_squares, add_up, sum_of
 from lightning_adpsgd.averaging.tiles import Tile
 from lightning_adpsgd.averaging.update import Adopt, Update
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
@@ -21,7 +22,7 @@ from lightning_adpsgd.workers.reduction import Reduction
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
 
 OnDeviations = Callable[[Tile, Tensor], None]
-"""Is told what a tile of this worker has held, less the mean; shape (len(tile),)."""
+"""Is told what a tile of this worker has sent, less the mean, so that workers' add up to 0; shape (len(tile),)."""
 
 
 class BucketInFlight(NamedTuple):
@@ -90,7 +91,7 @@ class ParameterAverager:
         Args:
             contribution: this worker's to the mean; None where all workers contribute.
             as_it_is: whether values travel as they are, whatever the codec, and means are adopted, whatever the update.
-            told: is told of each tile how far this worker was from the mean.
+            told: is told of each tile how far what this worker has sent was from the mean.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
@@ -113,7 +114,7 @@ class ParameterAverager:
             self._buffers.end_round()
         if self.delta is not None and as_it_is:
             self.delta.note_all()
-        return _sum(deviations, self.groups, self._workers.device)
+        return sum_of(deviations, self.groups, self._workers.device)
 
     def launch(
         self, bucket: Bucket, buffer: Tensor, contribution: Contribution | None = None, as_it_is: bool = True
@@ -134,7 +135,8 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² over the bucket, as :meth:`average` does, on the bucket's device.
         """
-        mean, alike = self._mean(in_flight)
+        mean, alike = self._mean(in_flight, told is not None)
+        rounding = self._rounding(in_flight) if told is not None else None
         adopts = as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
@@ -147,9 +149,8 @@ class ParameterAverager:
                 if tile.runs:
                     # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
-                    _add_squares(squares, tile, deviations)
-            if told is not None and tile.runs:
-                told(tile, deviations)
+                    add_squares(squares, tile, deviations)
+            _tell(told, tile, deviations, rounding)
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)
@@ -158,7 +159,7 @@ class ParameterAverager:
             with span("unpack"):
                 self.layout.unpack(in_flight.bucket, mean)
         self._note(in_flight, mean)
-        return _add_up(squares, self.groups, mean.device)
+        return add_up(squares, self.groups, mean.device)
 
     def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
         """What takes the place of the mean; a buffer of its own."""
@@ -186,13 +187,13 @@ class ParameterAverager:
             values.add_(residual)
         return BucketInFlight(bucket, workers.mean_(values, contribution), alike=alike)
 
-    def _mean(self, in_flight: BucketInFlight) -> tuple[Tensor, Comparison | None]:
+    def _mean(self, in_flight: BucketInFlight, tells: bool) -> tuple[Tensor, Comparison | None]:
         """A bucket's mean, and what of it all workers hold alike, so that its mean is what it is."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
-                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off), None
+                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, tells), None
         if in_flight.alike is None:
             return arrived, None
         largest = torch.finfo(arrived.dtype).max
@@ -200,6 +201,12 @@ class ParameterAverager:
             # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
             arrived[start:stop].clamp_(-largest, largest)
         return arrived, in_flight.alike.wait()
+
+    def _rounding(self, in_flight: BucketInFlight) -> Tensor | None:
+        """What this worker has sent, less what it has held; adds up to what rounding did to the mean."""
+        if self.delta is None or in_flight.cut_off is None:
+            return None if self.delta is None else self.delta.residual(in_flight.bucket)
+        return in_flight.cut_off
 
     def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
         if self.delta is not None and in_flight.cut_off is None:
@@ -263,7 +270,8 @@ class ParameterAverager:
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
-            mean, alike = self._mean(part)
+            mean, alike = self._mean(part, told is not None)
+            rounding = self._rounding(part) if told is not None else None
             squares: dict[int, list[Tensor]] = defaultdict(list)
             adopts = isinstance(self.update, Adopt)
             tiles = self.layout.tiles(part.bucket)
@@ -272,9 +280,8 @@ class ParameterAverager:
                 with span("measure"):
                     if alike is not None:
                         alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
-                    _add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
-                if told is not None and tile.runs:
-                    told(tile, -snapshot[here])
+                    add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
+                _tell(told, tile, -snapshot[here], rounding)
                 if adopts:
                     _write(tile, mean[here], snapshot[here], moved)
             if not adopts:
@@ -285,15 +292,13 @@ class ParameterAverager:
                     here = slice(tile.start, tile.stop)
                     _write(tile, mean[here], snapshot[here], moved)
             self._note(part, mean)
-            deviations.append(_add_up(squares, self.groups, mean.device))
-        return _sum(deviations, self.groups, self._workers.device)
+            deviations.append(add_up(squares, self.groups, mean.device))
+        return sum_of(deviations, self.groups, self._workers.device)
 
 
-def _sum(deviations: Sequence[Tensor], groups: int, device: torch.device) -> Tensor:
-    total = torch.zeros(groups, dtype=torch.float64, device=device)
-    for part in deviations:
-        total += part.to(device)
-    return total
+def _tell(told: OnDeviations | None, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
+    if told is not None and tile.runs:
+        told(tile, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
@@ -311,18 +316,3 @@ def _extrapolate(tile: Tile, earlier: Tensor, now: Tensor, ahead: Sequence[float
         here = slice(start, stop)
         weight = torch.as_tensor(1.0 + ahead[group], dtype=now.dtype)
         torch.lerp(earlier[here], now[here], weight, out=now[here])
-
-
-def _add_squares(found: dict[int, list[Tensor]], tile: Tile, values: Tensor) -> None:
-    """Note the sum of squares of each run of a tile's values, by parameter group."""
-    for group, start, stop in tile.runs:
-        part = values[start:stop]
-        found[group].append(torch.dot(part, part))
-
-
-def _add_up(found: dict[int, list[Tensor]], groups: int, device: torch.device) -> Tensor:
-    """The sum per parameter group of what was found; float64, shape (groups,)."""
-    sums = torch.zeros(groups, dtype=torch.float64, device=device)
-    for group, squares in found.items():
-        sums[group] = torch.stack(squares).double().sum()
-    return sums

@@ -174,16 +174,20 @@ class DeltaCodec:
         combine = partial(self._combine, shares[workers.rank], workers.count)
         return workers.exchange(rows, combine, shares, sizes), values
 
-    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor) -> Tensor:
+    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, tells: bool = False) -> Tensor:
         """The new average of a bucket, which nobody may write to.
 
         Args:
             bucket: the bucket.
             change: the average's change, encoded; uint8, shape (ranks, bytes of a share).
             cut_off: of :meth:`send`.
+            tells: overwrite that by what was sent, less what the values were.
         """
         average, error = self._of(bucket)
+        before = error.clone() if tells else error
         error.copy_(cut_off)
+        if tells:
+            torch.sub(before, cut_off, out=cut_off)
         for row, share in zip(change, self._workers.shares(average), strict=True):
             for (piece,), (encoded,) in self._pieces([share], [row]):
                 self._add_decoded_(encoded, piece)

@@ -282,3 +282,37 @@ def nothing_more_is_sent() -> list[int]:
 def test_it_sends_nothing(pool: Any) -> None:
     for local, estimated in pool.run(nothing_more_is_sent):
         assert local == estimated > 0
+
+
+def means_of_moments(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The workers' mean velocity before and after each round, in which parameters are rounded to few bits."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(300))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    local_sgd = LocalSGD(optimizer, 3, optimizer_state="estimate", **options)
+    local_sgd.broadcast()
+    torch.manual_seed(dist.get_rank() + 1)
+    before, after = [], []
+    for step in range(1, 16):
+        parameter.grad = torch.randn(300)
+        optimizer.step()
+        for found, act in ((before, lambda: None), (after, local_sgd.step)):
+            if step == 14 and act is not local_sgd.step:
+                local_sgd.average("validation")  # as they are, with what rounding has cut off
+            act()
+            mean = optimizer.state[parameter]["momentum_buffer"].clone()
+            dist.all_reduce(mean)
+            found.append(mean / dist.get_world_size())
+    return torch.stack(before), torch.stack(after)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reduce_dtype": "int4"}, {"reduce_dtype": "int4", "stagger": True}, {"reduce_dtype": "bf16", "overlap": 1}],
+    ids=str,
+)
+def test_the_mean_of_moments_stays_what_it_is_whatever_rounding_does_to_the_mean_of_parameters(
+    pool: Any, options: dict[str, Any]
+) -> None:
+    for before, after in pool.run(means_of_moments, options, workers=3):
+        torch.testing.assert_close(after, before, rtol=0.0, atol=1e-5)
