@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.paper.claims import Claim
-from benchmarks.paper.plan import ADPSGD_INT4, FASTER, FULL, POWERSGD, Contender, Study, Task, runs_of
+from benchmarks.paper.plan import ADPSGD_INT4, FASTER, FULL, POWERSGD, Contender, Study, Task
 from benchmarks.paper.results import POINTS, Outcomes, Value, accuracy, final_loss, in_words, sent_bytes, spread
 
 COLUMNS = (
@@ -104,9 +104,15 @@ def missing(parts: Sequence[Part]) -> str:
     by_contender = Counter(run.contender.title for part in parts for run in part.outcomes.missing)
     if not by_contender:
         return ""
-    total = len(runs_of([part.study for part in parts]))
+    done = sum(
+        len(outcomes.results(task, each))
+        for study, outcomes in parts
+        for task in study.tasks
+        for each in study.of(task)
+    )
     listed = "; ".join(f"{title}: {count}" for title, count in by_contender.items())
-    return f"**{by_contender.total()} of the {total} runs of this section are not done yet** ({listed})."
+    undone = by_contender.total()
+    return f"**{undone} of the {done + undone} runs of this section are not done yet** ({listed})."
 
 
 # Goals

@@ -130,5 +130,5 @@ def test_frontier_has_who_is_more_accurate_than_all_that_send_as_little():
 def test_missing_runs_are_counted_by_contender(tmp_path):
     results = {FULL: [a_result(), None], QSGD: [None, None]}
     said = missing([Part(STUDY, outcomes_of(tmp_path, results))])
-    assert said == "**3 of the 28 runs of this section are not done yet** (full communication: 1; QSGD, 8 bits: 2)."
+    assert said == "**3 of the 4 runs of this section are not done yet** (full communication: 1; QSGD, 8 bits: 2)."
     assert missing([Part(STUDY, outcomes_of(tmp_path, {FULL: [a_result()]}))]) == ""
