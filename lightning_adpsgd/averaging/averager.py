@@ -150,7 +150,7 @@ class ParameterAverager:
                     # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
                     add_squares(squares, tile, deviations)
-            _tell(told, tile, deviations, rounding)
+                    _tell(told, tile, deviations, rounding)
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)

@@ -1,6 +1,7 @@
 """What is looked at before training: whether the run can work, how long it is, and where its ranks are."""
 
 import math
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,7 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
+from lightning_adpsgd.averaging.momentum import known
 from lightning_adpsgd.trainer.compat import callbacks_of, validates_by_the_clock
 from lightning_adpsgd.workers.group import WorkerGroup
 
@@ -57,6 +60,19 @@ def warn_of_a_missing_optimizer() -> None:
         " what you train by other means is not averaged, and every worker ends with a model of its own. Return your"
         " optimizers from configure_optimizers()."
     )
+
+
+def warn_of_short_steps(optimizers: Sequence[Optimizer], optimizer_state: str, workers: WorkerGroup) -> None:
+    """Warn if steps are divided by the root of second moments that see each worker's own noise."""
+    adams = [type(each).__name__ for each in optimizers if (kind := known(each)) and kind.second_moments]
+    if adams and workers.count > 1 and optimizer_state != "estimate":
+        most = math.sqrt(workers.count)
+        rank_zero_warn(
+            f"{adams[0]} divides by the root of a second moment. A worker's own holds all of its gradients' noise, of"
+            f" which DDP's holds one part in {workers.count}, so steps are up to {most:.1f} times shorter than with DDP"
+            ' at the same learning rate. Use ADPSGDStrategy(optimizer_state="estimate"), which corrects that and sends'
+            f" nothing more, or tune the learning rate anew: try rates up to {most:.1f} times as large."
+        )
 
 
 def warn_of_uneven_loaders(trainer: "pl.Trainer", workers: WorkerGroup) -> None:

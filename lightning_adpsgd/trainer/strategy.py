@@ -36,6 +36,7 @@ from lightning_adpsgd.trainer.preparation import (
     is_fitting,
     total_steps_of,
     warn_of_a_missing_optimizer,
+    warn_of_short_steps,
     warn_of_sync_batchnorm,
     warn_of_uneven_loaders,
 )
@@ -290,6 +291,7 @@ class ADPSGDStrategy(NodeGradients):
         self._watch_steps(self._session)
         if not self._session.local_sgd and workers.size > 1:
             warn_of_a_missing_optimizer()
+        warn_of_short_steps(self.optimizers, self._options.optimizer_state, workers)
         if former is not None and former.module is self.lightning_module and trainer.global_step > 0:
             self._session.go_on_from(former)
 

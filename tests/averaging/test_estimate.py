@@ -199,7 +199,7 @@ def test_an_optimizer_whose_momentum_is_not_known_is_refused(class_: Any) -> Non
 def drift(policy: str, options: dict[str, Any], steps: int = 48, name: str = "SGD") -> list[float]:
     """The variance of moments among workers that follow noise, after each step once two rounds have taken place."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
+    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 4))
     class_, settings = KINDS[name]
     optimizer = getattr(torch.optim, class_)(model.parameters(), **settings)
     local_sgd = LocalSGD(optimizer, 4, module=model, optimizer_state=policy, **options)

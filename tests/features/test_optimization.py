@@ -497,3 +497,25 @@ def test_without_an_optimizer_fit_runs_and_averages_nothing(pool, strategy):
     statistics = ["net.1.num_batches_tracked", "net.1.running_mean", "net.1.running_var"]
     for outcome in pool.run_trainer(untrained, strategy):
         assert outcome == {"changed": statistics, "rounds": 0, "batches": 16}
+
+
+class WithAdam(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def short_steps(kind: type[Classifier], policy: str) -> list[str]:
+    texts: list[str] = []
+    with warnings_kept(texts):
+        outcome_of(kind(), ADPSGDStrategy(4, optimizer_state=policy), loaders=in_order_loaders())
+    return [text for text in texts if "second moment" in text]
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "count"), [(WithAdam, "local", 1), (WithAdam, "estimate", 0), (Classifier, "local", 0)]
+)
+def test_steps_of_adam_that_are_shorter_than_under_ddp_are_warned_of_once(pool, kind, policy, count):
+    outcomes = pool.run_trainer(short_steps, kind, policy)
+    assert [len(texts) for texts in outcomes] == [count, 0]
+    for text in outcomes[0]:
+        assert all(part in text for part in ("AdamW", "1.4 times shorter", 'optimizer_state="estimate"'))
