@@ -216,7 +216,7 @@ ADAPTIVE = {
     "minimum": whole(1, (1, 4)),
     "maximum": whole(1, (None, 4, INT64, np.uint8(8)), or_none=True),
     "warmup": share(100, 0.2, np.float64(0.1)),
-    "growth": choice("unit", "proportional"),
+    "growth": choice("additive", "proportional"),
     "skip_rising": FLAG,
 }
 CONSTANT = {"period": whole(1, (1, INT64, np.uint64(3))), "warmup": share(5, 1.0, 0.5, np.int8(2))}

@@ -56,7 +56,7 @@ class AdaptivePeriod(AveragingPeriod):
         warmup: steps (int) or share of the run (float) at the start during which workers average after every step;
             these rounds are not sampled. Has to be shorter than ``sampling``, which counts from the first step too.
             Of a number of steps and a share nobody knows before the run which is shorter: give both in the same unit.
-        growth: "unit", one step per round, or "proportional", by a factor.
+        growth: "additive", one step per round, or "proportional", by a factor.
         skip_rising: leave samples out that were taken before the learning rate rose.
 
     Raises:
@@ -73,7 +73,7 @@ class AdaptivePeriod(AveragingPeriod):
         minimum: int = 1,
         maximum: int | None = None,
         warmup: int | float = 0,
-        growth: Literal["unit", "proportional"] = "unit",
+        growth: Literal["additive", "proportional"] = "additive",
         skip_rising: bool = False,
     ) -> None:
         # Configuration
@@ -91,7 +91,7 @@ class AdaptivePeriod(AveragingPeriod):
         if maximum is not None:
             self._maximum = check_int(name, "maximum", maximum, at_least=1, or_else=", or None")
         self._warmup = Steps(name, "warmup", warmup)
-        self._growth = check_choice(name, "growth", growth, ("unit", "proportional"))
+        self._growth = check_choice(name, "growth", growth, ("additive", "proportional"))
         self._skip_rising = check_instance(name, "skip_rising", skip_rising, bool, "True or False")
         _check_bounds(self._initial, self._minimum, self._maximum)
         _check_phases(self._warmup.amount, self._sampling.amount)
@@ -156,7 +156,7 @@ class AdaptivePeriod(AveragingPeriod):
 
     def _proportional(self, ratio: float) -> int:
         """The period p · √(C₂ / r), rounded; p itself if the period is to change by one step."""
-        if self._growth == "unit":
+        if self._growth == "additive":
             return self._p
         factor = math.sqrt(self._c2 / ratio) if ratio > 0.0 else LARGEST_FACTOR
         return round(self._p * min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR))

@@ -47,7 +47,7 @@ def after_sampling(target=1.0, **arguments):
 def test_defaults_are_the_papers_setting_as_we_read_it():
     assert repr(AdaptivePeriod()) == (
         "AdaptivePeriod(initial=4, sampling=0.25, low=0.7, high=1.3, minimum=1, maximum=None, warmup=0,"
-        " growth='unit', skip_rising=False)"
+        " growth='additive', skip_rising=False)"
     )
 
 
@@ -199,7 +199,7 @@ def test_drift_that_grows_with_the_square_of_the_period_meets_its_target_in_one_
 @pytest.mark.parametrize("power", [1, 2])
 def test_rule_in_proportion_settles_where_the_rule_by_steps_does_and_sooner(power):
     took = {}
-    for growth in ("unit", "proportional"):
+    for growth in ("additive", "proportional"):
         rule = after_sampling(growth=growth)
         for count in range(200):
             ratio = 1e-3 * rule.value**power
@@ -207,9 +207,9 @@ def test_rule_in_proportion_settles_where_the_rule_by_steps_does_and_sooner(powe
                 break
             rule.update(11 + count, ratio=ratio, learning_rate=0.1)
         took[growth] = count
-        assert (0.7e3) ** (1 / power) <= rule.value <= (1.3e3) ** (1 / power) or (power, growth) == (1, "unit")
+        assert (0.7e3) ** (1 / power) <= rule.value <= (1.3e3) ** (1 / power) or (power, growth) == (1, "additive")
     assert took["proportional"] <= 9
-    assert took["unit"] >= 22
+    assert took["additive"] >= 22
 
 
 # Samples of a rising learning rate
@@ -451,7 +451,7 @@ def configurations(draw):
         "minimum": minimum,
         "maximum": maximum,
         "warmup": warmup,
-        "growth": draw(st.sampled_from(["unit", "proportional"])),
+        "growth": draw(st.sampled_from(["additive", "proportional"])),
         "skip_rising": draw(st.booleans()),
     }
 
@@ -511,7 +511,7 @@ def test_period_is_one_during_the_warm_up_and_within_its_bounds_after_it(argumen
 @quick
 @given(configurations(), run_lengths, histories())
 def test_period_changes_by_at_most_one_per_round_after_the_warm_up(arguments, total_steps, history):
-    rule = made({**arguments, "growth": "unit"}, total_steps)
+    rule = made({**arguments, "growth": "additive"}, total_steps)
     warmup = steps_of(arguments["warmup"], total_steps)
     periods = [period for (step, _, _), (period, _) in zip(history, show(rule, history), strict=True) if step >= warmup]
     assert all(abs(after - before) <= 1 for before, after in pairwise(periods))
@@ -522,7 +522,7 @@ def test_period_changes_by_at_most_one_per_round_after_the_warm_up(arguments, to
 def test_period_in_proportion_goes_where_that_by_steps_goes_and_at_least_as_far(arguments, total_steps, history):
     rule = made({**arguments, "growth": "proportional"}, total_steps)
     for step, ratio, rate in history:
-        by_steps = made({**arguments, "growth": "unit"}, total_steps)
+        by_steps = made({**arguments, "growth": "additive"}, total_steps)
         by_steps.load_state_dict(rule.state_dict())
         before = by_steps.value
         for each in (rule, by_steps):
