@@ -25,11 +25,24 @@ OnDeviations = Callable[[Tile, Tensor], None]
 """Is told what a tile of this worker has sent, less the mean, so that workers' add up to 0; shape (len(tile),)."""
 
 
+class Terms(NamedTuple):
+    """How a round is averaged."""
+
+    contribution: Contribution
+    """This worker's to the mean."""
+    as_it_is: bool = True
+    """Whether values travel as they are, whatever the codec, and means are adopted, whatever the update."""
+    persistence: float = 0.0
+    """Which multiple of the average's latest change is to be expected once more."""
+    told: OnDeviations | None = None
+
+
 class BucketInFlight(NamedTuple):
     """A bucket whose mean is on its way."""
 
     bucket: Bucket
     reduction: Reduction
+    terms: Terms
     cut_off: Tensor | None = None
     """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
     alike: Comparison | None = None
@@ -83,61 +96,59 @@ class ParameterAverager:
         """Whether there may be a residual of rounding that has not travelled yet."""
         return self.delta is not None and self.delta.has_residual
 
-    def average(
-        self, contribution: Contribution | None = None, as_it_is: bool = True, told: OnDeviations | None = None
-    ) -> Tensor:
+    def average(self, contribution: Contribution | None = None, terms: Terms | None = None) -> Tensor:
         """Average everything.
 
         Args:
             contribution: this worker's to the mean; None where all workers contribute.
-            as_it_is: whether values travel as they are, whatever the codec, and means are adopted, whatever the update.
-            told: is told of each tile how far what this worker has sent was from the mean.
+            terms: that, and how.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
             on the workers' device, which nobody waits for.
         """
+        terms = terms or Terms(contribution or self._workers.all_contribute)
         deviations: list[Tensor] = []
         in_flight: deque[BucketInFlight] = deque()
         buffers: deque[Tensor] = deque()  # of what is in flight
         try:
             for bucket in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
-                    deviations.append(self.finish(in_flight.popleft(), as_it_is, told))
+                    deviations.append(self.finish(in_flight.popleft()))
                     self._buffers.give_back(buffers.popleft())
                 buffers.append(self._buffers.lend(bucket))
-                in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], contribution, as_it_is))
-            deviations += [self.finish(oldest, as_it_is, told) for oldest in in_flight]
+                in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], terms))
+            deviations += [self.finish(oldest) for oldest in in_flight]
             self._buffers.give_back(*buffers)
         finally:
             in_flight.clear()  # after an error, a traceback would hold on to it
             self._buffers.end_round()
-        if self.delta is not None and as_it_is:
+        if self.delta is not None and terms.as_it_is:
             self.delta.note_all()
         return sum_of(deviations, self.groups, self._workers.device)
 
-    def launch(
-        self, bucket: Bucket, buffer: Tensor, contribution: Contribution | None = None, as_it_is: bool = True
-    ) -> BucketInFlight:
+    def launch(self, bucket: Bucket, buffer: Tensor, terms: Terms) -> BucketInFlight:
         """Pack a bucket into ``buffer`` and begin to average it."""
-        contribution = contribution or self._workers.all_contribute
+        contribution = terms.contribution
         # Dividing first keeps the sum within the range of the workers' own values.
         divides = self.delta is None and is_exact(contribution.contributors)
         with span("pack"):
             packed = self.layout.pack(bucket, buffer, contribution.contributors if divides else 1)
         if divides:
-            return BucketInFlight(bucket, self._workers.sum_(packed if contribution.contributes else packed.zero_()))
-        return self._launch(bucket, packed, self._workers, contribution, as_it_is)
+            mine = packed if contribution.contributes else packed.zero_()
+            return BucketInFlight(bucket, self._workers.sum_(mine), terms)
+        return self._launch(bucket, packed, self._workers, terms)
 
-    def finish(self, in_flight: BucketInFlight, as_it_is: bool = True, told: OnDeviations | None = None) -> Tensor:
+    def finish(self, in_flight: BucketInFlight) -> Tensor:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
             Σ ‖w̄ − w_i‖² over the bucket, as :meth:`average` does, on the bucket's device.
         """
+        told = in_flight.terms.told
         mean, alike = self._mean(in_flight, told is not None)
         rounding = self._rounding(in_flight) if told is not None else None
-        adopts = as_it_is or isinstance(self.update, Adopt)
+        adopts = in_flight.terms.as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
         scratch = mean.new_empty(max(map(len, tiles)))
@@ -170,22 +181,21 @@ class ParameterAverager:
             position = stop
         return updated
 
-    def _launch(
-        self, bucket: Bucket, values: Tensor, workers: WorkerGroup, contribution: Contribution, as_it_is: bool
-    ) -> BucketInFlight:
+    def _launch(self, bucket: Bucket, values: Tensor, workers: WorkerGroup, terms: Terms) -> BucketInFlight:
         """Begin to average the values of a bucket, which are overwritten."""
-        if self.delta is not None and not as_it_is and self.delta.knows(bucket):
+        if self.delta is not None and not terms.as_it_is and self.delta.knows(bucket):
             with span("encode"):
-                return BucketInFlight(bucket, *self.delta.send(bucket, values, workers))
+                reduction, cut_off = self.delta.send(bucket, values, workers, terms.persistence)
+            return BucketInFlight(bucket, reduction, terms, cut_off)
         residual = None if self.delta is None else self.delta.residual(bucket)
         alike = None
-        if not is_exact(contribution.contributors):
+        if not is_exact(terms.contribution.contributors):
             if bucket not in self._blocks:
                 self._blocks[bucket] = Blocks(len(bucket), self.layout.boundaries(bucket), values.device)
             alike = self._blocks[bucket].compare(values, residual, workers)
         if residual is not None:
             values.add_(residual)
-        return BucketInFlight(bucket, workers.mean_(values, contribution), alike=alike)
+        return BucketInFlight(bucket, workers.mean_(values, terms.contribution), terms, alike=alike)
 
     def _mean(self, in_flight: BucketInFlight, tells: bool) -> tuple[Tensor, Comparison | None]:
         """A bucket's mean, and what of it all workers hold alike, so that its mean is what it is."""
@@ -193,7 +203,8 @@ class ParameterAverager:
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
-                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, tells), None
+                cut_off, persistence = in_flight.cut_off, in_flight.terms.persistence
+                return self.delta.receive(in_flight.bucket, arrived, cut_off, tells, persistence), None
         if in_flight.alike is None:
             return arrived, None
         largest = torch.finfo(arrived.dtype).max
@@ -224,6 +235,7 @@ class ParameterAverager:
         carrier: WorkerGroup,
         before: Sequence[Tensor] | None = None,
         ahead: Sequence[float | Tensor] = (),
+        persistence: float = 0.0,
     ) -> tuple[list[BucketInFlight], Tensor]:
         """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
 
@@ -233,11 +245,13 @@ class ParameterAverager:
             carrier: the workers, on the connections that are to be used.
             before: what :meth:`keep` has returned before the latest step, if that is known.
             ahead: for each parameter group, how many times the change since then is expected to come once more.
+            persistence: as in :class:`Terms`.
 
         Returns:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
+        terms = Terms(carrier.all_contribute, as_it_is=False, persistence=persistence)
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
             for tile in self.layout.tiles(bucket):
@@ -247,8 +261,7 @@ class ParameterAverager:
                         _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
                     values[tile.start : tile.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
-            launched = self._launch(bucket, values, carrier, carrier.all_contribute, as_it_is=False)
-            in_flight.append(launched._replace(snapshot=snapshot))
+            in_flight.append(self._launch(bucket, values, carrier, terms)._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, told: OnDeviations | None = None) -> Tensor:

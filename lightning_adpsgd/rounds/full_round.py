@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.averager import ParameterAverager, Terms
 from lightning_adpsgd.averaging.layout import Described, FlatLayout
 from lightning_adpsgd.averaging.state_policy import StatePolicy
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
@@ -107,7 +107,8 @@ class FullRound:
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 contributes = contribution.contributes  # of one that does not, the optimizer begins anew
                 told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
-                deviations = [*tensors.averager.average(contribution, as_it_is, told)]
+                terms = Terms(contribution, as_it_is, self._policy.persistence(period), told)
+                deviations = [*tensors.averager.average(terms=terms)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:
                 ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(contribution)

@@ -261,7 +261,9 @@ class Pipeline:
         values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
         drifted = self._clock.send(self.steps)
         try:
-            buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
+            buckets, finite = tensors.averager.send(
+                round_.sent, round_.fragments, self._async_group, values, ahead, self._policy.persistence(round_.period)
+            )
         except CollectiveError as error:
             raise self.lost(state, error) from error
         handshake = Handshake(self._workers, state._replace(finite=finite))
