@@ -29,7 +29,7 @@ class Terms(NamedTuple):
     """How a round is averaged."""
 
     contribution: Contribution
-    """This worker's to the mean."""
+    """This worker's."""
     as_it_is: bool = True
     """Whether values travel as they are, whatever the codec, and means are adopted, whatever the update."""
     persistence: float = 0.0
@@ -129,14 +129,13 @@ class ParameterAverager:
 
     def launch(self, bucket: Bucket, buffer: Tensor, terms: Terms) -> BucketInFlight:
         """Pack a bucket into ``buffer`` and begin to average it."""
-        contribution = terms.contribution
+        contributes, contributors = terms.contribution.contributes, terms.contribution.contributors
         # Dividing first keeps the sum within the range of the workers' own values.
-        divides = self.delta is None and is_exact(contribution.contributors)
+        divides = self.delta is None and is_exact(contributors)
         with span("pack"):
-            packed = self.layout.pack(bucket, buffer, contribution.contributors if divides else 1)
+            packed = self.layout.pack(bucket, buffer, contributors if divides else 1)
         if divides:
-            mine = packed if contribution.contributes else packed.zero_()
-            return BucketInFlight(bucket, self._workers.sum_(mine), terms)
+            return BucketInFlight(bucket, self._workers.sum_(packed if contributes else packed.zero_()), terms)
         return self._launch(bucket, packed, self._workers, terms)
 
     def finish(self, in_flight: BucketInFlight) -> Tensor:

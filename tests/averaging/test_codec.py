@@ -160,3 +160,42 @@ def settle(kind: str, codec: Codec, cycles: list[int]) -> float:
 )
 def test_what_is_owed_is_settled_however_the_parts_were_cut(pool, codec, kind, cycles):
     assert max(pool.run(settle, kind, codec, cycles, workers=2 if kind == "devices" else 4)) < 1e-5
+
+
+def rounding(period: int, forced: int | None, predicts: bool) -> tuple[float, dict[int, torch.Tensor]]:
+    """How far rounds in 4 bits are from those in fp32, for workers with a momentum in common, and what they expect."""
+    ends, runs = [], []
+    codec = IntCodec(4)
+    codec.predicts = predicts
+    for how in (codec, None):
+        parameter = nn.Parameter(torch.zeros(1000))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        local_sgd = LocalSGD(optimizer, period, reduce_dtype=how)
+        local_sgd.broadcast()
+        common, own = (torch.Generator().manual_seed(seed) for seed in (0, dist.get_rank() + 1))
+        history = []
+        for step in range(1, 61):
+            parameter.grad = torch.randn(1000, generator=common) + 0.1 * torch.randn(1000, generator=own)
+            optimizer.step()
+            local_sgd.step()
+            if step == forced:
+                local_sgd.average("validation")
+            history.append(parameter.detach().clone())
+        ends.append(local_sgd._engine.tracker.current().averager.delta)
+        runs.append(history[20:])
+    return sum(float((mine - plain).norm()) for mine, plain in zip(*runs, strict=True)), ends[0]._changes
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_what_momentum_repeats_is_expected_and_so_less_is_rounded_away(pool, period):
+    for (error, _), (surprised, _) in zip(
+        pool.run(rounding, period, None, True), pool.run(rounding, period, None, False), strict=True
+    ):
+        assert error < 0.75 * surprised
+
+
+def test_a_round_of_everything_as_it_is_leaves_nothing_to_expect(pool):
+    for _, changes in pool.run(rounding, 3, 59, True):  # after the one at step 57
+        assert not any(change.any() for change in changes.values())
+    for _, changes in pool.run(rounding, 3, None, True):
+        assert all(change.any() for change in changes.values())
