@@ -26,12 +26,45 @@ from tests.training import Classifier, fit, identical, loader, seeded, trainer, 
         ("adpsgd_spawn", "spawn"),
         ("adpsgd_fork", "fork"),
         ("adpsgd_notebook", "fork"),
+        ("adpsgd_int4", "popen"),
+        ("adpsgd_int4_spawn", "spawn"),
+        ("adpsgd_int4_fork", "fork"),
+        ("adpsgd_int4_notebook", "fork"),
     ],
 )
 def test_every_name_is_registered_with_its_way_to_start_processes(name, start_method):
     strategy = StrategyRegistry.get(name)
     assert type(strategy) is ADPSGDStrategy
     assert strategy._start_method == start_method
+
+
+def test_the_names_with_int4_stand_for_what_the_method_returns():
+    mine, named = ADPSGDStrategy.int4(), StrategyRegistry.get("adpsgd_int4")
+    assert mine._options == named._options
+    assert repr(mine._period) == repr(named._period) == repr(AdaptivePeriod(initial=2))
+    assert (mine._options.optimizer_state, mine._options.codec.bits) == ("estimate", 4)
+    assert StrategyRegistry.get("adpsgd")._options.codec is None
+
+
+def test_int4_takes_arguments_of_the_class_in_place_of_its_own():
+    strategy = ADPSGDStrategy.int4(period=3, stagger=True)
+    assert repr(strategy._period) == repr(ConstantPeriod(3))
+    assert (strategy._options.stagger, strategy._options.reduce_dtype) == (True, "int4")
+    with pytest.raises(TypeError, match="overlaps"):
+        ADPSGDStrategy.int4(overlaps=1)
+
+
+def fit_with_int4() -> dict:
+    model = seeded(lr=0.01, momentum=0.9)
+    _, rounds = fit("adpsgd_int4", model, max_steps=12)
+    return {"weights": weights(model), "rounds": [round_.local_steps for round_ in rounds]}
+
+
+@pytest.mark.workers
+def test_it_trains_by_its_name(pool):
+    outcomes = pool.run_trainer(fit_with_int4)
+    assert identical([outcome["weights"] for outcome in outcomes])
+    assert outcomes[0]["rounds"][:1] == [2]
 
 
 def test_registering_twice_changes_nothing():
