@@ -18,8 +18,8 @@ Where the comparison is unfair for reasons that are not this package's merit:
 - ``accelerate`` makes one all-reduce per parameter, each waited for, after a barrier.
 - ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse checks for one
   every 100 ms by default; here every 10 ms, because otherwise only that wait would be measured.
-- ``adpsgd-bf16`` and ``qsgd`` send directly from each rank to each other rank, not in a ring: with several ranks per
-  host, more than what is reported for a rank leaves the host.
+- ``adpsgd-bf16``, ``adpsgd-int4`` and ``qsgd`` send directly from each rank to each other rank, not in a ring: with
+  several ranks per host, more than what is reported for a rank leaves the host.
 - PowerSGD gets all gradients in one bucket, after the backward pass. Its hook waits for collectives inside of
   callbacks, which gloo runs on two threads, so that it hangs with more buckets. It compresses matrices, so the saving
   depends on the shapes of the model, and its loss of accuracy does not show in the time per step: look at the loss.
@@ -290,6 +290,8 @@ def _needs(module: str) -> Callable[[Plan], str | None]:
     return lambda plan: None if find_spec(module) else f"{module} is not installed (pip install {module})"
 
 
+INT4: dict[str, Any] = {"reduce_dtype": "int4", "optimizer_state": "estimate"}
+
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
@@ -307,6 +309,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("adpsgd-loop", _loop_adpsgd),
         *(_adpsgd(name, **options) for name, options in VARIANTS.items()),
         _adpsgd("adpsgd-node", sends_in_slices=True, worker="node"),
+        _adpsgd("adpsgd-int4", **INT4),
+        _adpsgd("adpsgd-int4-stagger-overlap", **INT4, stagger=True, overlap=1),
     )
 }
 """All of them, by name."""
