@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd import LocalSGD
+from lightning_adpsgd.averaging import estimate
 from lightning_adpsgd.averaging.estimate import MomentEstimate, check_known_momentum
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 from lightning_adpsgd.averaging.look_ahead import LookAhead
@@ -264,6 +265,35 @@ def every_step(nesterov: bool) -> tuple[Tensor, Tensor]:
 def test_at_every_step_it_is_full_communication_momentum_included(pool: Any, nesterov: bool) -> None:
     for mine, full in pool.run(every_step, nesterov, workers=2):
         torch.testing.assert_close(mine, full)
+
+
+def rates_on_a_device(class_: str) -> list[list[Tensor]]:
+    """State after rounds with a rate that is a number, and with one that counts as a tensor on a device."""
+    found = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(40))
+        rate = torch.tensor(0.03) if on_device else 0.03
+        options = {"capturable": False} if class_ == "Adam" else {"momentum": 0.9}
+        optimizer = getattr(torch.optim, class_)([parameter], lr=rate, foreach=False, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(estimate, "_is_on_device", lambda rate: isinstance(rate, Tensor))
+            local_sgd = LocalSGD(optimizer, 2, optimizer_state="estimate")
+            local_sgd.broadcast()
+            generator = torch.Generator().manual_seed(dist.get_rank())
+            for _ in range(8):
+                parameter.grad = torch.randn(40, generator=generator)
+                optimizer.step()
+                local_sgd.step()
+        found.append([parameter.detach(), *(each for each in optimizer.state[parameter].values() if each.dim() > 0)])
+    return found
+
+
+@pytest.mark.parametrize("class_", ["SGD", "Adam"])
+def test_a_rate_on_a_device_is_not_read_and_counts_as_it_is(pool: Any, class_: str) -> None:
+    for plain, on_device in pool.run(rates_on_a_device, class_):
+        for mine, theirs in zip(on_device, plain, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def nothing_more_is_sent() -> list[int]:

@@ -83,7 +83,16 @@ def train(options: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stagger": True, "overlap": 2}, {"reduce_dtype": "bf16"}, {"reduce_dtype": "int4"}], ids=str
+    "options",
+    [
+        {},
+        {"stagger": True, "overlap": 2},
+        {"reduce_dtype": "bf16"},
+        {"reduce_dtype": "int4"},
+        {"reduce_dtype": "int4", "optimizer_state": "estimate"},
+        {"stagger": True, "overlap": 1, "optimizer_state": "estimate"},
+    ],
+    ids=str,
 )
 def test_ranks_on_one_gpu_end_with_the_same_weights_and_rates_that_are_tensors_are_recorded(pool, options):
     first, second = pool.run(train, options)
