@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_adpsgd.rounds.schedule import Schedule, StaggeredRounds, WholeRounds
+from lightning_adpsgd.rounds.schedule import DriftClock, Schedule, StaggeredRounds, WholeRounds
 
 
 def sent(schedule: Schedule, periods: list[int]) -> list[int]:
@@ -36,3 +36,20 @@ def test_a_round_has_one_fragment_or_one_per_step_of_its_period():
 def test_a_mean_lands_before_the_next_round_of_its_elements_leaves(kind):
     assert [kind().delay(period) for period in (1, 2, 9)] == [0, 0, 0]
     assert [kind(overlap=3).delay(period) for period in (1, 2, 4, 9)] == [0, 1, 3, 3]
+
+
+def test_a_fragment_has_drifted_since_its_elements_were_last_sent():
+    clock = DriftClock()
+    clock.begin(4)
+    assert [clock.send(step) for step in (4, 5, 6, 7)] == [4, 5, 6, 7]  # since all workers were the same
+    clock.begin(4)
+    assert [clock.send(step) for step in (8, 9, 10, 11)] == [4, 4, 4, 4]
+    clock.begin(2)  # of the halves, the middles were in fragments 1 and 3
+    assert [clock.send(step) for step in (12, 13)] == [3, 2]
+    clock.begin(3)  # one that is not sent to its end does not count
+    clock.send(14)
+    clock.begin(2)
+    assert [clock.send(step) for step in (16, 17)] == [4, 4]
+    clock.restart()
+    clock.begin(1)
+    assert clock.send(3) == 3
