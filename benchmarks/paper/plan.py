@@ -23,6 +23,7 @@ class Contender:
     reduce_dtype: str | None = field(default=None, metadata=LATER)  # of what rounds send
     matrix_rank: int | None = field(default=None, metadata=LATER)  # of ``powersgd``
     rate: float = field(default=1.0, metadata=LATER)  # times the task's learning rate
+    growth: str = field(default="additive", metadata=LATER)  # of the period of ``adaptive``
     stagger: bool = field(default=False, metadata=LATER)
     overlap: int = field(default=0, metadata=LATER)  # steps
 
@@ -138,7 +139,8 @@ INT8, INT4 = (
     replace(HALF, name=f"adpsgd-p2-int{bits}", title=f"ADPSGD, {bits} bits", reduce_dtype=f"int{bits}")
     for bits in (8, 4)
 )
-ADPSGD_INT4 = replace(INT4, name="adpsgd-int4", title="ADPSGD, 4 bits, estimate", optimizer_state="estimate")
+ADPSGD_INT4 = replace(INT4, name="adpsgd-int4", title="adpsgd_int4", optimizer_state="estimate", growth="proportional")
+"""What the strategy's name of this kind stands for."""
 BF16 = Contender("ddp-bf16", "DDP, bf16", "bf16")
 POWERSGD = tuple(
     Contender(f"powersgd-{rank}", f"PowerSGD, rank {rank}", "powersgd", matrix_rank=rank) for rank in (1, 2, 4)

@@ -157,7 +157,9 @@ def new_period(contender: Mapping[str, Any], rounds: int | None) -> AveragingPer
         return EvenRounds(rounds)
     if contender["method"] == "constant":
         return ConstantPeriod(contender["period"])
-    return AdaptivePeriod(initial=contender["period"], sampling=contender["sampling"])
+    return AdaptivePeriod(
+        initial=contender["period"], sampling=contender["sampling"], growth=contender.get("growth", "additive")
+    )
 
 
 @cache

@@ -10,7 +10,7 @@ from lightning_adpsgd.periods import AdaptivePeriod
 def int4_settings() -> dict[str, Any]:
     """Rounds in 4 bits, twice as often as by default at first, with moments that follow from the drift."""
     return {
-        "period": AdaptivePeriod(initial=2),
+        "period": AdaptivePeriod(initial=2, growth="proportional"),
         "optimizer_state": "estimate",
         "reduce_dtype": "int4",
     }

@@ -256,7 +256,7 @@ class ADPSGDStrategy(NodeGradients):
     def int4(cls, **overrides: Any) -> Self:
         """What ``strategy="adpsgd_int4"`` stands for: about full communication's accuracy for a twentieth of its bytes.
 
-        Rounds in 4 bits, moments that are estimated from the drift, and p_init = 2.
+        Rounds in 4 bits, estimated moments, and a period of 2 at first that follows in proportion.
 
         Args:
             overrides: arguments of the class that take the place of these, or are given besides.

@@ -41,7 +41,7 @@ def test_every_name_is_registered_with_its_way_to_start_processes(name, start_me
 def test_the_names_with_int4_stand_for_what_the_method_returns():
     mine, named = ADPSGDStrategy.int4(), StrategyRegistry.get("adpsgd_int4")
     assert mine._options == named._options
-    assert repr(mine._period) == repr(named._period) == repr(AdaptivePeriod(initial=2))
+    assert repr(mine._period) == repr(named._period) == repr(AdaptivePeriod(initial=2, growth="proportional"))
     assert (mine._options.optimizer_state, mine._options.codec.bits) == ("estimate", 4)
     assert StrategyRegistry.get("adpsgd")._options.codec is None
 
