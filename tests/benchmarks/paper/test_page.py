@@ -89,7 +89,7 @@ def test_page_compares_accuracy_against_bytes_and_draws_it(tmp_path):
     page = page_with_bytes(tmp_path, results)
     text = page.text()
     section = text[text.index("## Accuracy against bytes") :]
-    assert "| ADPSGD, 4 bits, estimate | 3 | 0.050 | 1.0000 ± 0.0000 | 60.00 ± 0.00 |" in section
+    assert "| adpsgd_int4 | 3 | 0.050 | 1.0000 ± 0.0000 | 60.00 ± 0.00 |" in section
     assert "| 3. At most 0.055 of full communication's bytes | **reached** |" in section
     assert "At most 0.055 of full communication's bytes: reached." in page.overview()
     page.draw()
@@ -107,7 +107,7 @@ def test_seeds_of_one_study_do_not_change_the_results_of_another(tmp_path):
 
 def test_page_has_bytes_without_full_communication_but_no_figure(tmp_path):
     page = page_with_bytes(tmp_path, {ADPSGD_INT4: [a_result(1.0, 0.6, 50)]})
-    assert "| ADPSGD, 4 bits, estimate | 1 |  | 1.0000 | 60.00 |" in page.text()
+    assert "| adpsgd_int4 | 1 |  | 1.0000 | 60.00 |" in page.text()
     assert BYTES_FIGURE not in page.text()
     page.draw()
     assert not (tmp_path / "images" / BYTES_FIGURE).exists()
@@ -134,7 +134,7 @@ def test_language_is_described_and_compared_beside_images(tmp_path):
     both = {FULL: [a_result(1.0, 0.6, 1000)], ADPSGD_INT4: [a_result(1.0, 0.6, 50)]}
     text = page_of(tmp_path, {"net": both, "gpt": both}, studies).text()
     assert "18 × 64 characters" in text
-    assert text.count("| ADPSGD, 4 bits, estimate | 1 | 0.050 |") == 2
+    assert text.count("| adpsgd_int4 | 1 | 0.050 |") == 2
     assert "- Language: 0.050." in text
 
 

@@ -91,6 +91,12 @@ def test_contenders_that_send_less_get_what_they_are_named_after(monkeypatch):
     assert [made[each.name]._reducer._rank for each in POWERSGD] == [1, 2, 4]
 
 
+def test_the_contender_adpsgd_int4_is_what_the_strategys_name_stands_for():
+    compared, named = new_strategy(described(ADPSGD_INT4), None, "gloo"), ADPSGDStrategy.int4()
+    assert compared._options == named._options
+    assert repr(compared._period) == repr(named._period)
+
+
 def test_settings_without_fields_that_came_later_make_the_same_strategy():
     settings = Run(TASK, ADPSGD, 0).settings(None)["contender"]
     assert "reduce_dtype" not in settings
