@@ -35,17 +35,19 @@ class Case(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.launcher}-{self.fault}-{','.join(map(str, self.at))}"
+        later = "-read later" if ("read_later", True) in self.options else ""
+        return f"{self.launcher}-{self.fault}-{','.join(map(str, self.at))}{later}"
 
 
 def cases(*cases: Case) -> Any:
-    """Run a test with the outcome of each of these jobs as ``launched``."""
-    return pytest.mark.parametrize("launched", cases, indirect=True, ids=str)
+    """Run a test with the outcome of each of these jobs as ``launched``, measures being read at once and later."""
+    later = [case._replace(options=(*case.options, ("read_later", True))) for case in cases]
+    return pytest.mark.parametrize("launched", [*cases, *later], indirect=True, ids=str)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test twice: a GPU's measures of a round are read in the next step. But launchers do not matter to that,
-    and parts of a round are read in later steps anyway."""
+    """Run every test twice: a GPU's measures of a round are read in the next step. Launched jobs see to that by
+    themselves, and fragments of a round are read in later steps anyway."""
     alone = "launched" in metafunc.fixturenames or "under_way" in metafunc.function.__name__
     ids = ["read at once"] if alone else ["read at once", "read later"]
     metafunc.parametrize("read_later", [False, True][: len(ids)], ids=ids, indirect=True)
