@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import LocalSGD
+from lightning_adpsgd.averaging.averager import Terms
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 from lightning_adpsgd.averaging.tensors import TensorTracker
 from lightning_adpsgd.averaging.update import Update
@@ -214,9 +215,10 @@ def update_with_doubled() -> tuple[list[int], list[float], list[float]]:
     tracker = TensorTracker(
         optimizer, buffers_of=None, names_of=None, workers=WorkerGroup(), bucket_bytes=8, update=update
     )
-    tracker.current().averager.average(as_it_is=False)
+    asked_for = Terms(WorkerGroup().all_contribute, as_it_is=False)
+    tracker.current().averager.average(terms=asked_for)
     optimizer.add_param_group({"params": [second]})
-    tracker.current().averager.average(as_it_is=False)
+    tracker.current().averager.average(terms=asked_for)
     return update.sizes, first.tolist(), second.tolist()
 
 
