@@ -146,7 +146,7 @@ class ParameterAverager:
         """
         told = in_flight.terms.told
         mean, alike = self._mean(in_flight, told is not None)
-        rounding = self._rounding(in_flight) if told is not None else None
+        rounding = _rounding(self.delta, in_flight) if told is not None else None
         adopts = in_flight.terms.as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
@@ -211,12 +211,6 @@ class ParameterAverager:
             # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
             arrived[start:stop].clamp_(-largest, largest)
         return arrived, in_flight.alike.wait()
-
-    def _rounding(self, in_flight: BucketInFlight) -> Tensor | None:
-        """What this worker has sent, less what it has held; adds up to what rounding did to the mean."""
-        if self.delta is None or in_flight.cut_off is None:
-            return None if self.delta is None else self.delta.residual(in_flight.bucket)
-        return in_flight.cut_off
 
     def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
         if self.delta is not None and in_flight.cut_off is None:
@@ -283,7 +277,7 @@ class ParameterAverager:
             snapshot = part.snapshot
             assert snapshot is not None
             mean, alike = self._mean(part, told is not None)
-            rounding = self._rounding(part) if told is not None else None
+            rounding = _rounding(self.delta, part) if told is not None else None
             squares: dict[int, list[Tensor]] = defaultdict(list)
             adopts = isinstance(self.update, Adopt)
             tiles = self.layout.tiles(part.bucket)
@@ -306,6 +300,13 @@ class ParameterAverager:
             self._note(part, mean)
             deviations.append(add_up(squares, self.groups, mean.device))
         return sum_of(deviations, self.groups, self._workers.device)
+
+
+def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | None:
+    """What this worker has sent, less what it has held; adds up to what rounding did to the mean."""
+    if delta is None or in_flight.cut_off is None:
+        return None if delta is None else delta.residual(in_flight.bucket)
+    return in_flight.cut_off
 
 
 def _tell(told: OnDeviations | None, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
