@@ -26,10 +26,9 @@ OnDeviations = Callable[[Tile, Tensor], None]
 
 
 class Terms(NamedTuple):
-    """How a round is averaged."""
+    """How a round is averaged, and what this worker contributes."""
 
     contribution: Contribution
-    """This worker's."""
     as_it_is: bool = True
     """Whether values travel as they are, whatever the codec, and means are adopted, whatever the update."""
     persistence: float = 0.0
