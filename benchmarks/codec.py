@@ -47,7 +47,6 @@ from lightning_adpsgd.workers.reduction import Reduction, TensorOp
 
 COPY = "copy"
 CODECS = ("bf16", "fp16", "int8", "int4")
-PERSISTENCE = 0.5  # of the average's latest change; how much does not matter to the time
 PARTS = ("encode", "decode", "send", "combine", "receive")
 WORK = PARTS[2:]
 BUCKET_BYTES = 16 * 2**20
@@ -128,11 +127,11 @@ class _Rounds:
 
         for bucket in self._layout.cut(BUCKET_BYTES):
             values = self._layout.pack(bucket, self._buffer[: len(bucket)]).add_(self._drift[: len(bucket)])
-            _, cut_off = timed("send", partial(self._delta.send, bucket, values, self._group, PERSISTENCE))
+            _, cut_off = timed("send", partial(self._delta.send, bucket, values, self._group))
             assert self._group.combine is not None
             combined = timed("combine", self._group.combine)
             rows = combined.expand(self._group.size, -1).contiguous()
-            timed("receive", partial(self._delta.receive, bucket, rows, cut_off, False, PERSISTENCE))
+            timed("receive", partial(self._delta.receive, bucket, rows, cut_off))
             whole = len(bucket) // self._codec.block * self._codec.block
             longest = whole if self._device.is_cuda else PIECE // self._codec.block * self._codec.block
             pieces = self._drift[:whole].clone().split(longest)

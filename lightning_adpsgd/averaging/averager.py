@@ -31,8 +31,6 @@ class Terms(NamedTuple):
     contribution: Contribution
     as_it_is: bool = True
     """Whether values travel as they are, whatever the codec, and means are adopted, whatever the update."""
-    persistence: float = 0.0
-    """Which multiple of the average's latest change is to be expected once more."""
     told: OnDeviations | None = None
 
 
@@ -183,7 +181,7 @@ class ParameterAverager:
         """Begin to average the values of a bucket, which are overwritten."""
         if self.delta is not None and not terms.as_it_is and self.delta.knows(bucket):
             with span("encode"):
-                reduction, cut_off = self.delta.send(bucket, values, workers, terms.persistence)
+                reduction, cut_off = self.delta.send(bucket, values, workers)
             return BucketInFlight(bucket, reduction, terms, cut_off)
         residual = None if self.delta is None else self.delta.residual(bucket)
         alike = None
@@ -201,8 +199,7 @@ class ParameterAverager:
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
-                cut_off, persistence = in_flight.cut_off, in_flight.terms.persistence
-                return self.delta.receive(in_flight.bucket, arrived, cut_off, tells, persistence), None
+                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, tells), None
         if in_flight.alike is None:
             return arrived, None
         largest = torch.finfo(arrived.dtype).max
@@ -227,7 +224,6 @@ class ParameterAverager:
         carrier: WorkerGroup,
         before: Sequence[Tensor] | None = None,
         ahead: Sequence[float | Tensor] = (),
-        persistence: float = 0.0,
     ) -> tuple[list[BucketInFlight], Tensor]:
         """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
 
@@ -237,13 +233,12 @@ class ParameterAverager:
             carrier: the workers, on the connections that are to be used.
             before: what :meth:`keep` has returned before the latest step, if that is known.
             ahead: for each parameter group, how many times the change since then is expected to come once more.
-            persistence: as in :class:`Terms`.
 
         Returns:
             What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
-        terms = Terms(carrier.all_contribute, as_it_is=False, persistence=persistence)
+        terms = Terms(carrier.all_contribute, as_it_is=False)
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
             for tile in self.layout.tiles(bucket):

@@ -30,10 +30,6 @@ class Codec(ABC):
     block = 1
     """How many elements are encoded together, with a scale in common for example: rows are padded to a multiple."""
 
-    predicts = False
-    """Whether to predict the average's next change from the latest, and to send what differs from that: it rounds less
-    away, and costs one more number per element. Worth it for a few bits."""
-
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:
         """Encode rows of numbers.
@@ -105,10 +101,6 @@ class DeltaCodec:
     It keeps two numbers per element, the average and the error, of the type in which elements are packed. Both change
     when a mean arrives, never before: what is sent and then thrown away leaves no trace.
 
-    With momentum, most of the average's change is a repetition of the one before. If the codec ``predicts``, the latest
-    change s' is kept, too, and all workers expect w̄ + κ s' (see :meth:`StatePolicy.persistence`). What differs from
-    that is sent in place of what differs from w̄, as in predictive coding (differential pulse-code modulation).
-
     Tensors of no parameter group (BatchNorm statistics) travel as they are: they are few, a variance that is rounded
     may become negative, and a constant may be infinite.
 
@@ -127,9 +119,6 @@ class DeltaCodec:
         self._spaces = {space.space: space for space in layout.cut_into_spaces() if layout.is_of_groups(space.space)}
         self._averages = {number: layout.new_buffer(space, workers.device) for number, space in self._spaces.items()}
         self._errors = {number: torch.zeros_like(average) for number, average in self._averages.items()}
-        self._changes: dict[int, Tensor] = {}
-        if codec.predicts:
-            self._changes = {number: torch.zeros_like(average) for number, average in self._averages.items()}
         self._unknown = [*self._spaces.values()]
         self._bytes_of_a_block: dict[torch.dtype, int] = {}  # encoded, by the type of its elements
 
@@ -147,8 +136,6 @@ class DeltaCodec:
         for number, space in self._spaces.items():
             self._layout.pack(space, self._averages[number])
             self._errors[number].zero_()
-            if number in self._changes:
-                self._changes[number].zero_()
         self.note_all()
 
     def forget(self) -> None:
@@ -166,30 +153,18 @@ class DeltaCodec:
             if before.space in other._spaces and now.space in self._spaces:
                 self._of(now)[0].copy_(other._of(before)[0])
                 self._of(now)[1].copy_(other._of(before)[1])
-                if self._changes:
-                    self._change_of(now).copy_(other._change_of(before))
                 if other.knows(before):
                     self._note_known(now)
         self.has_residual = other.has_residual
 
-    def send(
-        self, bucket: Bucket, values: Tensor, workers: WorkerGroup, persistence: float = 0.0
-    ) -> tuple[Reduction, Tensor]:
+    def send(self, bucket: Bucket, values: Tensor, workers: WorkerGroup) -> tuple[Reduction, Tensor]:
         """Begin to find out the average's change from the workers' ``values`` of a bucket.
-
-        Args:
-            bucket: the bucket.
-            values: overwritten.
-            workers: on which connections.
-            persistence: κ, the same on all workers.
 
         Returns:
             What is under way, and what rounding cuts off of it, for :meth:`receive`; in the storage of ``values``.
         """
         self.has_residual = True
         average, error = self._of(bucket)
-        if self._changes and persistence:
-            values.sub_(self._change_of(bucket), alpha=persistence)
         shares = workers.shares(values)
         sizes = [blocks_in(len(share), self._codec.block) * self._block_bytes(values) for share in shares]
         rows = values.new_zeros(len(shares), sizes[0], dtype=torch.uint8)
@@ -199,9 +174,7 @@ class DeltaCodec:
         combine = partial(self._combine, shares[workers.rank], workers.count)
         return workers.exchange(rows, combine, shares, sizes), values
 
-    def receive(
-        self, bucket: Bucket, change: Tensor, cut_off: Tensor, tells: bool = False, persistence: float = 0.0
-    ) -> Tensor:
+    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, tells: bool = False) -> Tensor:
         """The new average of a bucket, which nobody may write to.
 
         Args:
@@ -209,18 +182,16 @@ class DeltaCodec:
             change: the average's change, encoded; uint8, shape (ranks, bytes of a share).
             cut_off: of :meth:`send`.
             tells: overwrite that by what was sent, less what the values were.
-            persistence: as it was for :meth:`send`.
         """
         average, error = self._of(bucket)
         before = error.clone() if tells else error
         error.copy_(cut_off)
         if tells:
             torch.sub(before, cut_off, out=cut_off)
-        total = self._change_of(bucket).mul_(persistence) if self._changes else average
-        for row, share in zip(change, self._workers.shares(total), strict=True):
+        for row, share in zip(change, self._workers.shares(average), strict=True):
             for (piece,), (encoded,) in self._pieces([share], [row]):
                 self._add_decoded_(encoded, piece)
-        return average.add_(total) if self._changes else average
+        return average
 
     def residual(self, bucket: Bucket) -> Tensor | None:
         """What is to be added to values that are about to travel as they are: what has been cut off so far."""
@@ -232,8 +203,6 @@ class DeltaCodec:
             average, error = self._of(bucket)
             average.copy_(mean)
             error.zero_()
-            if self._changes:
-                self._change_of(bucket).zero_()
             self._note_known(bucket)
 
     def note_all(self) -> None:
@@ -285,9 +254,6 @@ class DeltaCodec:
 
     def _note_known(self, bucket: Bucket) -> None:
         self._unknown = [rest for unknown in self._unknown for rest in unknown.without(bucket)]
-
-    def _change_of(self, bucket: Bucket) -> Tensor:
-        return self._changes[bucket.space][bucket.start : bucket.stop]
 
     def _of(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         here = slice(bucket.start, bucket.stop)

@@ -47,7 +47,6 @@ class IntCodec(Codec):
         self.block = check_int("IntCodec", "block_size", block_size, at_least=2, at_most=2**20)
         if self.block % 2:
             raise wrong_value("IntCodec", "block_size", block_size, "an even number, for example 128")
-        self.predicts = self.bits == 4
         self._half = self.block // 2
         self._row_bytes = scaled_blocks.row_bytes(self.block * self.bits // 8, torch.bfloat16)
         self._largest_code = 2 ** (self.bits - 1) - 1

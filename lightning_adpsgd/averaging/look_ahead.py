@@ -1,6 +1,5 @@
-"""How far momentum will carry parameters: while a mean is on its way, and from one round to the next."""
+"""How far momentum will carry parameters while a mean is on its way."""
 
-import functools
 import math
 
 from torch.optim import Optimizer
@@ -77,27 +76,3 @@ def _factor(momentum: Momentum | None, steps: int, delay: int) -> float:
 def _geometric(ratio: float, terms: int) -> float:
     """1 + q + … + q^(n−1)."""
     return float(terms) if ratio >= 1.0 else (1.0 - ratio**terms) / (1.0 - ratio)
-
-
-@functools.cache
-def persistence(decay: float, period: int) -> float:
-    r"""Which multiple of the change in a period momentum is expected to repeat in the next one.
-
-    If gradients are independent from step to step, the velocity v_t = Σ_j μ^j g_{t−j} has the correlation μ^k with that
-    of k steps before. So the sum of p velocities is best predicted (least mean square) by κ times that of the p before,
-
-        κ = μ (1 + μ + … + μ^{p−1})² / (p + 2 Σ_k (p − k) μ^k),   k = 1 … p − 1.
-
-    What gradients have in common would make it larger, and is left out.
-
-    Args:
-        decay: μ, at least 0 and below 1.
-        period: p.
-
-    Returns:
-        κ, from 0 to μ.
-    """
-    period = min(period, 1000)  # from where on it is next to nothing
-    with_the_next = decay * _geometric(decay, period) ** 2
-    within = period + 2 * sum((period - k) * decay**k for k in range(1, period))
-    return with_the_next / within

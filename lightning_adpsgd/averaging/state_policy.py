@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.averager import OnDeviations
 from lightning_adpsgd.averaging.estimate import MomentEstimate, check_known_momentum
-from lightning_adpsgd.averaging.look_ahead import LookAhead, persistence
+from lightning_adpsgd.averaging.look_ahead import LookAhead
 from lightning_adpsgd.averaging.momentum import MomentumReader, check_known_moments
 from lightning_adpsgd.averaging.optimizer_state import (
     forget,
@@ -65,8 +65,6 @@ class StatePolicy:
         reader = MomentumReader(optimizer, self._steps_of_moments)
         self.look_ahead = LookAhead(optimizer, reader).factors
         self._estimate = MomentEstimate(optimizer, reader) if policy == "estimate" else None
-        momenta = [reader.of(group)[0] for group in optimizer.param_groups]
-        self._decay = max((momentum.decay for momentum in momenta if momentum is not None), default=0.0)
         self.second_moments = SecondMoments(optimizer, reader, workers.count)
 
     def _steps_of_moments(self) -> int:
@@ -103,16 +101,6 @@ class StatePolicy:
             return None
         factors = self._estimate.factors(steps, ago, ahead)
         return partial(self._estimate.correct, parameters=parameters, factors=factors) if any(factors) else None
-
-    def persistence(self, period: int) -> float:
-        """Which multiple of the average's change in a round momentum is expected to repeat in the next one.
-
-        It depends on the momentum with which the optimizer was made and on p alone: the same on all workers.
-
-        Args:
-            period: p.
-        """
-        return persistence(self._decay, period)
 
     def see(self, variances: Sequence[float], rates: Sequence[float]) -> None:
         """Learn from a round whose fragments have all drifted for a period.

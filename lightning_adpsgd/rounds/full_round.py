@@ -107,7 +107,7 @@ class FullRound:
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 contributes = contribution.contributes  # of one that does not, the optimizer begins anew
                 told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
-                terms = Terms(contribution, as_it_is, self._policy.persistence(period), told)
+                terms = Terms(contribution, as_it_is, told)
                 deviations = [*tensors.averager.average(terms=terms)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:

@@ -261,9 +261,7 @@ class Pipeline:
         values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
         drifted = self._clock.send(self.steps)
         try:
-            buckets, finite = tensors.averager.send(
-                round_.sent, round_.fragments, self._async_group, values, ahead, self._policy.persistence(round_.period)
-            )
+            buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
         except CollectiveError as error:
             raise self.lost(state, error) from error
         handshake = Handshake(self._workers, state._replace(finite=finite))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.look_ahead import LookAhead, persistence
+from lightning_adpsgd.averaging.look_ahead import LookAhead
 from lightning_adpsgd.averaging.momentum import MomentumReader
 
 DELAYS = (1, 2, 4)
@@ -162,21 +162,3 @@ def test_settings_that_are_tensors_are_read_again_when_they_have_changed():
     assert ahead.factors(1) == [pytest.approx(0.5)]
     beta.fill_(0.25)
     assert ahead.factors(1) == [pytest.approx(0.25)]
-
-
-@pytest.mark.parametrize("period", [1, 2, 5])
-@pytest.mark.parametrize("decay", [0.0, 0.8])
-def test_what_momentum_repeats_in_the_next_period_is_the_best_prediction(decay, period):
-    generator = torch.Generator().manual_seed(0)
-    velocity = torch.zeros(100_000, dtype=torch.float64)
-    changes = []
-    for _ in range(2 + 40 // period):
-        change = torch.zeros_like(velocity)
-        for _ in range(period):
-            velocity = decay * velocity + torch.randn(len(velocity), generator=generator, dtype=torch.float64)
-            change += velocity
-        changes.append(change)
-    before, after = changes[-2:]
-    best = torch.dot(before, after) / torch.dot(before, before)
-    assert persistence(decay, period) == pytest.approx(float(best), abs=0.02)
-    assert persistence(0.9, 10**6) == pytest.approx(0.0, abs=0.01)
