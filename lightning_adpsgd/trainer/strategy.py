@@ -254,7 +254,7 @@ class ADPSGDStrategy(NodeGradients):
 
     @classmethod
     def int4(cls, **overrides: Any) -> Self:
-        """What ``strategy="adpsgd_int4"`` stands for: closer to full communication, for about a twentieth of its bytes.
+        """What ``strategy="adpsgd_int4"`` stands for: meant for about a twentieth of full communication's bytes.
 
         Rounds in 4 bits, estimated moments, and a period of 2 at first that follows in proportion.
 
