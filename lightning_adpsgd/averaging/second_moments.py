@@ -14,6 +14,10 @@ has N elements, as a mean over these,
 After each round v is multiplied so that it becomes f V, with f = 1 − (1 − 1/n) σ² / V, between 1/n and 1. What of V is
 new since the round before, (1 − β₂^p) / (1 − β₂^t) after t steps, is brought to f at once; the rest has been. So v
 stays a mean over as many steps as before.
+
+With rounds in a few bits, S also holds what rounding has done to the mean. Where that is not small against the drift (a
+gradient that all workers share far outweighs its noise, and 4 bits), the noise is taken for larger than it is, and f for
+smaller, down to 1/n.
 """
 
 from collections.abc import Sequence

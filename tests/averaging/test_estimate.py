@@ -17,7 +17,7 @@ from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 from lightning_adpsgd.averaging.look_ahead import LookAhead
 from lightning_adpsgd.averaging.momentum import MomentumReader
 
-COUNT = 200_000  # elements, each of which is an experiment of its own
+COUNT = 50_000  # elements, each of which is an experiment of its own
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -83,7 +83,7 @@ def uncorrelated(moment: Tensor, sent: Tensor) -> bool:
     return abs(float(correlation)) < 5 / math.sqrt(COUNT)
 
 
-@pytest.mark.parametrize("period", [2, 4, 9])
+@pytest.mark.parametrize("period", [2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_of_a_moment_has_nothing_in_common_with_the_drift(kind: str, period: int) -> None:
     experiment = Experiment(kind)
@@ -120,7 +120,7 @@ def test_it_accounts_for_the_share_that_theory_says(period: int) -> None:
 
     experiment.correct(experiment.parameter.detach().clone(), steps=period)
 
-    assert float(1 - experiment.moment.square().sum() / was) == pytest.approx(share, abs=0.01)
+    assert float(1 - experiment.moment.square().sum() / was) == pytest.approx(share, abs=0.02)
     assert experiment.estimate.factors(period)[0] == pytest.approx(-both / sum(x * x for x in a) / 0.1)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_adpsgd import ConstantPeriod, LocalSGD
 
-STEPS = 120
+STEPS = 80
 BETAS = (0.9, 0.99)
 
 
@@ -43,11 +43,9 @@ def compare(signal: float, options: dict[str, Any], class_: str) -> list[float]:
 @pytest.mark.parametrize(
     ("options", "class_", "signal"),
     [
-        ({}, "AdamW", 0.0),
         ({}, "AdamW", 1.0),
         ({}, "NAdam", 0.0),
-        ({"reduce_dtype": "int4"}, "AdamW", 1.0),
-        ({"stagger": True}, "AdamW", 0.0),
+        ({"reduce_dtype": "int4"}, "AdamW", 0.2),
         ({"stagger": True, "overlap": 1}, "Adam", 0.0),
     ],
     ids=str,

@@ -115,7 +115,6 @@ def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path
         {"stagger": True, "overlap": 1, "optimizer_state": "estimate"},
         {"reduce_dtype": "bf16"},
         {"stagger": True, "overlap": 1, "reduce_dtype": "fp16"},
-        {"reduce_dtype": "int8"},
         {"stagger": True, "overlap": 1, "reduce_dtype": "int4"},
     ],
     ids=str,
