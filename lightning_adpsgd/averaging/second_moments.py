@@ -15,9 +15,9 @@ After each round v is multiplied so that it becomes f V, with f = 1 − (1 − 1
 new since the round before, (1 − β₂^p) / (1 − β₂^t) after t steps, is brought to f at once; the rest has been. So v
 stays a mean over as many steps as before.
 
-With rounds in a few bits, S also holds what rounding has done to the mean. Where that is not small against the drift (a
-gradient that all workers share far outweighs its noise, and 4 bits), the noise is taken for larger than it is, and f for
-smaller, down to 1/n.
+With rounds in a few bits, S also holds what rounding has done to the mean. Where that is not small against the drift
+(4 bits, and a gradient common to all workers that far outweighs its noise), the noise is taken for larger than it is,
+and f for smaller, down to 1/n.
 """
 
 from collections.abc import Sequence
