@@ -22,7 +22,7 @@ Pieces = tuple[Tensor, ...]
 class Codec(ABC):
     """A wire format: rows of numbers to rows of bytes, and back.
 
-    What :meth:`encode` cuts off is not lost: it travels in the next round (see :class:`DeltaCodec`). Blocks are encoded
+    What :meth:`encode` cuts off is not lost: it travels in the next round (see ``DeltaCodec``). Blocks are encoded
     one by one: what becomes of a block does not depend on those beside it. :meth:`encode_` and :meth:`add_decoded_` are
     made of the other two; a codec that can do better in one go overrides them.
     """
