@@ -93,18 +93,17 @@ class ParameterAverager:
         """Whether there may be a residual of rounding that has not travelled yet."""
         return self.delta is not None and self.delta.has_residual
 
-    def average(self, contribution: Contribution | None = None, terms: Terms | None = None) -> Tensor:
+    def average(self, terms: Terms | None = None) -> Tensor:
         """Average everything.
 
         Args:
-            contribution: this worker's to the mean; None where all workers contribute.
-            terms: that, and how.
+            terms: how; None: as it is, and all workers contribute.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
             on the workers' device, which nobody waits for.
         """
-        terms = terms or Terms(contribution or self._workers.all_contribute)
+        terms = terms or Terms(self._workers.all_contribute)
         deviations: list[Tensor] = []
         in_flight: deque[BucketInFlight] = deque()
         buffers: deque[Tensor] = deque()  # of what is in flight
@@ -157,7 +156,8 @@ class ParameterAverager:
                     # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
                     add_squares(squares, tile, deviations)
-                    _tell(told, tile, deviations, rounding)
+                    if told is not None:
+                        _tell(told, tile, deviations, rounding)
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)
@@ -281,7 +281,8 @@ class ParameterAverager:
                     if alike is not None:
                         alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
                     add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
-                _tell(told, tile, -snapshot[here], rounding)
+                if told is not None:
+                    _tell(told, tile, -snapshot[here], rounding)
                 if adopts:
                     _write(tile, mean[here], snapshot[here], moved)
             if not adopts:
@@ -303,8 +304,8 @@ def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | N
     return in_flight.cut_off
 
 
-def _tell(told: OnDeviations | None, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
-    if told is not None and tile.runs:
+def _tell(told: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
+    if tile.runs:
         told(tile, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
 
 

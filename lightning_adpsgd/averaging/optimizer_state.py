@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.averager import ParameterAverager, Terms
 from lightning_adpsgd.averaging.layout import FlatLayout, hash48
 from lightning_adpsgd.averaging.momentum import known
 from lightning_adpsgd.averaging.state_entries import Key, StateEntries, is_plain, map_tensors, named, set_entries
@@ -118,7 +118,7 @@ def share_state(
         )
     elif shared:
         layout = _layout({key: value for key, value in averaged.items() if id(value) not in shared})
-    ParameterAverager(layout, 0, workers, bucket_bytes).average(contribution)
+    ParameterAverager(layout, 0, workers, bucket_bytes).average(Terms(contribution))
     if not (same_keys and same_rest and contribution.contributors == workers.count):
         _adopt(state, rest, whole, workers, contribution, only_missing=only_moments)
 

@@ -108,10 +108,10 @@ class FullRound:
                 contributes = contribution.contributes  # of one that does not, the optimizer begins anew
                 told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
                 terms = Terms(contribution, as_it_is, told)
-                deviations = [*tensors.averager.average(terms=terms)]
+                deviations = [*tensors.averager.average(terms)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:
-                ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(contribution)
+                ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(Terms(contribution))
             self._policy.apply(contribution, trained(), checkpoint=trigger == "checkpoint")
         except CollectiveError as error:
             raise lost(self._workers, state, error) from error

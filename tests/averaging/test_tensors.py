@@ -216,9 +216,9 @@ def update_with_doubled() -> tuple[list[int], list[float], list[float]]:
         optimizer, buffers_of=None, names_of=None, workers=WorkerGroup(), bucket_bytes=8, update=update
     )
     asked_for = Terms(WorkerGroup().all_contribute, as_it_is=False)
-    tracker.current().averager.average(terms=asked_for)
+    tracker.current().averager.average(asked_for)
     optimizer.add_param_group({"params": [second]})
-    tracker.current().averager.average(terms=asked_for)
+    tracker.current().averager.average(asked_for)
     return update.sizes, first.tolist(), second.tolist()
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor
-from lightning_adpsgd.averaging.averager import ParameterAverager
+from lightning_adpsgd.averaging.averager import ParameterAverager, Terms
 from lightning_adpsgd.averaging.layout import FlatLayout
 from lightning_adpsgd.workers.group import Contribution
 from lightning_adpsgd.workers.nodes import NodeWorkerGroup
@@ -27,7 +27,7 @@ def average_over_nodes(length: int, dropped: bool) -> dict:
     share = Contribution(1, node == 0) if dropped else None
     before = workers.payload_bytes
     averager = ParameterAverager(FlatLayout([tensor], [0]), 1, workers, 40)
-    deviation = averager.average(share)
+    deviation = averager.average(None if share is None else Terms(share))
     small = workers.launch_mean([float(node)], share).wait()
     return {
         "tensor": tensor,
