@@ -28,7 +28,8 @@ def write(codes: Tensor, scales: Tensor, rows: Tensor, scale: torch.dtype) -> No
     """Write blocks as rows of bytes.
 
     Args:
-        codes: whole numbers from −128 to 127, of any type; shape (blocks, codes per block).
+        codes: whole numbers from −128 to 127, of any type; shape (blocks, codes per block). A row may have room for
+            further codes before its scale, which are left alone.
         scales: shape (blocks, 1).
         rows: uint8, contiguous, shape (blocks, :func:`row_bytes`).
         scale: the type that scales have in a row.
@@ -38,7 +39,7 @@ def write(codes: Tensor, scales: Tensor, rows: Tensor, scale: torch.dtype) -> No
     if _is_aligned(rows, scale):
         rows.view(scale)[:, -1:].copy_(scales)
     else:
-        rows[:, count:] = scales.to(scale).view(torch.uint8)
+        rows[:, -scale.itemsize :] = scales.to(scale).view(torch.uint8)
 
 
 def read(rows: Tensor, scale: torch.dtype) -> tuple[Tensor, Tensor]:
