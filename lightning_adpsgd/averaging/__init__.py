@@ -1,1 +1,1 @@
-"""What is averaged, laid out as one index space, and a bucket's way to its mean and back."""
+"""Averages tensors and optimizer state over the workers: layout, buckets, codecs, and what is done with the mean."""

@@ -18,53 +18,52 @@ from lightning_adpsgd.averaging.update import Adopt, Update
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
-# On the CPU, shorter buckets than the longest that is allowed: what was packed is still in a cache when it is sent.
+# Limit on the CPU: a packed bucket should still be in the cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
 
 OnDeviations = Callable[[Tile, Tensor], None]
-"""Is told what a tile of this worker has sent, less the mean, so that workers' add up to 0; shape (len(tile),)."""
+"""Called for each tile with what this worker sent minus the mean, shape (len(tile),); adds up to 0 over the workers."""
 
 
 class Terms(NamedTuple):
-    """How a round is averaged, and what this worker contributes."""
+    """How a round averages, and what this worker contributes."""
 
     contribution: Contribution
     as_it_is: bool = True
-    """Whether values travel as they are, whatever the codec, and means are adopted, whatever the update."""
+    """Whether to ignore codec and update: values are sent unencoded, and the mean is adopted."""
     told: OnDeviations | None = None
 
 
 class BucketInFlight(NamedTuple):
-    """A bucket whose mean is on its way."""
+    """A bucket that is being reduced."""
 
     bucket: Bucket
     reduction: Reduction
     terms: Terms
     cut_off: Tensor | None = None
-    """What rounding cuts off, where the change of the average travels; None where values travel as they are."""
+    """What rounding cut off, if the encoded change of the average is sent; None if the values are sent unencoded."""
     alike: Comparison | None = None
-    """What all workers hold alike; None where the mean of that is what it is, bit for bit, by itself."""
+    """Finds blocks that are equal on all workers; None if averaging keeps these bit for bit anyway."""
     snapshot: Tensor | None = None
-    """This worker's values when they were sent; None where the tensors still hold them."""
+    """The values that this worker sent, before rounding; None if the tensors still hold them."""
 
 
 class ParameterAverager:
     """Replaces the tensors of a layout by their means over the workers, in place.
 
-    Buckets are reduced one after the other: while one travels, the next is packed and the one before is measured and
-    written back. At most two buffers of a bucket's size are alive, whatever the model's size; on the CPU, they are kept
-    for the next round.
+    Buckets are pipelined: while one is reduced, the next is packed, and the previous one is measured and written back.
+    At most two bucket buffers exist at a time, whatever the model's size. On the CPU they are kept for the next round.
 
-    A part of the layout can also be sent now, and its mean adopted some steps later (:meth:`send`, :meth:`adopt`). Then
-    what was sent is kept beside the mean: two buffers of the part's size.
+    A part of the layout can also be sent now, and its mean adopted some steps later (:meth:`send`, :meth:`adopt`). This
+    takes two buffers of the part's size: one for the values that were sent, and one for their mean.
 
     Args:
-        layout: the tensors.
+        layout: the tensors to average.
         groups: number of parameter groups.
-        workers: whom to average with.
-        bucket_bytes: of the longest bucket, when packed.
-        codec: encodes deltas from the last average, which then travel; None: values travel as they are.
-        update: what is done with the mean of rounds that are not averaged ``as_it_is``; None: it is adopted.
+        workers: the workers to average over.
+        bucket_bytes: size of the largest packed bucket.
+        codec: encodes the change since the last average, which is sent in place of the values; None: values are sent.
+        update: applied to the mean in rounds that are not averaged ``as_it_is``; None: the mean is adopted.
     """
 
     def __init__(
@@ -90,23 +89,23 @@ class ParameterAverager:
 
     @property
     def has_residual(self) -> bool:
-        """Whether there may be a residual of rounding that has not travelled yet."""
+        """Whether there may be a rounding residual that has not been sent yet."""
         return self.delta is not None and self.delta.has_residual
 
     def average(self, terms: Terms | None = None) -> Tensor:
-        """Average everything.
+        """Average the whole layout.
 
         Args:
-            terms: how; None: as it is, and all workers contribute.
+            terms: None: all workers contribute, and codec and update are ignored.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
-            on the workers' device, which nobody waits for.
+            on the workers' device. The host does not wait for it.
         """
         terms = terms or Terms(self._workers.all_contribute)
         deviations: list[Tensor] = []
         in_flight: deque[BucketInFlight] = deque()
-        buffers: deque[Tensor] = deque()  # of what is in flight
+        buffers: deque[Tensor] = deque()  # of the buckets in flight
         try:
             for bucket in self.layout.cut(self._bucket_bytes):
                 if len(in_flight) == 2:
@@ -117,14 +116,14 @@ class ParameterAverager:
             deviations += [self.finish(oldest) for oldest in in_flight]
             self._buffers.give_back(*buffers)
         finally:
-            in_flight.clear()  # after an error, a traceback would hold on to it
+            in_flight.clear()  # a traceback would keep it alive after an error
             self._buffers.end_round()
         if self.delta is not None and terms.as_it_is:
             self.delta.note_all()
         return sum_of(deviations, self.groups, self._workers.device)
 
     def launch(self, bucket: Bucket, buffer: Tensor, terms: Terms) -> BucketInFlight:
-        """Pack a bucket into ``buffer`` and begin to average it."""
+        """Pack a bucket into ``buffer`` and start its reduction."""
         contributes, contributors = terms.contribution.contributes, terms.contribution.contributors
         # Dividing first keeps the sum within the range of the workers' own values.
         divides = self.delta is None and is_exact(contributors)
@@ -138,7 +137,7 @@ class ParameterAverager:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
 
         Returns:
-            Σ ‖w̄ − w_i‖² over the bucket, as :meth:`average` does, on the bucket's device.
+            Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
         told = in_flight.terms.told
         mean, alike = self._mean(in_flight, told is not None)
@@ -153,7 +152,7 @@ class ParameterAverager:
                 if alike is not None:
                     alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
                 if tile.runs:
-                    # By differences, never as mean‖w‖² − ‖w̄‖², which is noise in fp32 when the drift is small.
+                    # From differences: mean‖w‖² − ‖w̄‖² is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
                     add_squares(squares, tile, deviations)
                     if told is not None:
@@ -169,7 +168,7 @@ class ParameterAverager:
         return add_up(squares, self.groups, mean.device)
 
     def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
-        """What takes the place of the mean; a buffer of its own."""
+        """The update's result, in a new buffer; elements of no parameter group keep the mean."""
         updated = self.update.apply(bucket, mean.clone()).clone()
         position = 0
         for _, start, stop in [*self.layout.groups(bucket), (0, len(bucket), len(bucket))]:
@@ -178,7 +177,7 @@ class ParameterAverager:
         return updated
 
     def _launch(self, bucket: Bucket, values: Tensor, workers: WorkerGroup, terms: Terms) -> BucketInFlight:
-        """Begin to average the values of a bucket, which are overwritten."""
+        """Start the reduction of a bucket's values, which are overwritten."""
         if self.delta is not None and not terms.as_it_is and self.delta.knows(bucket):
             with span("encode"):
                 reduction, cut_off = self.delta.send(bucket, values, workers)
@@ -194,7 +193,7 @@ class ParameterAverager:
         return BucketInFlight(bucket, workers.mean_(values, terms.contribution), terms, alike=alike)
 
     def _mean(self, in_flight: BucketInFlight, tells: bool) -> tuple[Tensor, Comparison | None]:
-        """A bucket's mean, and what of it all workers hold alike, so that its mean is what it is."""
+        """Wait for a bucket's mean, and for the comparison that finds blocks equal on all workers, if there is one."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
@@ -204,7 +203,7 @@ class ParameterAverager:
             return arrived, None
         largest = torch.finfo(arrived.dtype).max
         for _, start, stop in self.layout.groups(in_flight.bucket):
-            # Of finite numbers, so is the mean; a sum of n-th parts may be rounded beyond the largest.
+            # The mean of finite numbers is finite, but their sum of n-th parts may round to infinity.
             arrived[start:stop].clamp_(-largest, largest)
         return arrived, in_flight.alike.wait()
 
@@ -213,7 +212,7 @@ class ParameterAverager:
             self.delta.note(in_flight.bucket, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
-        """A copy of one of ``parts`` equal parts of the layout, bucket by bucket."""
+        """Copy one of ``parts`` equal parts of the layout, bucket by bucket."""
         buckets = self.layout.cut(self._bucket_bytes, part, parts)
         return [self.layout.pack(bucket, self.layout.new_buffer(bucket, self._workers.device)) for bucket in buckets]
 
@@ -225,17 +224,17 @@ class ParameterAverager:
         before: Sequence[Tensor] | None = None,
         ahead: Sequence[float | Tensor] = (),
     ) -> tuple[list[BucketInFlight], Tensor]:
-        """Begin to average one of ``parts`` equal parts of the layout as it is now, or as it is expected to be.
+        """Start to average one of ``parts`` equal parts of the layout: its current or its extrapolated values.
 
         Args:
-            part: which one, from 0.
-            parts: how many there are.
-            carrier: the workers, on the connections that are to be used.
-            before: what :meth:`keep` has returned before the latest step, if that is known.
-            ahead: for each parameter group, how many times the change since then is expected to come once more.
+            part: index of the part, from 0.
+            parts: number of parts.
+            carrier: the workers, in the process group to use.
+            before: the part's values before the latest step, from :meth:`keep`; None: send the current values.
+            ahead: for each parameter group, how many times to add the change since ``before``.
 
         Returns:
-            What is in flight, and whether all parameters among it are finite (a bool tensor of one element).
+            The buckets in flight, and whether all parameters in them are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
         terms = Terms(carrier.all_contribute, as_it_is=False)
@@ -252,19 +251,19 @@ class ParameterAverager:
         return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, told: OnDeviations | None = None) -> Tensor:
-        """Wait for means, and adopt them: w ← w + (w̄ − what was sent), which keeps the steps taken meanwhile.
+        """Wait for the means, and adopt them: w ← w + (w̄ − values sent), which keeps the steps taken meanwhile.
 
-        Tensors of no parameter group (BatchNorm statistics) take the mean as it is: they are moving averages, and a
-        variance must not become negative. What was the same on all workers when it was sent stays what it is now.
+        Tensors of no parameter group (BatchNorm statistics) are overwritten by the mean: they are moving averages, and
+        a correction could make a variance negative. Elements that were equal on all workers when sent are left alone.
 
         Args:
-            in_flight: of :meth:`send`.
-            moved: whether there were such steps. If not, everything takes the mean as it is, so that it is the same on
-                all workers, bit for bit.
-            told: is told of each tile how far what this worker has sent was from the mean.
+            in_flight: the buckets, from :meth:`send`.
+            moved: whether the tensors differ from what was sent, by later steps or by extrapolation. If not, everything
+                is overwritten with the mean, so that all workers are the same, bit for bit.
+            told: called for each tile with what this worker sent minus the mean.
 
         Returns:
-            Σ ‖w̄ − w_i‖² of what was sent, per parameter group; float64, shape (groups,), on the workers' device.
+            Σ ‖w̄ − w_i‖² of the values sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
         deviations: list[Tensor] = []
         for part in in_flight:
@@ -298,7 +297,7 @@ class ParameterAverager:
 
 
 def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | None:
-    """What this worker has sent, less what it has held; adds up to what rounding did to the mean."""
+    """What this worker sent minus what it held; the mean over the workers is the rounding error of w̄."""
     if delta is None or in_flight.cut_off is None:
         return None if delta is None else delta.residual(in_flight.bucket)
     return in_flight.cut_off
@@ -310,7 +309,7 @@ def _tell(told: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor |
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
-    """Overwrite a tile; if it has ``moved`` since it was sent, add what has changed since then instead."""
+    """Overwrite a tile with ``new``; if it has ``moved`` since it was sent, add ``change`` (new − sent) instead."""
     with span("unpack"):
         if moved:
             tile.move(new, change)
@@ -319,7 +318,7 @@ def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
 
 
 def _extrapolate(tile: Tile, earlier: Tensor, now: Tensor, ahead: Sequence[float | Tensor]) -> None:
-    """Add to a tile's values, in place, the change since ``earlier`` as many times as its parameter group says."""
+    """Extrapolate a tile's values in place: now ← now + ahead[group] · (now − earlier)."""
     for group, start, stop in tile.runs:
         here = slice(start, stop)
         weight = torch.as_tensor(1.0 + ahead[group], dtype=now.dtype)

@@ -1,4 +1,4 @@
-"""Which of a module's buffers are averaged, and under which names people know them."""
+"""Finds the buffers of a module that are averaged, and their names."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -9,19 +9,19 @@ from lightning_adpsgd.averaging.layout import has_mean
 
 
 def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """The :class:`AveragedBuffers` of a module, with their names."""
+    """The buffers of a module that rounds average (see :class:`AveragedBuffers`), with their names."""
     yield from AveragedBuffers(module, exclude).named().items()
 
 
 class AveragedBuffers:
-    """The buffers of a module that rounds average: those that it saves, and that have a mean.
+    """The buffers of a module that rounds average: persistent ones with a floating-point or complex dtype.
 
-    A buffer that is not persistent is a cache (of positions, of a mask), which a module makes anew when it needs it.
-    Its shape may depend on the worker's own batch.
+    A buffer that is not persistent is a cache (positions, a mask) that the module can rebuild. Its shape may depend on
+    the worker's own batch.
 
     Args:
-        module: with its submodules.
-        exclude: patterns, as of ``fnmatch``, of names that are left out.
+        module: the module; its submodules are included.
+        exclude: ``fnmatch`` patterns of the names of buffers to leave out.
     """
 
     def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
@@ -30,17 +30,17 @@ class AveragedBuffers:
         self._included: dict[tuple[nn.Module, str], bool] = {}
 
     def tensors(self) -> list[Tensor]:
-        """The buffers that there are now."""
+        """The current buffers."""
         return [buffer for *_, buffer in self._found()]
 
     def named(self) -> dict[str, Tensor]:
-        """The buffers that there are now, by their full names."""
+        """The current buffers, by their full names."""
         names = self._names()
         return {names[part, name]: buffer for part, name, buffer in self._found()}
 
     def _found(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Each buffer: its module, its own name there, and itself."""
-        # Not by named_buffers(), which is slow, and does not tell which are persistent: there is no public way to ask.
+        # named_buffers() is slow, and does not tell which buffers are persistent. No public method does.
         parts, seen = [self._module], {self._module}
         while parts:
             part = parts.pop()

@@ -1,4 +1,4 @@
-"""What all workers hold alike stays as it is, bit for bit, where a sum of n n-th parts would be another number."""
+"""Keeps values that are equal on all workers bit for bit, where averaging would round them."""
 
 import functools
 import random
@@ -13,27 +13,26 @@ from lightning_adpsgd.averaging.tiles import at_once
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
-_LENGTH = 4096  # elements that are compared at once: 16 bytes travel for as many
-_NEVER_ALIKE = torch.iinfo(torch.int32).max  # the largest of all cannot be the inverse of the largest inverse
+_LENGTH = 4096  # elements of a block; 16 bytes are sent for each block
+_NEVER_ALIKE = torch.iinfo(torch.int32).max  # in place of h and ~h: then max(h) ≠ ~max(~h)
 
-# For so many workers n, x/n added n times is x, whatever the order (unless x is so small that x/n is rounded, below
-# 1e-37). For others it is off by some units in the last place, or overflows: ten tenths of the smallest fp32 number are
-# minus infinity.
+# For these numbers of workers n, adding x/n n times gives x in any order (if |x| > 1e-37; below, x/n may be rounded).
+# For others the sum is off by some units in the last place, or overflows: ten tenths of finfo(float32).min are −inf.
 _EXACT = (1, 2, 4)
 
 
 def is_exact(workers: int) -> bool:
-    """Whether the mean of equal numbers of so many workers is that number, bit for bit, by itself."""
+    """Whether plain averaging over this many workers keeps equal values bit for bit."""
     return workers in _EXACT
 
 
 class Blocks:
-    """A bucket in blocks, none of which is longer than 4096 elements or has elements of two tensors.
+    """Cuts a bucket into blocks of at most 4096 elements, each within one tensor.
 
     Args:
         length: of the bucket.
-        boundaries: where in the bucket a tensor begins.
-        device: where its values are.
+        boundaries: positions in the bucket where a tensor begins.
+        device: of the bucket's values.
     """
 
     def __init__(self, length: int, boundaries: Iterable[int], device: torch.device) -> None:
@@ -44,15 +43,15 @@ class Blocks:
         self._slices = [self._slice(start, min(start + step, length)) for start in range(0, length, step)]
 
     def compare(self, values: Tensor, residual: Tensor | None, workers: WorkerGroup) -> "Comparison":
-        """Begin to find out which blocks all ranks hold alike.
+        """Start to find out which blocks are equal on all ranks.
 
         Args:
-            values: this worker's, contiguous, fp32 or fp64; shape (length,).
-            residual: is to be added to them; a block where that is not 0 is not alike. None stands for zeros.
-            workers: all of them have to ask.
+            values: this worker's values, contiguous, fp32 or fp64; shape (length,).
+            residual: will be added to the values. A block with a nonzero residual does not count as equal. None: zeros.
+            workers: all of their ranks have to call this.
         """
         prints = self.fingerprints(values)
-        # All are the same exactly if the largest is the smallest; ~h orders them the other way round.
+        # All ranks have the same h if max(h) = min(h), and min(h) = ~max(~h).
         row = torch.cat([prints, ~prints])
         if residual is not None:
             bits = (residual.view(torch.int32) != 0).to(torch.int32)
@@ -61,12 +60,12 @@ class Blocks:
         return Comparison(workers.largest(row), self)
 
     def fingerprints(self, values: Tensor) -> Tensor:
-        r"""Two 32-bit numbers for each block, from its bits alone: the same on any hardware.
+        r"""Two 32-bit hashes of each block. They depend on its bits only, so they are the same on any hardware.
 
-        They are Σ_j f_j and Σ_j d_j f_j mod 2^32, where f_j = f(b_j ⊕ s_j) mixes the bits b_j of each 32-bit word, as
-        the finalizer of MurmurHash3 does (Appleby, 2011), with constants s_j and d_j of its place. Blocks that differ
-        in one word never have the same, others by chance, with probability 2^−64: sums of the bits themselves would
-        not tell apart what differs in signs or in powers of two.
+        They are Σ_j f_j and Σ_j d_j f_j mod 2^32. Here f_j = f(b_j ⊕ s_j) mixes the bits b_j of the j-th 32-bit word
+        like the finalizer of MurmurHash3 (Appleby, 2011); s_j and d_j are constants of position j. Blocks that differ
+        in one word never collide; others collide with probability 2^−64. Sums of the bits themselves would not tell
+        apart blocks that differ in signs or in powers of two.
 
         Returns:
             int32, shape (2 · blocks,).
@@ -76,14 +75,14 @@ class Blocks:
         def mixed(part: Tensor) -> list[Tensor]:
             words = part ^ _repeated(salts, len(part))
             for shift, factor in ((16, -2048144789), (13, -1028477387)):
-                words ^= (words >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # a shift of signed numbers keeps signs
+                words ^= (words >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # >> repeats the sign bit
                 words *= factor
             return [words, words * _repeated(factors, len(part))]
 
         return torch.cat(self._sums(values.view(torch.int32), values.itemsize // 4, mixed))
 
     def lengths(self, start: int, stop: int) -> tuple[int, int, Tensor]:
-        """The first and the last (exclusive) of the blocks in a part of the bucket, and how much of it is in each."""
+        """The first and the last (exclusive) block of a part of the bucket, and how much of the part is in each."""
         first, last = self._blocks_of(start, stop)
         if (start, stop) not in self._lengths:
             edges = [start, *self._ends[first : last - 1], stop]
@@ -91,7 +90,7 @@ class Blocks:
         return first, last, self._lengths[start, stop]
 
     def _slice(self, start: int, stop: int) -> tuple[int, int, int, Tensor | None]:
-        """A part of the bucket: start, stop, blocks, and where they end; None if all have the same length."""
+        """A part of the bucket: start, stop, number of blocks, and where each ends; None if all have full length."""
         first, last = self._blocks_of(start, stop)
         if (last - first) * _LENGTH == stop - start:
             return start, stop, last - first, None
@@ -101,7 +100,7 @@ class Blocks:
         return bisect_right(self._ends, start), bisect_right(self._ends, stop - 1) + 1
 
     def _sums(self, bits: Tensor, words: int, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """What ``of`` makes of the bits (``words`` of them per element), added up over each block."""
+        """Apply ``of`` to the 32-bit words (``words`` per element), and add up each of its results over each block."""
         found: list[list[Tensor]] = []
         for start, stop, blocks, ends in self._slices:
             sums = []
@@ -116,7 +115,7 @@ class Blocks:
 
 
 class Comparison:
-    """Finds out which blocks all ranks hold alike."""
+    """Tells which blocks are equal on all ranks."""
 
     def __init__(self, reduction: Reduction, blocks: Blocks) -> None:
         self._reduction = reduction
@@ -124,20 +123,20 @@ class Comparison:
         self._alike: Tensor | None = None
 
     def wait(self) -> "Comparison | None":
-        """Wait for the other ranks; None if it is known that no block is alike."""
+        """Wait for the other ranks; None if no block is equal (checked on the CPU only)."""
         largest, largest_inverse = self._reduction.wait().chunk(2)
         first, second = (largest == ~largest_inverse).chunk(2)
         self._alike = first & second
         return None if _none(self._alike) else self
 
     def keep(self, mine: Tensor, mean: Tensor, start: int, stop: int) -> None:
-        """Overwrite the mean of a part of the bucket by this worker's values where they are alike, in place.
+        """Overwrite ``mean`` with this worker's values in the blocks that are equal on all ranks, in place.
 
         Args:
-            mine: shape (stop − start,).
-            mean: shape (stop − start,).
+            mine: this worker's values of a part of the bucket, shape (stop − start,).
+            mean: their mean over the workers, shape (stop − start,).
             start: where the part begins in the bucket.
-            stop: where it ends.
+            stop: where it ends (exclusive).
         """
         assert self._alike is not None
         first, last, lengths = self._blocks.lengths(start, stop)
@@ -147,13 +146,13 @@ class Comparison:
 
 
 def _none(alike: Tensor) -> bool:
-    """Whether it is known, without waiting for a device, that none is."""
+    """Whether no block is equal, as far as the host knows without waiting for a device."""
     return alike.device.type == "cpu" and not alike.any()
 
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each place, what its bits are combined with, and an odd factor."""
+    """For each position in a block, the constants s_j and d_j (odd) of its fingerprint."""
     numbers = random.Random(0)
     salts = [numbers.getrandbits(32) - 2**31 for _ in range(2 * _LENGTH)]
     factors = [(numbers.getrandbits(32) | 1) - 2**31 for _ in range(2 * _LENGTH)]

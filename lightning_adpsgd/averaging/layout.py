@@ -1,4 +1,4 @@
-"""Tensors laid end to end: one index space per dtype and device, any bucket of which can be packed and unpacked."""
+"""Lays tensors end to end in index spaces, one per dtype and device. Any range can be packed and unpacked."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_adpsgd.averaging.tiles import Entry, Order, Space, Tile, at_once, entries_of, runs
 
-_REMEMBERED = 256  # buckets whose tiles are kept: up to 4 GiB of parameters on a CPU
+_REMEMBERED = 256  # buckets whose tiles are cached: up to 4 GiB of parameters on a CPU
 
 Described = tuple[object, ...]
-"""A tensor as all workers have to have it: name, dtype, shape, parameter group, order in memory."""
+"""A tensor's name, and what all workers have to agree on: dtype, shape, parameter group, order in memory."""
 
 
 class Bucket(NamedTuple):
@@ -33,11 +33,11 @@ class Bucket(NamedTuple):
             yield Bucket(self.space, start, min(start + length, self.stop))
 
     def overlaps(self, other: "Bucket") -> bool:
-        """Whether they have elements in common."""
+        """Whether the two buckets have elements in common."""
         return self.space == other.space and self.start < other.stop and other.start < self.stop
 
     def without(self, other: "Bucket") -> "list[Bucket]":
-        """What is left of this bucket, in order, when another one is taken out of it."""
+        """The ranges of this bucket, in order, that are not in ``other``."""
         if not self.overlaps(other):
             return [self]
         left = Bucket(self.space, self.start, max(self.start, other.start))
@@ -46,44 +46,44 @@ class Bucket(NamedTuple):
 
 
 def hash48(data: bytes) -> int:
-    """A hash of 48 bits, which a float64 holds exactly, so that workers can compare it in a table."""
+    """A 48-bit hash. A float64 holds it exactly, so workers can exchange it in a table of numbers."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
 
 
 def has_mean(tensor: Tensor) -> bool:
-    """Whether its elements are real or complex numbers, of which a mean is one too; integers and bools have none."""
+    """Whether a tensor can be averaged: its dtype is floating-point or complex, not integer or bool."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def extremes(values: Tensor) -> Tensor:
-    """The smallest and the largest of real values: both are finite exactly if all are, for NaN is passed on by both."""
+    """Minimum and maximum of real values. Both are finite if and only if all values are, since both propagate NaN."""
     return torch.stack(torch.aminmax(values))
 
 
 def finite(found: Sequence[Tensor], device: torch.device | str) -> Tensor:
-    """Whether all :func:`extremes` that were found are finite, as a bool tensor of one element on a device."""
+    """Whether all of these :func:`extremes` are finite; a bool tensor of one element on ``device``."""
     if not found:
         return torch.tensor(True, device=device)
     return torch.isfinite(torch.stack([each.to(device, torch.float64) for each in found])).all()
 
 
 class FlatLayout:
-    """An index space over many tensors, so that averaging can be cut anywhere, whatever the tensors' sizes.
+    """Index spaces over many tensors, so that averaging can cut buckets anywhere, whatever the tensors' sizes.
 
-    Tensors that share storage are laid out once, empty ones not at all. Each index space holds tensors of one dtype on
-    one device; complex tensors appear as pairs of reals. Packing widens 16-bit elements to fp32. A dense tensor is laid
-    out in the order of its memory, whatever its memory format; any other in the order of its indices.
+    Each index space holds the tensors of one dtype on one device. Complex tensors appear as pairs of reals. Tensors
+    that share storage are laid out once, empty tensors not at all. Packing widens 16-bit elements to fp32. A dense
+    tensor is laid out in the order of its memory, whatever its memory format; any other in the order of its indices.
 
     Args:
-        tensors: what to lay out, in this order.
-        groups: for each tensor, the index of its parameter group, or None if it belongs to no group. Tensors of a group
-            are best given one after the other.
-        orders: for some tensors, by their place in ``tensors``: in which order to lay out their elements, whatever the
-            order in memory.
+        tensors: the tensors, in the order in which to lay them out.
+        groups: for each tensor, the index of its parameter group, or None if it belongs to none. Tensors of one group
+            should be adjacent.
+        orders: for some tensors, by their index in ``tensors``: the order in which to lay out their elements, if not
+            the order in memory.
         apart: whether tensors of no group get index spaces of their own.
 
     Raises:
-        ValueError: if there are not as many groups as tensors.
+        ValueError: if ``tensors`` and ``groups`` differ in length.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class FlatLayout:
         apart: bool = False,
     ) -> None:
         self.indices: list[int] = []
-        """The places in ``tensors`` of those that were laid out."""
+        """The indices in ``tensors`` of the tensors that are laid out."""
         self.signature: list[tuple[object, ...]] = []
-        """What all workers have to agree on, for each of them: dtype, shape, group, order of the elements."""
+        """For each of ``indices``, what all workers have to agree on: dtype, shape, group, order of the elements."""
         spaces: dict[tuple[object, ...], list[Entry]] = {}
         places: list[tuple[tuple[object, ...], int]] = []
         for index, entry in entries_of(tensors, groups, orders or {}):
@@ -116,17 +116,17 @@ class FlatLayout:
         self._tiles: dict[Bucket, list[Tile]] = {}
 
     def rebind(self, tensors: Sequence[Tensor]) -> bool:
-        """Find the elements in ``tensors`` from now on: the same tensors as before, perhaps in storage of their own.
+        """Bind the layout to ``tensors``: the same tensors as before, perhaps in new storage.
 
-        Code that re-assigns a buffer or re-points ``p.data`` leaves the old storage to nobody. Every element keeps its
-        place, also where a tensor lies in memory in another order than before.
+        User code may re-assign a buffer or re-point ``p.data``. Every element keeps its position in the layout, even if
+        its tensor's order in memory has changed.
 
         Args:
-            tensors: as many as were given when the layout was made, in that order. One that is not what it was (in
-                shape, dtype or device) is not bound: its elements stay where they are.
+            tensors: as many as the layout was made of, in the same order. A tensor whose shape, dtype or device has
+                changed is not bound: its entry keeps the old storage.
 
         Returns:
-            Whether all are what they were, and share storage as they did. If not, a new layout is needed.
+            Whether shapes, dtypes, devices and sharing of storage are unchanged. If not, a new layout is needed.
         """
         orders = {index: cast(Order, entry[-1]) for index, entry in zip(self.indices, self.signature, strict=True)}
         found = dict(entries_of(tensors, self._groups, orders))
@@ -143,7 +143,7 @@ class FlatLayout:
 
     @property
     def places(self) -> list[Bucket]:
-        """Where the elements of each entry of the signature are."""
+        """The range that each entry of the signature occupies."""
         found = []
         for number, place in self._places:
             space = self._spaces[number]
@@ -151,17 +151,16 @@ class FlatLayout:
         return found
 
     def is_of_groups(self, space: int) -> bool:
-        """Whether an index space holds what belongs to parameter groups; where they are apart, all of it does."""
+        """Whether the first tensor of an index space belongs to a parameter group; with ``apart``, then all do."""
         return self._spaces[space].entries[0].group is not None
 
     def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Bucket]:
-        """The layout, or one part of it, as buckets of nearly equal length.
+        """Cut the layout, or one part of it, into buckets of nearly equal length.
 
         Args:
-            max_bytes: of the longest bucket, when packed.
-            part: which part, from 0.
-            parts: into how many the layout is divided; of each index space they have the same length, give or take one
-                element, whatever the tensors.
+            max_bytes: size of the largest packed bucket.
+            part: index of the part, from 0.
+            parts: number of parts. Each has the same share of every index space, give or take one element.
         """
         buckets: list[Bucket] = []
         for index, space in enumerate(self._spaces):
@@ -180,33 +179,33 @@ class FlatLayout:
         """An uninitialized buffer to pack a bucket into: fp64 for 64-bit elements, otherwise fp32.
 
         Args:
-            bucket: what is to be packed.
-            device: where to make it for tensors on the CPU; for others it is made on their own device.
+            bucket: the bucket to pack.
+            device: where to allocate the buffer for CPU tensors; other tensors are packed on their own device.
         """
         space = self._spaces[bucket.space]
         return torch.empty(len(bucket), dtype=space.packed_dtype, device=space.buffers_on(device))
 
     def fits(self, bucket: Bucket, buffer: Tensor, device: torch.device | str = "cpu") -> bool:
-        """Whether ``buffer`` can take the place of a :meth:`new_buffer` for the bucket."""
+        """Whether ``buffer`` can be used in place of a :meth:`new_buffer` for the bucket."""
         space = self._spaces[bucket.space]
         here = buffer.device == space.buffers_on(device)
         return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(bucket)
 
     def pack(self, bucket: Bucket, out: Tensor, divisor: int = 1) -> Tensor:
-        """Copy a bucket of the tensors, divided by ``divisor``, into ``out`` (shape: (len(bucket),)), and return it."""
+        """Copy a bucket of the tensors, divided by ``divisor``, into ``out`` (shape (len(bucket),)); return ``out``."""
         for tile in self.tiles(bucket):
             tile.pack(out[tile.start : tile.stop], divisor)
         return out
 
     def unpack(self, bucket: Bucket, buffer: Tensor) -> None:
-        """Write ``buffer`` (shape: (len(bucket),)) into a bucket of the tensors, in place."""
+        """Write ``buffer`` (shape (len(bucket),)) into a bucket of the tensors, in place."""
         for tile in self.tiles(bucket):
             tile.unpack(buffer[tile.start : tile.stop])
 
     def tiles(self, bucket: Bucket) -> list[Tile]:
-        """A bucket in tiles, in order.
+        """The tiles of a bucket, in order.
 
-        They are kept for the next time: to find the pieces of many small tensors takes longer than to copy them.
+        They are cached: finding the pieces of many small tensors takes longer than copying them.
         """
         if bucket not in self._tiles:
             if len(self._tiles) >= _REMEMBERED:
@@ -215,17 +214,17 @@ class FlatLayout:
         return self._tiles[bucket]
 
     def are_finite(self, device: torch.device | str = "cpu") -> Tensor:
-        """Whether no element that belongs to a parameter group is NaN or infinite; a bool tensor of one element.
+        """Whether no element of a parameter group is NaN or infinite; a bool tensor of one element.
 
         Args:
-            device: where to return it. Nobody waits for a device to get there.
+            device: of the result. The host does not wait for it.
         """
         together = self._looked_at_together
         return finite([extremes(views[0] if len(views) == 1 else torch.cat(views)) for views in together], device)
 
     @cached_property
     def _looked_at_together(self) -> list[list[Tensor]]:
-        """What belongs to a parameter group: a large tensor by itself, small ones of an index space together."""
+        """The tensors of parameter groups, batched: each large one alone, small ones of an index space together."""
         together: list[list[Tensor]] = []
         for space in self._spaces:
             room = 0
@@ -241,10 +240,10 @@ class FlatLayout:
         return together
 
     def boundaries(self, bucket: Bucket) -> list[int]:
-        """Where in a bucket a tensor begins, or goes on; relative to the bucket, ascending from 0."""
+        """Where each tensor's elements begin in a bucket; relative to the bucket, ascending from 0."""
         pieces = self._spaces[bucket.space].pieces(bucket.start, bucket.stop)
         return [0, *accumulate(stop - start for _, start, stop in pieces[:-1])]
 
     def groups(self, bucket: Bucket) -> list[tuple[int, int, int]]:
-        """The runs of a bucket that belong to one parameter group: (group, start, stop), relative to the bucket."""
+        """The bucket's runs of elements of one parameter group: (group, start, stop), relative to the bucket."""
         return runs(self._spaces[bucket.space].pieces(bucket.start, bucket.stop))

@@ -1,4 +1,4 @@
-"""An optimizer's state over the workers: averaged where a mean makes sense, the first worker's where it does not."""
+"""Shares an optimizer's state: averages what has a mean, and copies the rest from the first worker that has it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,24 +15,24 @@ from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 
 
 def has_state(optimizer: Optimizer) -> bool:
-    """Whether there is any."""
+    """Whether the optimizer has any state."""
     return any(named(state) for state in optimizer.state.values())
 
 
 def moments(optimizer: Optimizer) -> list[Tensor]:
-    """Floating-point state of its parameter's shape (momentum, Adam's moments), by parameter, then by name."""
+    """Floating-point state with the shape of its parameter (momentum, Adam's moments), by parameter, then by name."""
     averaged, _, _ = StateEntries(optimizer).split(only_moments=True)
     return [averaged[key] for key in sorted(averaged)]
 
 
 def reset_moments(optimizer: Optimizer) -> None:
-    """Set moments, and the counters of their steps, to what they are before the first step; and nothing else.
+    """Set moments and their step counters to their values before the first step, and nothing else.
 
-    So a bias correction starts anew with the moments that it corrects. What is no moment stays: step sizes, second
-    weights, the history of L-BFGS; and all state of a parameter of which a part is quantized.
+    So bias corrections start anew with the moments that they correct. Other state stays: step sizes, copies of the
+    weights, the history of L-BFGS, and all state of a parameter if a part of that state is quantized.
 
     Args:
-        optimizer: one of torch.optim, or one derived from one (see :func:`check_known_moments`).
+        optimizer: of a class of torch.optim or of a derived class (see :func:`check_known_moments`).
     """
     kind = known(optimizer)
     assert kind is not None
@@ -44,10 +44,10 @@ def reset_moments(optimizer: Optimizer) -> None:
 
 
 def state_at_start(optimizer: Optimizer) -> dict[Any, Any]:
-    """A copy of the state that an optimizer has made when it was constructed, for :func:`forget`.
+    """Copy the state that an optimizer created in its constructor, for :func:`forget`.
 
-    Empty where that can be done without: optimizers of torch.optim make theirs at a parameter's first step, or it is
-    known what it is before that.
+    Empty for optimizers of torch.optim: they create their state at a parameter's first step, or its initial values are
+    known.
     """
     if known(optimizer) is not None:
         return {}
@@ -55,11 +55,11 @@ def state_at_start(optimizer: Optimizer) -> dict[Any, Any]:
 
 
 def forget(optimizer: Optimizer, at_start: Mapping[Any, Any]) -> None:
-    """Set the optimizer's state to what it is before the first step.
+    """Set the optimizer's state to what it was before the first step.
 
     Args:
         optimizer: whose state to forget.
-        at_start: what :func:`state_at_start` has returned.
+        at_start: the result of :func:`state_at_start`.
     """
     kind = known(optimizer)
     if kind is not None and kind.made_at_once:
@@ -80,23 +80,25 @@ def share_state(
     contribution: Contribution | None = None,
     only_moments: bool = False,
 ) -> None:
-    """Give all workers the same optimizer state, for a checkpoint that all of them could go on from.
+    """Give all workers the same optimizer state, for a checkpoint that all of them can continue from.
 
-    Floating-point tensors become their mean over the workers that have them (a worker may have none for a parameter
-    that has had no gradient there, or whose steps were all skipped). Step counters become those of the first worker
-    that has them. So does, as a whole, all state of a parameter of which a part is quantized, or otherwise more than
-    tensors that have a mean, and numbers: a mean of the scales of quantized values, whose codes have none, would be of
-    no use, nor would that of a part of L-BFGS's history. And so does state of no parameter.
+    Floating-point tensors become their mean over the workers that have them. (A worker has no state for a parameter
+    that has had no gradient there, or whose steps were all skipped.) Step counters are copied from the first worker
+    that has them, and so is state that belongs to no parameter.
+
+    All state of a parameter is copied from one worker if a part of it is quantized, or is neither a number nor a tensor
+    that has a mean. A mean of scales is of no use without a mean of the codes, nor is a mean of a part of L-BFGS's
+    history.
 
     Args:
-        optimizer: whose state to share; its parameters have to be known to be the same on all workers.
-        workers: whom to share with.
-        bucket_bytes: of the longest bucket.
-        shared: ids of tensors that are known to be the same on all workers already.
-        contribution: this worker's to the mean; None where all workers contribute. One that contributes nothing takes
-            all it can get from the others.
-        only_moments: average momentum and moments (of their parameter's shape) alone. What would be another worker's
-            stays each worker's own, but for a worker that has none of it.
+        optimizer: whose state to share. All workers have to have the same parameters.
+        workers: the workers to share with.
+        bucket_bytes: size of the largest bucket.
+        shared: ids of tensors that are known to be equal on all workers already.
+        contribution: this worker's contribution to the mean; None: all workers contribute. A worker that contributes
+            nothing takes everything it can from the others.
+        only_moments: average only momentum and moments, which have their parameter's shape. Other state stays each
+            worker's own; only a worker that lacks it takes it from another.
     """
     if workers.size == 1:
         return
@@ -131,14 +133,14 @@ def _complete(
     workers: WorkerGroup,
     contribution: Contribution,
 ) -> dict[Key, Tensor]:
-    """Entries that any worker has, weighted so that their mean over all workers is that over those that have them."""
+    """Entries that any worker has, scaled so that their mean over all workers is the mean over their owners."""
     ranks_per_worker = workers.size // workers.count
     complete = {}
     for key in sorted(set().union(*offered)):
         if key[0] in whole:
             continue
         owners = [entries for entries in offered if key in entries]
-        # Made anew even where there is one: in memory it may be laid out in another order than the other workers'.
+        # Replaced even if it exists: its order in memory may differ from the other workers'.
         complete[key] = state.make(key, *owners[0][key])
         if key in averaged:
             complete[key].copy_(averaged[key]).mul_(contribution.contributors * ranks_per_worker / len(owners))
@@ -153,9 +155,9 @@ def _adopt(
     contribution: Contribution,
     only_missing: bool,
 ) -> None:
-    """Give every worker what is not averaged, each entry (or a whole place) from the first worker that has it.
+    """Copy what is not averaged: each entry, or all entries of a place in ``whole``, from the first worker that has it.
 
-    With ``only_missing``, workers that contribute take only what they have not got.
+    With ``only_missing``, workers that contribute take only what they lack.
     """
     lacking = {place for place in whole if not state.has(place)}
 

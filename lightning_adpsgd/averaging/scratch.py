@@ -1,4 +1,4 @@
-"""Buffers that buckets are packed into, used again."""
+"""Reuses the buffers that buckets are packed into."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,12 @@ from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 
 
 class BufferPool:
-    """Lends buffers for the buckets of a layout. Those that are given back are kept if ``keeps``, for the next round.
+    """Lends buffers for the buckets of a layout, and reuses those that are given back.
 
     Args:
         layout: of the buckets.
         device: where CPU tensors are packed.
-        keeps: whether to keep buffers between rounds: a system takes its time to hand out memory, an allocator of a
-            device does not.
+        keeps: whether to keep buffers between rounds. On the CPU, new memory is slow to get; a GPU's allocator is fast.
     """
 
     def __init__(self, layout: FlatLayout, device: torch.device, keeps: bool) -> None:
@@ -21,7 +20,7 @@ class BufferPool:
         self._spare: list[Tensor] = []
 
     def lend(self, bucket: Bucket) -> Tensor:
-        """A spare buffer that fits, or a new one: two of the longest bucket are enough."""
+        """A spare buffer that fits the bucket, or a new one."""
         while self._spare:
             buffer = self._spare.pop()
             if self._layout.fits(bucket, buffer, self._device):
@@ -33,6 +32,6 @@ class BufferPool:
         self._spare += buffers
 
     def end_round(self) -> None:
-        """Forget the buffers that are not kept."""
+        """Free the spare buffers, unless they are kept."""
         if not self._keeps:
             self._spare.clear()

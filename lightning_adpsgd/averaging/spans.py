@@ -1,4 +1,4 @@
-"""What a round does, by names that ``torch.profiler`` shows."""
+"""Names the stages of a round for ``torch.profiler``."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -11,10 +11,10 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def span(name: Name) -> AbstractContextManager[Any]:
-    """A context in which everything counts as one stage of a round: ``adpsgd::pack``, for example.
+    """A context that a profile shows as one stage of a round: ``adpsgd::pack``, for example.
 
-    "reduce" is the wait for what the workers reduce together; the collectives themselves show under c10d's own names.
-    Without a profiler it is next to nothing, so that short loops can be told apart too.
+    "reduce" is the wait for a reduction; the collectives themselves appear under c10d's own names. Without a profiler
+    the context costs next to nothing, so it can be used in short loops.
     """
     if not getattr(profiler, "_is_profiler_enabled", True):  # there is no public way to ask
         return _NOTHING

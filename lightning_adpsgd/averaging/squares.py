@@ -9,7 +9,7 @@ from lightning_adpsgd.averaging.tiles import Tile
 
 
 def sum_of(deviations: Sequence[Tensor], groups: int, device: torch.device) -> Tensor:
-    """The sum of what several buckets have come to; float64, shape (groups,), on ``device``."""
+    """The sum over several buckets, per parameter group; float64, shape (groups,), on ``device``."""
     total = torch.zeros(groups, dtype=torch.float64, device=device)
     for part in deviations:
         total += part.to(device)
@@ -17,14 +17,14 @@ def sum_of(deviations: Sequence[Tensor], groups: int, device: torch.device) -> T
 
 
 def add_squares(found: dict[int, list[Tensor]], tile: Tile, values: Tensor) -> None:
-    """Note the sum of squares of each run of a tile's values, by parameter group."""
+    """Append the sum of squares of each run of a tile's ``values`` to ``found``, by parameter group."""
     for group, start, stop in tile.runs:
         part = values[start:stop]
         found[group].append(torch.dot(part, part))
 
 
 def add_up(found: dict[int, list[Tensor]], groups: int, device: torch.device) -> Tensor:
-    """The sum per parameter group of what was found; float64, shape (groups,)."""
+    """Add up ``found`` per parameter group; float64, shape (groups,)."""
     sums = torch.zeros(groups, dtype=torch.float64, device=device)
     for group, squares in found.items():
         sums[group] = torch.stack(squares).double().sum()

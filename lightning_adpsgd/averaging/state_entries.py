@@ -1,4 +1,4 @@
-"""Access to an optimizer's state, entry by entry, by the place of its parameters, which is the same on all workers."""
+"""Access to an optimizer's state by the place of each parameter, which is the same on all workers."""
 
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,26 +12,26 @@ from torch.optim import Optimizer
 from lightning_adpsgd.averaging.layout import has_mean
 
 Key = tuple[int, str]
-"""Of one entry: the parameter's place in the optimizer's groups, and the entry's name."""
+"""An entry: the place of its parameter (the index among all parameters of the optimizer), and its name."""
 
 _OF_NO_PARAMETER = -1
-"""The place of state that the optimizer keeps under other keys than parameters."""
+"""The place of state whose key in ``optimizer.state`` is not a parameter."""
 _NAMELESS = ""
-"""The name of a parameter's state that is no mapping from names, but a tensor for example."""
+"""The name used if a parameter's state is not a mapping but a single value, such as a tensor."""
 
 
 class StateEntries:
-    """The entries of an optimizer's state, to read and to overwrite."""
+    """Reads and overwrites the entries of an optimizer's state."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._state: dict[Any, Any] = optimizer.state
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
 
     def split(self, only_moments: bool = False) -> tuple[dict[Key, Tensor], dict[Key, Any], set[int]]:
-        """What is averaged, the rest, and the places whose state is taken from one worker, whole.
+        """Split the entries: those to average, the rest, and the places whose state comes whole from one worker.
 
         Args:
-            only_moments: average what has its parameter's shape, and nothing else.
+            only_moments: average only entries that have their parameter's shape.
         """
         averaged: dict[Key, Tensor] = {}
         rest: dict[Key, Any] = {}
@@ -50,7 +50,7 @@ class StateEntries:
         return averaged, rest, whole
 
     def make(self, key: Key, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Put an entry of zeros there, laid out in memory like its parameter if it has its shape."""
+        """Create an entry of zeros, in the memory format of its parameter if it has the same shape."""
         parameter = self._parameters[key[0]]
         if shape == tuple(parameter.shape):
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -60,20 +60,20 @@ class StateEntries:
         return value
 
     def has(self, place: int) -> bool:
-        """Whether there is any entry at a place."""
+        """Whether a place has any entries."""
         return bool(self._at(place))
 
     def pack(self, entries: dict[Key, Any]) -> bytes:
-        """Entries as bytes. What is on a GPU here is to be on the receiver's own GPU there."""
+        """Serialize entries. What is not on the CPU here goes to the device of the receiver's parameter."""
         on_cpu = {key: isinstance(value, Tensor) and value.device.type == "cpu" for key, value in entries.items()}
         file = io.BytesIO()
         torch.save((on_cpu, map_tensors(entries, lambda tensor: tensor.detach().cpu())), file)
         return file.getvalue()
 
     def write(self, packed: bytes, keep: Callable[[Key], bool], whole: Collection[int]) -> None:
-        """Overwrite entries with those of :meth:`pack`, tensors in place, but for those to ``keep``.
+        """Overwrite entries with those of :meth:`pack`, tensors in place, except those to ``keep``.
 
-        Nothing else remains of places that are taken ``whole``.
+        Places in ``whole`` that are overwritten lose all other entries.
         """
         on_cpu, entries = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
         written = [key for key in entries if not keep(key)]
@@ -110,7 +110,7 @@ class StateEntries:
         del state[name]
 
     def _holder(self, key: Key) -> tuple[dict[Any, Any], Any]:
-        """The dict that holds an entry, and the entry's key there."""
+        """The dict that holds an entry, and the entry's key in it."""
         place, name = key
         if place == _OF_NO_PARAMETER:
             return self._state, name
@@ -124,19 +124,19 @@ class StateEntries:
 
 
 def named(state: Any) -> Mapping[str, Any]:
-    """A parameter's state, entry by entry."""
+    """A parameter's state as a mapping from names to entries."""
     if isinstance(state, Mapping):
         return state
     return {} if state is None else {_NAMELESS: state}
 
 
 def is_plain(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state is numbers and tensors that have a mean, and no codes of quantized values."""
+    """Whether a parameter's state has only numbers and tensors that have a mean, and no codes of quantized values."""
     return all(_is_plain_entry(name, value) for name, value in state.items())
 
 
 def set_entries(state: dict[str, Any], values: Mapping[str, float | None]) -> None:
-    """Give entries that are there these values, tensors in place; remove those that are to be None."""
+    """Set existing entries to these values, tensors in place; remove existing entries whose value is None."""
     for name, value in values.items():
         mine = state.get(name)
         if mine is None:
@@ -150,7 +150,7 @@ def set_entries(state: dict[str, Any], values: Mapping[str, float | None]) -> No
 
 
 def map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in it replaced."""
+    """``value`` with every tensor in it replaced by ``move(tensor)``."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, dict):
@@ -168,10 +168,10 @@ def _is_plain_entry(name: str, value: object) -> bool:
     assert isinstance(value, Tensor)
     if value.numel() == 1 and (name == "step" or value.dtype in (torch.int16, torch.int32, torch.int64)):
         return True  # a counter
-    # A floating-point number of 8 bits is a code, too, that goes with a scale.
+    # An 8-bit float is a code, too: it comes with a scale.
     return has_mean(value) and value.element_size() > 1 and value.layout == torch.strided
 
 
 def _fits(mine: Tensor, value: object) -> bool:
-    """Whether the one can be overwritten with the other, in place."""
+    """Whether ``value`` can be copied into ``mine`` in place."""
     return type(mine) is type(value) and (mine.shape, mine.dtype) == (value.shape, value.dtype)

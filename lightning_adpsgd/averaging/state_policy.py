@@ -24,17 +24,17 @@ from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 
 
 class StatePolicy:
-    """Applies one policy to one optimizer.
+    """Applies one policy to the state of one optimizer.
 
     Args:
-        optimizer: whose state.
+        optimizer: the optimizer.
         policy: "local", "average", "reset" or "estimate".
-        drops: whether workers may be left out of a mean, and then begin anew with the state of the start.
-        workers: with whom.
-        bucket_bytes: of the longest bucket.
+        drops: whether rounds may drop a worker, which then starts over with the initial state.
+        workers: the workers to average over.
+        bucket_bytes: size of the largest bucket.
 
     Raises:
-        ValueError: if moments are to be reset or estimated, and it is not known which those are.
+        ValueError: if the policy is "reset" or "estimate", and the optimizer's moments are not known.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class StatePolicy:
         self._bucket_bytes = bucket_bytes
         self._at_start = state_at_start(optimizer) if drops else {}
         self.anybody_has_state = True
-        """Whether any worker's optimizer has state, as far as is known."""
+        """Whether any worker's optimizer has state, as far as this worker knows."""
         self.shared_at = 0
-        """The step of the latest round for a checkpoint."""
+        """The step at which the state was last the same on all workers."""
         self.reset_at = 0
         """The step at which moments were last reset, on all workers."""
-        self._dropped_at = 0  # the step at which this worker has lost its state alone
+        self._dropped_at = 0  # the step at which this worker alone lost its state
         self._steps = 0
         reader = MomentumReader(optimizer, self._steps_of_moments)
         self.look_ahead = LookAhead(optimizer, reader).factors
@@ -68,20 +68,20 @@ class StatePolicy:
         self.second_moments = SecondMoments(optimizer, reader, workers.count)
 
     def _steps_of_moments(self) -> int:
-        """How many steps this worker's moments have been gathered for."""
+        """The number of steps over which this worker's moments have been accumulated."""
         return self._steps - max(self.reset_at, self._dropped_at)
 
     @property
     def has_state(self) -> bool:
-        """Whether this worker's optimizer has any."""
+        """Whether this worker's optimizer has any state."""
         return has_state(self._optimizer)
 
     def count(self, steps: int) -> None:
-        """Take note of how many steps the optimizer has taken."""
+        """Set the number of steps that the optimizer has attempted."""
         self._steps = steps
 
     def note_step(self) -> None:
-        """Take note of a step that the optimizer has attempted."""
+        """Count a step that the optimizer has attempted."""
         self._steps += 1
         if self._estimate is not None:
             self._estimate.note_step()
@@ -89,13 +89,13 @@ class StatePolicy:
     def estimate(
         self, parameters: Sequence[Tensor], steps: int, ago: int = 0, ahead: Sequence[float] = ()
     ) -> OnDeviations | None:
-        """What is to be told of the deviations of a round, to bring moments closer to their mean; None: nothing.
+        """The function that corrects moments by a round's deviations; None if there is nothing to correct.
 
         Args:
-            parameters: what is averaged, as it is laid out.
-            steps: for how many steps what was sent had drifted.
-            ago: how many steps ago it was sent.
-            ahead: for each parameter group, how many times the latest step was added to it.
+            parameters: the averaged tensors, in the order of the layout.
+            steps: the number of steps over which the values sent had drifted.
+            ago: how many steps ago they were sent.
+            ahead: for each parameter group, how many times the latest step was added to them.
         """
         if self._estimate is None:
             return None
@@ -103,7 +103,7 @@ class StatePolicy:
         return partial(self._estimate.correct, parameters=parameters, factors=factors) if any(factors) else None
 
     def see(self, variances: Sequence[float], rates: Sequence[float]) -> None:
-        """Learn from a round whose fragments have all drifted for a period.
+        """Correct second moments after a round whose fragments had all drifted for one period.
 
         Args:
             variances: S_g of each parameter group.
@@ -113,21 +113,21 @@ class StatePolicy:
             self.second_moments.correct(variances, self._estimate.drifts_at(rates))
 
     def restored(self, shared_at: int, reset_at: int, second_moments: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.second_moments.load_state_dict(second_moments)
         self.shared_at, self.reset_at, self._dropped_at = shared_at, reset_at, 0
 
     def is_shared(self) -> bool:
-        """Whether all workers hold the same, since no step was taken after a round for a checkpoint."""
+        """Whether the state is the same on all workers: no step was taken since it was shared, or no worker has any."""
         return self.shared_at == self._steps or not self.anybody_has_state
 
     def apply(self, contribution: Contribution, trained: bool, checkpoint: bool) -> None:
-        """Do what is due in a round of everything, after the parameters.
+        """Apply the policy in a full round, after the parameters were averaged.
 
         Args:
-            contribution: this worker's; one that is dropped begins anew.
-            trained: whether there have been steps since the workers were the same.
-            checkpoint: whether all of the state is to be the same afterwards.
+            contribution: this worker's contribution to the mean; a dropped worker starts over.
+            trained: whether there is anything to average: steps since the workers were the same, for example.
+            checkpoint: whether to make all state the same on all workers.
         """
         if not contribution.contributes:
             forget(self._optimizer, self._at_start)
@@ -147,7 +147,7 @@ class StatePolicy:
             self.shared_at = self._steps
 
     def end_round(self) -> None:
-        """Do what is due when a round has ended whose fragments have travelled by themselves."""
+        """Apply what the policy does at the end of every round: reset moments, if asked for."""
         if self._policy == "reset":
             reset_moments(self._optimizer)
             self.reset_at = self._steps

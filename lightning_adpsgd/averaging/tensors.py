@@ -1,4 +1,4 @@
-"""What an optimizer's rounds average: which tensors, laid out how, and under which names people know them."""
+"""Tracks which tensors an optimizer's rounds average, how they are laid out, and what they are called."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, cast
@@ -19,13 +19,13 @@ class _Member(NamedTuple):
     """A tensor that is averaged."""
 
     key: int | str
-    """What it is known by: its name in the module; a parameter that has none by its identity, whatever its data."""
+    """Identifies the tensor: its name in the module, or the ``id`` of a parameter that has no name."""
     tensor: Tensor
     group: int | None
 
 
 class _LaidOut(NamedTuple):
-    """Where and how a tensor was laid out."""
+    """Where and how a tensor is laid out."""
 
     bucket: Bucket
     kind: tuple[object, object]
@@ -34,17 +34,17 @@ class _LaidOut(NamedTuple):
 
 
 def _whereabouts(tensors: list[Tensor]) -> list[tuple[int, int, tuple[int, ...], int]]:
-    """Differ from what they were if elements have moved in memory, as long as the tensors are kept; quick to find."""
+    """The tensors' addresses, which change if elements move in memory. Cheap; valid while the tensors are alive."""
     return [(id(tensor), tensor.data_ptr(), tensor.stride(), tensor.numel()) for tensor in tensors]
 
 
 class AveragedTensors:
-    """The tensors of a round in one layout, and what averages them.
+    """The tensors of a round in one layout, and their averager.
 
     Args:
-        members: what is averaged.
-        averager: averages it.
-        before: what was averaged before it.
+        members: the tensors.
+        averager: averages them.
+        before: the tensors that were averaged until now.
     """
 
     def __init__(self, members: list[_Member], averager: ParameterAverager, before: "AveragedTensors | None") -> None:
@@ -56,23 +56,23 @@ class AveragedTensors:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, as they are now."""
+        """All tensors."""
         return [member.tensor for member in self._members]
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those that are parameters."""
+        """The tensors that are parameters."""
         return [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
     def is_at(self, tensors: list[Tensor], groups: list[int | None]) -> bool:
-        """Whether these are the same tensors, of which no element has moved in memory."""
+        """Whether these are the same tensors and groups, and no element has moved in memory."""
         return groups == self._groups and _whereabouts(tensors) == self._whereabouts
 
     def is_of(self, members: list[_Member]) -> bool:
-        """Whether these are the same tensors; if so, their elements are found from now on where they are now.
+        """Whether these are the same tensors; if so, bind the layout to their current storage.
 
-        User code may re-assign buffers and re-point ``p.data``. What makes a tensor the same is its name, its place in
-        the order, and what workers have to agree on: shape, dtype, and parameter group.
+        User code may re-assign buffers and re-point ``p.data``. A tensor counts as the same if its name, its position,
+        and what workers have to agree on (shape, dtype, parameter group) are the same.
         """
         names, others = ([(each.key, each.group) for each in those] for those in (members, self._members))
         if names != others or not self.layout.rebind([member.tensor for member in members]):
@@ -81,7 +81,7 @@ class AveragedTensors:
         return True
 
     def rebind(self, buffers: Mapping[str, Tensor]) -> None:
-        """Find the elements where they are now; of buffers, which may have been re-assigned, by their names."""
+        """Bind the layout to the tensors' current storage. Buffers are found by name: they may be re-assigned."""
 
         def now(key: int | str, tensor: Tensor) -> Tensor:
             return tensor if isinstance(tensor, nn.Parameter) else buffers.get(str(key), tensor)
@@ -90,7 +90,7 @@ class AveragedTensors:
         self.layout.rebind(self.tensors)
 
     def take_over(self) -> None:
-        """Take over averages and residuals of what was averaged before, of which nothing may be in flight; once."""
+        """Take over averages and residuals from the tensors ``before``, once. None of these may be in flight."""
         before, self._before = self._before, None
         if before is None or before.averager.delta is None or self.averager.delta is None:
             return
@@ -102,30 +102,30 @@ class AveragedTensors:
         for was, now in places:
             residual = before.averager.delta.residual(was)
             if residual is not None and self.averager.delta.residual(now) is None:
-                # It is in no parameter group any more, and travels once more, as it is.
+                # The tensor has left its parameter group, and is sent once more, unencoded.
                 values = self.layout.pack(now, self.layout.new_buffer(now, residual.device))
                 self.layout.unpack(now, values.add_(residual))
 
     def start(self) -> None:
-        """Take note that all workers hold the same."""
+        """Record that all workers hold the same values."""
         self._before = None
         if self.averager.delta is not None:
             self.averager.delta.start()
 
     @property
     def stated(self) -> dict[str, int]:
-        """What workers state of it in a handshake (see :class:`RankState`)."""
+        """The fields of :class:`RankState` that describe these tensors in a handshake."""
         delta = self.averager.delta
         return {"fingerprint": self.layout.fingerprint, "known": 0 if delta is None else delta.fingerprint}
 
     def agree(self, know_the_same: bool) -> None:
-        """Take note of what the others know: deltas travel only from an average that all workers know."""
+        """Forget the last average unless all workers know the same one: deltas are sent relative to it."""
         if self.averager.delta is not None and not know_the_same:
             self.averager.delta.forget()
 
     @property
     def laid_out(self) -> dict[int | str, _LaidOut]:
-        """What was laid out, by what it is known by."""
+        """Where and how each tensor is laid out, by its key."""
         entries = zip(self.layout.indices, self.layout.signature, self.layout.places, strict=True)
         return {
             self._members[index].key: _LaidOut(bucket, (dtype, shape), cast(Order, order))
@@ -138,18 +138,18 @@ class AveragedTensors:
 
 
 class TensorTracker:
-    """Knows what a round averages, and builds that anew when parameter groups or ``requires_grad`` have changed.
+    """Tracks what a round averages, and makes a new layout when parameter groups or ``requires_grad`` have changed.
 
     Args:
         optimizer: its parameters are averaged.
-        buffers_of: the module whose persistent floating-point buffers are averaged along, if any.
-        exclude_buffers: patterns (as of ``fnmatch``) of names of buffers that are not.
-        names_of: the module in which tensors have names, if any.
-        workers: whom to average with.
-        bucket_bytes: of the longest bucket.
-        codec: how values travel, if not as they are.
-        owners: for each parameter's id, the one who averages it, where only one may: the first of those that train it
-            since all workers were the same.
+        buffers_of: the module whose persistent floating-point buffers are averaged too, if any.
+        exclude_buffers: ``fnmatch`` patterns of the names of buffers that are not averaged.
+        names_of: the module that names the tensors, if any.
+        workers: the workers to average over.
+        bucket_bytes: size of the largest bucket.
+        codec: encodes what is sent; None: values are sent unencoded.
+        owners: for each parameter's id, the tracker that averages it, if only one may: the first whose optimizer has
+            stepped since all workers were the same.
         update: what is done with the mean; None: it is adopted.
     """
 
@@ -184,7 +184,7 @@ class TensorTracker:
         self._steps = 0  # since all workers were the same
         self._owned_by_others: dict[int, tuple[TensorTracker, nn.Parameter]] = {}
         self.moved_by_others = False
-        """Whether an optimizer that has left a parameter to this one has stepped since all workers were the same."""
+        """Whether another optimizer of a parameter averaged here has stepped since all workers were the same."""
         self.note_averaged()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -193,7 +193,7 @@ class TensorTracker:
             yield from group["params"]
 
     def current(self) -> AveragedTensors:
-        """What a round averages now, where it is now."""
+        """What a round averages now, bound to its current storage."""
         tensors, groups = self._found()
         before = self._latest
         if before is not None and before.is_at(tensors, groups):
@@ -204,23 +204,23 @@ class TensorTracker:
         return before
 
     def rebind(self, tensors: AveragedTensors) -> None:
-        """Find the elements of tensors, which may not be the current ones any more, where they are now."""
+        """Bind ``tensors``, which may no longer be the current ones, to their current storage."""
         if tensors is not self.current():
             tensors.rebind({} if self._buffers is None else self._buffers.named())
 
     @property
     def has_residual(self) -> bool:
-        """Whether there may be a residual of rounding that has not travelled yet."""
+        """Whether there may be a rounding residual that has not been sent yet."""
         return self._latest is not None and self._latest.averager.has_residual
 
     def mark_synchronized(self) -> None:
-        """Take note that what is averaged is the same on all workers."""
+        """Record that the averaged tensors are the same on all workers."""
         self.current().start()
 
     def note_step(self) -> None:
-        """Take note of the parameters that are being trained: by the time of the round they may be frozen, or removed.
+        """Record which parameters are being trained: by the time of the round they may be frozen or removed.
 
-        Adversarial networks, whose parts are frozen in turn, would otherwise drift apart.
+        Otherwise the parts of a GAN, which are frozen in turn, would drift apart.
         """
         self._steps += 1
         for other, parameter in self._owned_by_others.values():
@@ -236,7 +236,7 @@ class TensorTracker:
             self._not_stepped = [each for each in self._not_stepped if not each.requires_grad]
 
     def note_averaged(self) -> None:
-        """Take note that all parameters that were trained are now the same on all workers."""
+        """Record that all trained parameters are now the same on all workers."""
         self._stepped = {}
         self._steps = 0
         self._not_stepped = [*self.parameters()]
@@ -247,12 +247,12 @@ class TensorTracker:
                 del self._owners[key]
 
     def describe(self, layout: FlatLayout, tensors: Sequence[Tensor]) -> list[Described]:
-        """What all workers have to agree on, with names for people."""
+        """Each tensor's name, and what all workers have to agree on."""
         entries = zip(layout.indices, layout.signature, strict=True)
         return [(self.name_of(tensors[index]), *entry) for index, entry in entries]
 
     def name_of(self, tensor: Tensor) -> str:
-        """The name that a person would look for."""
+        """A tensor's name for error messages."""
         if self._names_of is not None:
             for name, candidate in (*self._names_of.named_parameters(), *self._names_of.named_buffers()):
                 if candidate is tensor:
@@ -269,7 +269,7 @@ class TensorTracker:
     # Details
 
     def _averager(self, members: list[_Member]) -> ParameterAverager:
-        # What was laid out keeps its order: on one rank alone it may lie in memory in another one by now.
+        # Keep the order of the old layout: on one rank alone, the order in memory may have changed.
         known = {} if self._latest is None else self._latest.laid_out
         orders = {
             index: known[key].order
@@ -282,7 +282,7 @@ class TensorTracker:
         return ParameterAverager(layout, count, self._workers, self._bucket_bytes, self._codec, update=self._update)
 
     def _found(self) -> tuple[list[Tensor], list[int | None]]:
-        """What is averaged now, and of which parameter group each is."""
+        """The tensors to average now, and the parameter group of each."""
         tensors: list[Tensor] = []
         groups: list[int | None] = []
         stepped, seen = self._stepped, set[int]()
@@ -294,7 +294,7 @@ class TensorTracker:
             tensors += trained
             groups += [index] * len(trained)
             seen.update(map(id, group["params"]))
-        # What is in no group any more was trained since all workers were the same: it is averaged once more.
+        # Parameters that have left their group since all workers were the same are averaged once more.
         tensors += [each for place, each in stepped.items() if place not in seen and self._owns(each)]
         if self._buffers is not None:
             tensors += self._buffers.tensors()
@@ -314,7 +314,7 @@ class TensorTracker:
             return True
         owner, _ = self._owners.setdefault(id(parameter), (self, parameter))
         if owner is not self and owner._steps == 0 and self._steps > 0:
-            owner = self  # the other one does not train it, and has nothing of it under way
+            owner = self  # the other one does not train it, and has none of it in flight
             self._owners[id(parameter)] = (self, parameter)
         if owner is self:
             self._owned_by_others.pop(id(parameter), None)

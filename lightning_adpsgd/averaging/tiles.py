@@ -1,4 +1,4 @@
-"""Tensors end to end in one index space, and tiles: parts of it that are short enough to stay in a cache."""
+"""Index spaces over tensors laid end to end, and tiles: ranges that are short enough to stay in a cache."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# On a CPU few enough for its cache, elsewhere enough for a kernel.
+# Elements: on a CPU few enough for its cache, elsewhere enough for one kernel launch.
 _AT_ONCE = {"cpu": 1 << 16}
 _AT_ONCE_ELSEWHERE = 1 << 22
 
 Order = tuple[int, ...] | None
-"""A tensor's dimensions of more than one element, from outermost to innermost; None: in the order of its indices."""
+"""A tensor's dimensions of more than one element, outermost first; None: the order of its indices."""
 
 
 def at_once(device: torch.device) -> int:
-    """How many elements are copied, compared or measured at once."""
+    """How many elements to copy, compare or measure at once."""
     return _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
 
 
@@ -25,18 +25,18 @@ class Entry(NamedTuple):
     """One tensor of an index space."""
 
     tensor: Tensor
-    """Real, and without its autograd history; its indices are in the order in which it is laid out."""
+    """A real view without autograd history, permuted so that its index order is the order of the layout."""
     group: int | None
     flat: Tensor | None
-    """All its elements as one dimension in the same storage; None if there is no such view."""
+    """All its elements as a one-dimensional view of the same storage; None if there is no such view."""
     order: Order
     place: int = 0
-    """Its place among the tensors that are laid out."""
+    """Its index among the tensors of the layout."""
 
     @classmethod
     def of(cls, tensor: Tensor, group: int | None) -> "Entry":
-        """In the order of its memory if it is dense, otherwise in that of its indices."""
-        # An expanded dimension repeats one element: that one is laid out.
+        """Lay a tensor out in the order of its memory if it is dense, otherwise in the order of its indices."""
+        # An expanded dimension repeats one element, which is laid out once.
         real = _real(tensor)
         real = real[tuple(0 if stride == 0 else slice(None) for stride in real.stride())]
         strides = real.stride()
@@ -48,9 +48,9 @@ class Entry(NamedTuple):
 
     @classmethod
     def in_order(cls, tensor: Tensor, group: int | None, order: Order) -> "Entry":
-        """In a given order; without a flat view if memory has another."""
+        """Lay a tensor out in a given order; there is no flat view if its order in memory differs."""
         entry, real = cls.of(tensor, group), _real(tensor)
-        # One that has been expanded is not what it was, and has an order of its own.
+        # An expanded tensor has fewer elements in memory, so the given order does not apply.
         if entry.order == order or 0 in real.stride():
             return entry
         if order is not None:
@@ -58,19 +58,19 @@ class Entry(NamedTuple):
         return cls(real, group, real.view(-1) if real.is_contiguous() else None, order)
 
     def can_replace(self, other: "Entry") -> bool:
-        """Whether it has the other's shape, type and device."""
+        """Whether it has the other's shape, dtype and device."""
         mine, theirs = self.tensor, other.tensor
         return (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
 
     @property
     def storage(self) -> tuple[object, ...]:
-        """The same for two tensors exactly if they are the same elements in memory."""
+        """A key that two tensors share if and only if they are the same elements in memory."""
         if self.flat is not None:
             return (self.flat.data_ptr(), self.flat.dtype, self.flat.numel())
         return (self.tensor.data_ptr(), self.tensor.dtype, tuple(self.tensor.shape), self.tensor.stride())
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements start to stop; a view into the tensor's storage if it has a flat one."""
+        """Elements start to stop; a view of the tensor's storage if there is a flat one."""
         flat = self.flat if self.flat is not None else self.tensor.reshape(-1)
         return flat if stop - start == flat.numel() else flat[start:stop]
 
@@ -84,7 +84,7 @@ class Entry(NamedTuple):
 def entries_of(
     tensors: Sequence[Tensor], groups: Sequence[int | None], orders: Mapping[int, Order]
 ) -> Iterator[tuple[int, Entry]]:
-    """Each tensor that is not empty, once per storage: its place in ``tensors``, and its entry."""
+    """For each non-empty tensor, once per storage: its index in ``tensors``, and its entry."""
     seen: set[tuple[object, ...]] = set()
     for index, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
         if tensor.numel() == 0:
@@ -97,7 +97,7 @@ def entries_of(
 
 
 Piece = tuple[Entry, int, int]
-"""A part of a tensor: its first element, and the one after its last."""
+"""A range of a tensor's elements: entry, start, stop (exclusive)."""
 
 
 class Space:
@@ -111,11 +111,11 @@ class Space:
         self.packed_dtype = torch.float64 if entries[0].tensor.dtype == torch.float64 else torch.float32
 
     def buffers_on(self, device: torch.device | str) -> torch.device:
-        """Where to pack: CPU tensors on the workers' device, for NCCL cannot reduce on the CPU; others on their own."""
+        """The device to pack on: the workers' for CPU tensors, which NCCL cannot reduce; otherwise the tensors' own."""
         return torch.device(device) if self.device.type == "cpu" else self.device
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
-        """The parts of tensors that elements start to stop consist of, in order."""
+        """The pieces of tensors that make up elements start to stop, in order."""
         pieces = []
         index = bisect_right(self.ends, start)
         while start < stop:
@@ -126,7 +126,7 @@ class Space:
         return pieces
 
     def tiles(self, start: int, stop: int) -> "list[Tile]":
-        """Elements start to stop in tiles, in order."""
+        """Cut elements start to stop into tiles, in order."""
         position, tiles = 0, []
         for pieces in _lots(self.pieces(start, stop), at_once(self.device)):
             tiles.append(Tile(position, pieces))
@@ -135,11 +135,11 @@ class Space:
 
 
 class Tile:
-    """A short part of a bucket: what is done to it in turn finds it in a cache.
+    """A range of a bucket, short enough to stay in a cache from one operation to the next.
 
     Args:
         start: its first element, relative to the bucket.
-        pieces: the parts of tensors that it covers, in order.
+        pieces: the pieces of tensors that it covers, in order.
     """
 
     def __init__(self, start: int, pieces: list[Piece]) -> None:
@@ -150,13 +150,13 @@ class Tile:
         self.start = start
         self.stop = start + sum(self._lengths)
         self.runs = runs(pieces)
-        """Its parts that belong to one parameter group: (group, start, stop), relative to the tile."""
+        """The tile's runs of elements of one parameter group: (group, start, stop), relative to the tile."""
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def pack(self, out: Tensor, divisor: int = 1) -> Tensor:
-        """Copy it, divided by ``divisor``, into ``out`` (shape: (len(self),)), and return that."""
+        """Copy the elements, divided by ``divisor``, into ``out`` (shape (len(self),)); return ``out``."""
         sources = self._values()
         if len(sources) == 1 and divisor != 1 and _alike(sources[0], out):
             return torch.div(sources[0], divisor, out=out)
@@ -169,14 +169,14 @@ class Tile:
         return out if divisor == 1 else out.div_(divisor)
 
     def difference(self, values: Tensor, out: Tensor) -> Tensor:
-        """Put what it holds, less ``values``, into ``out`` (both of shape (len(self),)), and return that."""
+        """Write the elements minus ``values`` into ``out`` (both of shape (len(self),)); return ``out``."""
         sources = self._values()
         if len(sources) == 1 and _alike(sources[0], out):
             return torch.sub(sources[0], values, out=out)
         return self.pack(out).sub_(values)
 
     def unpack(self, values: Tensor) -> None:
-        """Overwrite it with ``values`` (shape: (len(self),)), in place."""
+        """Overwrite the elements with ``values`` (shape (len(self),)), in place."""
         if not self._dense:
             for (entry, start, stop), source in zip(self._pieces, values.split(self._lengths), strict=True):
                 entry.write(start, stop, source)
@@ -186,7 +186,7 @@ class Tile:
             torch._foreach_copy_(self._views, [*values.split(self._lengths)])
 
     def move(self, mean: Tensor, difference: Tensor) -> None:
-        """Add ``difference`` to what belongs to a parameter group; overwrite the rest with ``mean`` where they differ.
+        """Add ``difference`` to elements of parameter groups; set others to ``mean`` where ``difference`` is not 0.
 
         Args:
             mean: shape (len(self),).
@@ -197,7 +197,7 @@ class Tile:
         for (entry, start, stop), new, change in zip(self._pieces, means, changes, strict=True):
             here = entry.read(start, stop)
             if entry.group is None:
-                new = torch.where(change == 0, here, new)  # what has changed on all workers alike stays changed
+                new = torch.where(change == 0, here, new)  # equal on all workers when sent: keep later changes
             elif entry.flat is None:
                 new = here + change
             else:
@@ -212,7 +212,7 @@ class Tile:
             torch._foreach_add_(targets, added)
 
     def of_groups(self, values: Tensor) -> Iterator[tuple[Entry, int, int, Tensor]]:
-        """Each piece that belongs to a parameter group: its tensor, where in it the piece is, and its ``values``."""
+        """Each piece of a parameter group: its entry, its range there (start, stop), and its part of ``values``."""
         for (entry, start, stop), part in zip(self._pieces, values.split(self._lengths), strict=True):
             if entry.group is not None:
                 yield entry, start, stop, part
@@ -222,7 +222,7 @@ class Tile:
 
 
 def runs(pieces: list[Piece]) -> list[tuple[int, int, int]]:
-    """The parts of one parameter group that lie together: (group, start, stop), relative to the first piece."""
+    """The runs of elements of one parameter group: (group, start, stop), relative to the first piece."""
     found: list[tuple[int, int, int]] = []
     position = 0
     for entry, start, stop in pieces:
@@ -237,11 +237,11 @@ def runs(pieces: list[Piece]) -> list[tuple[int, int, int]]:
 
 
 def _lots(pieces: list[Piece], longest: int) -> Iterator[list[Piece]]:
-    """Pieces in lots of at most ``longest`` elements; one that has no flat view is a lot of its own."""
+    """Cut pieces into lots of at most ``longest`` elements; a piece without a flat view is a lot of its own."""
     lot: list[Piece] = []
     room = longest
     for entry, start, stop in pieces:
-        if entry.flat is None:  # all of it is copied to get at any of it
+        if entry.flat is None:  # reading any part of it may copy all of it
             if lot:
                 yield lot
             yield [(entry, start, stop)]

@@ -1,4 +1,4 @@
-"""What is done with the workers' mean: it is adopted, or an outer step makes something else of it."""
+"""What a round does with the workers' mean: adopt it, or apply an outer step to it."""
 
 from abc import ABC, abstractmethod
 
@@ -9,34 +9,34 @@ from lightning_adpsgd.averaging.layout import Bucket, FlatLayout
 
 
 class Update(ABC):
-    """Decides what all workers go on from after a round that the period asks for.
+    """Decides which values all workers continue from after a round that the period asks for.
 
-    It sees numbers that are the same on all workers, and has to make the same of them everywhere. Rounds for a
-    validation, a checkpoint or the end adopt the mean as it is: whoever looks, sees the average.
+    Its inputs are the same on all workers, and its results have to be the same too. Rounds for a validation, a
+    checkpoint or the end of training, and rounds that drop a worker, adopt the mean instead.
     """
 
-    def start(self, layout: FlatLayout) -> None:  # noqa: B027 - an update without a state needs nothing
-        """Take note of what is averaged from now on; called before the first round, and when that has changed.
+    def start(self, layout: FlatLayout) -> None:  # noqa: B027 - an update without state needs nothing
+        """Called before the first round, and whenever the averaged tensors have changed.
 
         Args:
-            layout: ``layout.cut_into_spaces()`` says how many elements each index space has.
+            layout: of the averaged tensors; ``layout.cut_into_spaces()`` has the length of each index space.
         """
 
     @abstractmethod
     def apply(self, bucket: Bucket, mean: Tensor) -> Tensor:
-        """What takes the place of the mean.
+        """Compute the values that replace the mean.
 
         Args:
-            bucket: elements ``start`` to ``stop`` of one index space. All buckets of a round come once, in any order.
+            bucket: elements ``start`` to ``stop`` of one index space. A round passes each bucket once, in any order.
             mean: w̄ of these elements over the workers, fp32 or fp64, of shape (len(bucket),); may be overwritten.
 
         Returns:
-            As many elements. Those of no parameter group (BatchNorm statistics) are adopted as they were in ``mean``.
+            The new values, of the same shape. Elements of no parameter group (BatchNorm statistics) keep their mean.
         """
 
 
 class Adopt(Update):
-    """Local SGD's own: all workers go on from their mean."""
+    """Plain local SGD: all workers continue from their mean."""
 
     @override
     def apply(self, bucket: Bucket, mean: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""One round of averaging: when fragments travel, where every rank stands, what was measured, and its record."""
+"""Averaging rounds: the schedule of their fragments, the handshake of the ranks, the measures, and the record."""

@@ -1,4 +1,4 @@
-"""What workers learn of each other in a round of one optimizer, besides where they stand."""
+"""States this rank's part of a handshake, and acts on what the other ranks have stated."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class Contact:
-    """Makes this rank's state, and takes note of the others'.
+    """Makes this rank's :class:`RankState`, and acts on the states of all ranks.
 
     Args:
-        optimizer: whose rounds.
-        workers: with whom.
-        policy: needs to know whether anybody's optimizer has state.
-        guards: look at learning rates.
-        flags: bits that ride along.
+        optimizer: the optimizer whose rounds these are.
+        workers: the workers to average over.
+        policy: is told whether any worker's optimizer has state.
+        guards: compare learning rates.
+        flags: bits that are sent along.
         index: the optimizer's index.
     """
 
@@ -43,7 +43,7 @@ class Contact:
         """Optimizer steps attempted so far."""
 
     def state(self, kind: Kind, trigger: Trigger, period: int, **about: Any) -> RankState:
-        """Where this rank stands now."""
+        """This rank's state now."""
         return RankState(
             KINDS.index(kind),
             self.steps,
@@ -57,11 +57,11 @@ class Contact:
         )
 
     def heed(self, handshake: Handshake, full: bool = False) -> None:
-        """Take note of what the others have stated.
+        """Act on what all ranks have stated.
 
         Args:
-            handshake: of a round, or of a fragment.
-            full: whether it is of a round of everything, after which flags of rounds before it are forgotten.
+            handshake: of a full round or of a fragment.
+            full: whether it is of a full round. If so, flags of earlier rounds are forgotten.
         """
         self._guards.compare_learning_rates(handshake, self.steps)
         self._flags.agreed = handshake.flags | (0 if full else self._flags.agreed)

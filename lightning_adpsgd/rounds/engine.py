@@ -1,4 +1,4 @@
-"""The one engine of averaging rounds: holds the handshake, moves what travels, and measures it for one record."""
+"""Runs the averaging rounds of one optimizer, in one piece or in fragments, and makes their records."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,37 +31,37 @@ from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import CollectiveError
 
 _READS_LATER: bool | None = None
-"""Whether a round's measures are read in the next step; None: on CUDA. Tests set it where there is no GPU."""
+"""Whether a full round's measures are read in the next step; None: on CUDA only. Tests without a GPU set it."""
 
 
 class RoundResult(NamedTuple):
-    """What a round came to."""
+    """The result of a round."""
 
     record: AveragingRound
-    """All of it but the rule's target."""
+    """The record, without the rule's target."""
     scalars: list[float]
-    """The means of the numbers that the rule has sent along."""
+    """The scalars that the rule sent along, as means over the workers."""
     drift: Drift | None
-    """For how long what was sent had drifted; None where that is not to be compared with other rounds at all."""
+    """How long the values sent had drifted; None if the round must not be compared with others."""
     parameters: Sequence[Tensor]
 
 
 class RoundEngine:
-    """Averages one optimizer's parameters: everything at once when told to, or fragments as a schedule says.
+    """Averages one optimizer's parameters: all at once in full rounds, or in fragments on a schedule.
 
-    A round of everything holds the handshake before anything is overwritten, and streams bucket by bucket. Fragments
-    travel beside training (see :class:`Pipeline`). Measuring, bookkeeping and records are the same for both.
+    A full round completes the handshake before it overwrites anything, and then averages bucket by bucket. Fragments
+    are in flight while training goes on (see :class:`Pipeline`). Both are measured and recorded in the same way.
 
     Args:
         optimizer: its parameters are averaged.
-        options: how.
-        module: whose buffers join the rounds, and in which tensors have names; None if there is none.
-        workers: with whom.
-        async_group: the same workers in a process group of its own, for fragments; made if needed.
-        flags: bits that ride along.
-        owners: for each parameter's id, which optimizer averages it, where several have it.
+        options: how to average.
+        module: its buffers are averaged too, and errors use its names of tensors; None if there is none.
+        workers: the workers to average over.
+        async_group: the same workers in a separate process group, for fragments; None: one is made if needed.
+        flags: bits that are sent along.
+        owners: for each parameter's id, which optimizer averages it, if several have it.
         index: the optimizer's index.
-        scalars: the numbers that the rule sends along, now.
+        scalars: returns the scalars that the rule sends along.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RoundEngine:
         index: int,
         scalars: Callable[[], Sequence[float | Tensor]],
     ) -> None:
-        learning_rates(optimizer, workers.device)  # of which every group has to have one
+        learning_rates(optimizer, workers.device)  # raises if a group has none
         # Configuration
         self._workers = workers
         self._measures = Measures(optimizer, workers, index, scalars)
@@ -90,7 +90,7 @@ class RoundEngine:
             bucket_bytes=options.bucket_bytes,
             codec=options.codec,
             update=options.update,
-            # Two corrections of one parameter that are in flight at the same time would add up.
+            # Two corrections of one parameter, in flight at the same time, would add up.
             owners=owners if options.overlap > 0 else None,
         )
         drop = options.on_divergence == "drop"
@@ -103,14 +103,14 @@ class RoundEngine:
         self._pipeline: Pipeline | None = None
         if options.is_spread and workers.count > 1:
             if async_group is None:
-                # One for each optimizer: where ranks step theirs in different orders, fragments of different sizes
-                # would meet in a common one, for which gloo ends the process before anybody sees that they disagree.
+                # One per optimizer. In a common one, ranks that step their optimizers in different orders would reduce
+                # fragments of different sizes together: gloo ends the process then, before the disagreement is seen.
                 with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
                     async_group = self._opened = workers.new_async_group()
             schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
             connected = (workers, async_group, self._contact.state)
             self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy)
-        # On CUDA the numbers of a round are read in the next step: the device has something to do meanwhile.
+        # On CUDA a round's measures are read in the next step, so that the device stays busy.
         self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
 
         # State
@@ -124,23 +124,23 @@ class RoundEngine:
 
     @property
     def handshakes(self) -> int:
-        """How many rounds of everything all workers have come to. A record may be read later than that."""
+        """How many handshakes of full rounds were completed. A round's record may be read later."""
         return self._full_round.handshakes
 
     @property
     def has_trained(self) -> bool:
-        """Whether there is something to average: steps since all workers were the same, or residuals of rounding."""
+        """Whether there is something to average: steps since all workers were the same, or rounding residuals."""
         if self.local_steps > 0 or self.tracker.has_residual or self.tracker.moved_by_others:
             return True
         return self._pipeline is not None and self._pipeline.steps > 0
 
     def restore(self, steps: int, local_steps: int) -> None:
-        """Go on from a checkpoint's counters."""
+        """Restore the counters of a checkpoint."""
         self._contact.steps, self.local_steps = steps, local_steps
         self.state_policy.count(steps)
 
     def mark_synchronized(self) -> None:
-        """Take note that all workers have been given the same, from a file for example."""
+        """Record that all workers were given the same values, for example from a file."""
         self.local_steps = 0
         self.tracker.moved_by_others = False
         if self._pipeline is not None:
@@ -158,34 +158,34 @@ class RoundEngine:
             self._pipeline.count_step()
 
     def launch(self, period: int) -> None:
-        """Send what is due after a step: a round, or a fragment of one.
+        """Start what is due after a step: a full round, or a fragment.
 
         Args:
-            period: p, in force for a round that begins now.
+            period: p of a round that starts now.
         """
         if self._pipeline is not None:
             self._send(self._pipeline, period)
         elif self.local_steps >= period:
             self.run("period", period, later=self._reads_later)
 
-    @torch.inference_mode(False)  # tensors that are made in inference mode could not be written to later
+    @torch.inference_mode(False)  # training could not write to tensors that are made in inference mode
     @torch.no_grad()
     def _send(self, pipeline: Pipeline, period: int) -> None:
         with self._falling_back_to_a_whole_round(period), self._measures.booked():
             self._measure(*pipeline.send(self.steps, period))
 
     def is_busy(self, period: int) -> bool:
-        """Whether a step has more to do than to be counted, which it has not between two rounds of everything."""
+        """Whether a step needs more than counting. Between two full rounds it does not."""
         return self.local_steps >= period or self._pipeline is not None or len(self._measures) > 0
 
     def read_full_round(self) -> list[RoundResult]:
-        """What the latest round of everything has measured, if that is still to be read."""
+        """Read the measures of the latest full round, if they were not read yet."""
         return [self._read(measuring) for measuring in self._measures.pop_full()] if len(self._measures) > 0 else []
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def land(self, period: int, everything: bool = False) -> list[RoundResult]:
-        """Adopt what has arrived (or ``everything`` that is in flight), and return what has been measured."""
+        """Adopt the fragments that are due (or ``everything`` in flight); return the results that are ready."""
         if self._pipeline is not None:
             with self._falling_back_to_a_whole_round(period), self._measures.booked():
                 if everything:
@@ -194,7 +194,7 @@ class RoundEngine:
         return [self._read(measuring) for measuring in self._measures.pop_ready(self.steps, everything)]
 
     def keep_for_look_ahead(self, period: int) -> None:
-        """After all is done for a step: keep what is needed to look ahead after the next one."""
+        """At the end of a step, keep the values that are needed to look ahead after the next one."""
         if self._pipeline is not None:
             with torch.inference_mode(False), torch.no_grad(), self._measures.booked():
                 self._pipeline.keep_for_look_ahead(period)
@@ -202,9 +202,9 @@ class RoundEngine:
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, trigger: Trigger, period: int, also: Sequence[Tensor] = (), later: bool = False) -> None:
-        """Average everything now, ``also`` further tensors; its measures may be read ``later``, in the next step.
+        """Run a full round now, with further tensors ``also``. With ``later``, its measures are read in the next step.
 
-        Nothing may be in flight.
+        No fragment may be in flight.
         """
         tensors = self.tracker.current()
         tensors.take_over()
@@ -215,7 +215,7 @@ class RoundEngine:
         )
         stopwatch.stop()
         self._measures.book_bytes_since(sent_before)
-        # The variance among fewer workers is another one, and so is that of a round which replaces fragments.
+        # A variance among fewer workers, or of a full round in place of fragments, is not comparable with others.
         comparable = trigger == "period" and dropped == 0 and self._pipeline is None
         self._measures.append(
             Measuring(
@@ -238,7 +238,7 @@ class RoundEngine:
         self._start_from(self.steps)
 
     def close(self) -> None:
-        """Close the connections that were opened for fragments; only rounds of everything may follow."""
+        """Close the connections that were opened for fragments; only full rounds may follow."""
         if self._opened is not None:
             self._opened.close()
 
@@ -255,7 +255,7 @@ class RoundEngine:
 
     @contextmanager
     def _falling_back_to_a_whole_round(self, period: int) -> Iterator[None]:
-        """If some worker has sent what is not finite, deal with that in a round of everything."""
+        """If a worker has sent values that are not finite, discard them and run a full round."""
         try:
             yield
             return
@@ -265,13 +265,13 @@ class RoundEngine:
         self.run("period", period)
 
     def _measure(self, handshakes: Sequence[Handshake], ended: Sequence[SpreadRound]) -> None:
-        """Take note of handshakes, and begin to find out what rounds whose last fragment has landed have measured."""
+        """Act on handshakes, and start to reduce the measures of rounds whose last fragment has landed."""
         for handshake in handshakes:
             self._contact.heed(handshake)
         for round_ in ended:
             with self._naming_lost_workers("a fragment of an averaging round", "period", round_.period):
                 numbers = self._measures.launch([*round_.deviations])
-            # Nobody waits for numbers that are not needed before the next step.
+            # With a delay they are not needed before the next step, so nothing waits for them now.
             self._measures.append(Measuring.of_fragments(round_, numbers, self.steps + (round_.delay > 0)))
 
     def _read(self, measuring: Measuring) -> RoundResult:
@@ -292,7 +292,7 @@ class RoundEngine:
         return RoundResult(record, scalars, measuring.drift, parameters)
 
     def _start_from(self, step: int) -> None:
-        """Take note of a round at a step: what is trained since then is what is averaged next."""
+        """Count local steps from a round at ``step``; forget what was trained if nothing was since."""
         self.local_steps = self.steps - step
         if not self.has_trained:
             self.tracker.note_averaged()

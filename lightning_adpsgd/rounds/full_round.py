@@ -1,4 +1,4 @@
-"""A round of everything, while nobody trains: nothing is overwritten before all workers are known to agree."""
+"""A full round, while training waits. Nothing is overwritten before all workers are known to agree."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,17 +18,17 @@ from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 
 class FullRound:
-    """Holds the handshake, averages bucket by bucket, begins to measure, and deals with the optimizer's state.
+    """Completes the handshake, averages bucket by bucket, starts to reduce the measures, and treats optimizer state.
 
     Args:
-        contact: where this rank stands.
-        tracker: knows tensors' names.
-        workers: with whom.
-        policy: what is done with the optimizer's state.
-        guards: say who has diverged.
-        measures: of which one is begun.
-        drop: whether workers that have diverged are left out, instead of an error.
-        bucket_bytes: the longest range averaged at once.
+        contact: makes this rank's state, and acts on the others'.
+        tracker: knows the names of tensors.
+        workers: the workers to average over.
+        policy: is applied to the optimizer's state.
+        guards: report workers that have diverged.
+        measures: reduce what was measured.
+        drop: whether diverged workers are left out of the mean; otherwise they are an error.
+        bucket_bytes: size of the largest bucket.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FullRound:
         self._measures = measures
         self._drop = drop
         self.handshakes = 0
-        """How many there were."""
+        """How many were completed."""
         self._bucket_bytes = bucket_bytes
 
     def run(
@@ -62,18 +62,18 @@ class FullRound:
         trained: Callable[[], bool],
         local_steps: int,
     ) -> tuple[Reduction, int]:
-        """Average everything.
+        """Run the round.
 
         Args:
-            trigger: who asks.
-            period: p, in force.
-            tensors: what is averaged.
-            also: further tensors to average along.
-            trained: says whether there is something to average; asked again when that has been done.
-            local_steps: for how many steps it has drifted.
+            trigger: who asks for it.
+            period: p, the period in force.
+            tensors: the tensors to average.
+            also: further tensors to average.
+            trained: returns whether there is something to average; called again after averaging.
+            local_steps: the number of steps over which the tensors have drifted.
 
         Returns:
-            What was measured, which is on its way, and how many workers were left out.
+            The reduction of the measures, and how many workers were left out.
         """
         more = FlatLayout(also, [None] * len(also)) if also else None
         further = [tensor for tensor in also if isinstance(tensor, nn.Parameter)]
@@ -105,7 +105,7 @@ class FullRound:
             deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
             if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
-                contributes = contribution.contributes  # of one that does not, the optimizer begins anew
+                contributes = contribution.contributes  # otherwise the optimizer starts over
                 told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
                 terms = Terms(contribution, as_it_is, told)
                 deviations = [*tensors.averager.average(terms)]

@@ -1,4 +1,4 @@
-"""What may be wrong with a run, and how that is said: once, on one rank, or as an error on all of them."""
+"""Finds what is wrong with a run: a warning, once and on rank 0, or an error on all ranks."""
 
 import math
 import warnings
@@ -15,12 +15,12 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class Guards:
-    """Looks at handshakes and records of one optimizer.
+    """Checks the handshakes and records of one optimizer.
 
     Args:
-        workers: who averages.
+        workers: the workers that average.
         index: the optimizer's index.
-        name_of: a tensor's name, for people.
+        name_of: returns a tensor's name.
     """
 
     def __init__(self, workers: WorkerGroup, index: int, name_of: Callable[[Tensor], str]) -> None:
@@ -31,7 +31,7 @@ class Guards:
         self._warned_of: set[str] = set()
 
     def check_variance(self, round_: AveragingRound) -> None:
-        """Raise ``WorkersDivergedError`` where the workers are so far apart that their variance is infinite."""
+        """Raise ``WorkersDivergedError`` if the workers are so far apart that their variance is not finite."""
         if not math.isfinite(round_.ratio):
             raise WorkersDivergedError(
                 f"The variance of the parameters among the workers is not finite (S_k = {round_.variance}, S_k/γ_k ="
@@ -41,23 +41,23 @@ class Guards:
             )
 
     def report_divergence(self, handshake: Handshake, step: int, watched: Sequence[Tensor], drop: bool) -> None:
-        """Say which workers' parameters are not finite, before anything is overwritten.
+        """Report the ranks whose parameters are not finite, before anything is overwritten.
 
         Args:
-            handshake: in which they were found.
-            step: of the optimizer.
+            handshake: the handshake that found them.
+            step: the optimizer's step.
             watched: this worker's parameters.
-            drop: whether to go on with the other workers' mean, if there are others.
+            drop: whether to warn and continue with the mean of the other workers, if there are any.
 
         Raises:
-            WorkersDivergedError: on every worker, if nobody goes on.
+            WorkersDivergedError: on every worker, unless the others continue.
         """
         ranks = handshake.diverged
         mine = [self._name_of(tensor) for tensor in watched if not all_finite([tensor])]
         first = self._workers.gather_objects(mine)[ranks[0]]
         found = (
             f"Parameters of rank(s) {', '.join(map(str, ranks))} are not finite at step {step} (optimizer"
-            f" {self._index}); on rank {ranks[0]} the first of {len(first)} are: {', '.join(first[:3])}."
+            f" {self._index}). The first of {len(first)} on rank {ranks[0]}: {', '.join(first[:3])}."
         )
         advice = (
             "Training diverged there: lower the learning rate, clip gradients, or look for bad samples in that rank's"
@@ -67,7 +67,7 @@ class Guards:
             nobody = " There is no worker left to go on from." if drop else ""
             raise WorkersDivergedError(f"{found} No rank's parameters were overwritten.{nobody} {advice}")
         self._warn(
-            f"{found} As on_divergence='drop' says, they are left out of this average and go on from the others'."
+            f"{found} As on_divergence='drop' says, they are left out of this average, and continue from the others'."
             f" {advice}"
         )
 
@@ -78,9 +78,9 @@ class Guards:
             each = ", ".join(f"rank {rank}: {rate:g}" for rank, rate in enumerate(rates))
             self._warn(
                 f"The workers' learning rates differ at step {step} (summed over the parameter groups: {each})."
-                " All workers still take the same decisions, from the mean; but a checkpoint holds rank 0's rates."
-                " Usual cause: a scheduler such as ReduceLROnPlateau that goes by a metric of one worker alone. Log"
-                " the metric with sync_dist=True."
+                " All workers still use the same averaging period, because the rule sees the mean. But a checkpoint"
+                " holds rank 0's rates. Usual cause: a scheduler such as ReduceLROnPlateau that watches a metric of one"
+                " worker alone. Log the metric with sync_dist=True."
             )
 
     def look_for_drift(self, round_: AveragingRound, parameters: Sequence[Tensor]) -> None:
@@ -95,7 +95,7 @@ class Guards:
             return
         if self._workers.count - round_.dropped == 1:
             return
-        # The mean of three equal numbers is not quite that number: three divisions and two sums, rounded each.
+        # The mean of three equal numbers may differ from them: three divisions and two sums are rounded.
         noise = (2 * torch.finfo(torch.float32).eps) ** 2
         if round_.variance > noise * squared_norm(parameters):
             self._has_drifted = True

@@ -1,4 +1,4 @@
-"""Where every rank stands: each says so before they do something together, and all see whether they agree."""
+"""Handshakes: before a joint operation, each rank states what it is about to do, and all check that they agree."""
 
 import functools
 import logging
@@ -18,7 +18,7 @@ from lightning_adpsgd.workers.reduction import CollectiveError
 
 _log = logging.getLogger(__name__)
 
-# Those who have lost a round hear of it at nearly the same time; whoever has not answered by then will not.
+# Ranks notice a lost round at nearly the same time. A rank that has not answered by then will not answer.
 _ROLL_CALL_SECONDS = 2.0
 _STAY_SECONDS = 2.0
 
@@ -41,9 +41,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class RankState(NamedTuple):
-    """Where one rank stands; all of it are numbers that a float64 holds exactly.
+    """What one rank is about to do, and its state, as numbers that a float64 holds exactly.
 
-    Every handshake has the same number of them: gloo ends the process where collectives of different sizes meet.
+    All handshakes have the same length: gloo ends the process if ranks call collectives of different sizes.
     """
 
     kind: int
@@ -54,17 +54,17 @@ class RankState(NamedTuple):
     optimizer: int = 0
     period: int = 0
     fingerprint: int = 0
-    """Of the tensors that it is about to average."""
+    """A hash of the tensors that it is about to average."""
     finite: "bool | Tensor" = True
-    """Whether all of its parameters are."""
+    """Whether all of its parameters are finite."""
     flags: int = 0
-    """The bits it has raised."""
+    """The bits that it has raised."""
     learning_rates: "float | Tensor" = 0.0
     """Summed over the parameter groups."""
     has_state: bool = False
-    """Whether its optimizer has any."""
+    """Whether its optimizer has any state."""
     known: int = 0
-    """A hash of the elements of which it knows the last average, where differences from it are to travel."""
+    """With a codec, a hash of the elements whose last average it knows."""
 
     def __str__(self) -> str:
         kind = KINDS[int(self.kind)]
@@ -81,14 +81,14 @@ class RankState(NamedTuple):
 
     @property
     def is_in_flight(self) -> bool:
-        """Whether the rank goes on with something else before it reads the others' states."""
+        """Whether the rank continues to train before it reads the others' states."""
         return KINDS[int(self.kind)] == "a fragment of an averaging round"
 
 
 class SignalFlags:
     """Bits that any worker may raise at any time, and that all workers know after the next averaging round.
 
-    They ride along with handshakes, so they cost no collective of their own.
+    They are sent with handshakes, so they cost no collective of their own.
     """
 
     def __init__(self) -> None:
@@ -99,11 +99,13 @@ class SignalFlags:
 
 
 class Handshake:
-    """Every rank's state, for one thing that they do together. It is sent at once, and read by :meth:`complete`.
+    """Exchanges the states of all ranks before one joint operation.
+
+    The constructor sends this rank's state. :meth:`complete` waits for the others.
 
     Args:
-        workers: who does it.
-        state: this rank's own.
+        workers: the workers that take part.
+        state: this rank's state.
         where: the hook that this rank is in, for error messages.
     """
 
@@ -119,15 +121,15 @@ class Handshake:
         """Wait for every rank's state.
 
         Raises:
-            WorkersDisagreeError: on every worker, if they are not about to do the same thing.
-            WorkerLostError: if some worker does not answer.
+            WorkersDisagreeError: on every worker, if the ranks are not about to do the same thing.
+            WorkerLostError: if a worker does not answer.
         """
         with naming_lost_workers(self._workers, self._state), span("handshake"):
             self._read()
         return self
 
     def peek(self) -> None:
-        """Raise ``WorkersDisagreeError`` if they are known not to be about to do the same thing."""
+        """Raise ``WorkersDisagreeError`` if the ranks disagree; do nothing if a worker is lost."""
         with suppress(CollectiveError):
             self._read()
 
@@ -137,7 +139,7 @@ class Handshake:
             raise WorkersDisagreeError(self._out_of_step())
 
     def _out_of_step(self) -> str:
-        # Further handshakes may be in flight, which nothing else must meet.
+        # Further handshakes may be in flight. Another collective would be paired with those.
         hooks = [""] * len(self.states)
         if not any(state.is_in_flight for state in self.states):
             hooks = self._workers.gather_objects(self._where)
@@ -147,7 +149,7 @@ class Handshake:
         )
         return (
             f"The workers are out of step ({places}). Every worker has to take the same number of optimizer"
-            " steps, and to validate and save at the same ones. Usual causes: data loaders of different lengths (use"
+            " steps, and to validate and save at the same steps. Usual causes: data loaders of different lengths (use"
             " drop_last=True or Trainer(limit_train_batches=...)), and steps, saves or stops that depend on one"
             " worker's own loss."
         )
@@ -170,7 +172,7 @@ class Handshake:
 
     @property
     def diverged_workers(self) -> set[int]:
-        """The workers that these ranks belong to."""
+        """The workers of the ranks whose parameters are not finite."""
         return {self._workers.worker_of(rank) for rank in self.diverged}
 
     @property
@@ -197,17 +199,17 @@ class Handshake:
 
     @property
     def learning_rates(self) -> list[float]:
-        """Of each worker, summed over the parameter groups."""
+        """Each rank's learning rate, summed over its parameter groups."""
         return [float(state.learning_rates) for state in self.states]
 
 
 @contextmanager
 def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator[None]:
-    """Where workers do together what cannot be done without each of them: if one is missing, name it.
+    """If a collective fails, raise an error that names the missing workers.
 
     Args:
-        workers: who.
-        what: what they do.
+        workers: the workers that take part.
+        what: what they do, for the message.
 
     Raises:
         WorkerLostError: in place of ``CollectiveError``.
@@ -219,15 +221,15 @@ def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator
 
 
 def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) -> WorkerLostError:
-    """Say what could not be finished, and find out whose fault it was.
+    """Make the error for a failed collective: tell the other ranks, and ask them which ranks are missing.
 
     Args:
-        workers: the workers, of which at least one is missing.
+        workers: the workers, at least one of which is missing.
         what: what they were doing.
-        error: what the backend has to say.
+        error: the backend's error.
     """
     failed = f"Rank {workers.rank} could not finish {what}: {error}"
-    # At once, because a launcher that notices first ends this process without a word.
+    # Log now: a launcher that notices the failure first ends this process without a message.
     _log.error(failed)
     workers.peers.post_status(f"could not finish {what}", failed=True)
     workers.peers.abort()  # others may be waiting for this worker
@@ -236,7 +238,7 @@ def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) ->
     told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
     silent = sorted({*range(workers.size)} - {workers.rank, *words})
     if silent and not answered and workers.size > 2:
-        told.append("No word from rank(s) 0, who would know of the others: killed, hanging, or gone early.")
+        told.append("No word from rank(s) 0, which would know of the others: killed, hanging, or gone early.")
     elif silent:
         told.append(f"No word from rank(s) {', '.join(map(str, silent))}: killed, hanging, or gone early.")
     return WorkerLostError(
@@ -245,11 +247,11 @@ def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) ->
 
 
 def difference(workers: WorkerGroup, what: str, mine: Sequence[Described]) -> str:
-    """Say where the workers' tensors differ, once it is known that they do; all workers have to ask.
+    """Describe where the workers' tensors differ. They are known to differ; all ranks have to call this.
 
     Args:
-        workers: who differs.
-        what: what does not fit, as the sentence's beginning.
+        workers: the workers that disagree.
+        what: the first sentence of the message.
         mine: this worker's tensors.
     """
     everybody = workers.gather_objects([*mine])
@@ -264,19 +266,19 @@ def difference(workers: WorkerGroup, what: str, mine: Sequence[Described]) -> st
     both = place < min(len(reference), len(theirs))
     in_memory = both and reference[place][1:4] == theirs[place][1:4]
     return (
-        f"{what} Rank 0 has {len(reference)}, rank {rank} has {len(theirs)}; the first difference is number {place}:"
-        f" rank 0 {_describe(reference, place, in_memory)}, rank {rank} {_describe(theirs, place, in_memory)}. Build"
-        " the same model and optimizer on every rank, in the same memory format, and freeze, unfreeze or add parameters"
-        " on all ranks at the same step."
+        f"{what} Rank 0 has {len(reference)} tensors, rank {rank} has {len(theirs)}. They first differ at number"
+        f" {place}: rank 0 {_describe(reference, place, in_memory)}, rank {rank} {_describe(theirs, place, in_memory)}."
+        " Build the same model and optimizer on every rank, in the same memory format, and freeze, unfreeze or add"
+        " parameters on all ranks at the same step."
     )
 
 
 def check_module(workers: WorkerGroup, module: nn.Module) -> None:
-    """Make sure that all workers have built the same module, before one worker's weights go to all.
+    """Make sure that all workers have built the same module, before one worker's weights are broadcast.
 
     Raises:
         WorkersDisagreeError: on every worker, if they have not.
-        WorkerLostError: if some worker did not come.
+        WorkerLostError: if a worker does not answer.
     """
     mine: list[Described] = [
         (name, str(tensor.dtype), tuple(tensor.shape), None, ())

@@ -1,4 +1,4 @@
-"""The one place where S_k and r come from, and what a round has cost: measures on their way, and what is booked."""
+"""The measures of a round, S_k and r, and its cost in bytes and seconds."""
 
 import time
 from collections import deque
@@ -18,41 +18,41 @@ from lightning_adpsgd.workers.reduction import Reduction
 
 
 class Measuring(NamedTuple):
-    """A round whose measures are on their way."""
+    """A round whose measures are being reduced."""
 
     step: int
     trigger: Trigger
     period: int
     drift: Drift | None
-    """For how long what was sent had drifted; None where its variance is not to be compared with that of others."""
+    """How long the values sent had drifted; None if the variance must not be compared with other rounds'."""
     numbers: Reduction
-    """S_g of each parameter group, γ_g of each, and what the rule has sent along; means over the workers."""
+    """S_g of each parameter group, γ_g of each, and the scalars of the rule, as means over the workers."""
     groups: int
     read_at: int
-    """The step from which on they are to be read."""
+    """The step from which on the measures are read."""
     local_steps: int = 0
-    """Of a round of everything; of others those since the round before are known when the measures are read."""
+    """Of a full round. For a round in fragments they are counted when the measures are read."""
     dropped: int = 0
     stopwatch: Stopwatch | None = None
-    """Of a round of everything; None where fragments travelled beside training."""
+    """Of a full round; None for a round in fragments."""
     parameters: Sequence[Tensor] = ()
-    """What a round of everything has averaged."""
+    """The parameters that a full round has averaged."""
 
     @classmethod
     def of_fragments(cls, round_: SpreadRound, numbers: Reduction, read_at: int) -> "Measuring":
-        """Those of a round whose fragments have travelled beside training."""
+        """The measures of a round in fragments."""
         groups = len(round_.deviations)
         return cls(round_.step, "period", round_.period, round_.drift, numbers, groups, read_at)
 
 
 class Measures:
-    """Finds out what rounds have measured, and books what they cost to the next record.
+    """Reduces what rounds have measured, and books their cost to the next record.
 
     Args:
-        optimizer: whose learning rates.
-        workers: over whom means are taken.
+        optimizer: its learning rates are measured.
+        workers: the workers over which means are taken.
         index: the optimizer's index.
-        scalars: the numbers that the rule sends along, now.
+        scalars: returns the scalars that the rule sends along.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Measures:
         self._seconds = 0.0
 
     def launch(self, deviations: Sequence[float | Tensor], contribution: Contribution | None = None) -> Reduction:
-        """Begin to find out S_g and γ_g of all parameter groups, as means over the workers.
+        """Start to reduce S_g and γ_g of all parameter groups to means over the workers.
 
         Args:
             deviations: Σ ‖w̄ − w_i‖² of this worker, per parameter group.
-            contribution: this worker's; None where all contribute.
+            contribution: this worker's contribution to the means; None: all workers contribute.
         """
         rates = learning_rates(self._optimizer, self._workers.device)
         # Groups may have come or gone since fragments were sent, perhaps on one worker alone.
@@ -86,30 +86,30 @@ class Measures:
         return len(self._on_their_way)
 
     def append(self, measuring: Measuring) -> None:
-        """Have them read when it is time."""
+        """Queue the measures of a round."""
         self._on_their_way.append(measuring)
 
     def pop_ready(self, step: int, everything: bool) -> Iterator[Measuring]:
-        """Those that are to be read at a step, or all, oldest first."""
+        """Take the measures that are due at ``step``, or ``everything``, oldest first."""
         while self._on_their_way and (everything or self._on_their_way[0].read_at <= step):
             yield self._on_their_way.popleft()
 
     def pop_full(self) -> Iterator[Measuring]:
-        """Those of rounds of everything, however late they were to be read."""
+        """Take the measures of full rounds from the head of the queue, due or not."""
         while self._on_their_way and self._on_their_way[0].stopwatch is not None:
             yield self._on_their_way.popleft()
 
     def discard(self) -> None:
-        """Wait for all, and forget them."""
+        """Wait for all measures, and drop them."""
         for measuring in self._on_their_way:
             measuring.numbers.wait()
         self._on_their_way.clear()
 
     def read(self, measuring: Measuring) -> list[float]:
-        """The means over the workers.
+        """Wait for the means over the workers, and book the time.
 
         Raises:
-            CollectiveError: if some worker is gone.
+            CollectiveError: if a worker is gone.
         """
         if measuring.stopwatch is None:
             with self.booked():
@@ -121,7 +121,7 @@ class Measures:
         return means
 
     def record(self, measuring: Measuring, means: Sequence[float], local_steps: int) -> AveragingRound:
-        """S_k = Σ_g S_g and r = Σ_g S_g / γ_g over the parameter groups with γ_g > 0; and all that is booked."""
+        """The record: S_k = Σ_g S_g, r = Σ_g S_g / γ_g over the groups with γ_g > 0, and all that was booked."""
         variances, rates = means[: measuring.groups], means[measuring.groups : 2 * measuring.groups]
         record = AveragingRound(
             step=measuring.step,
@@ -152,15 +152,15 @@ class Measures:
             self._bytes += self._workers.payload_bytes - sent_before
 
     def book_bytes_since(self, sent_before: int) -> None:
-        """Book what was sent since then, for a round that a stopwatch of its own has timed."""
+        """Book the bytes sent since ``sent_before``, for a round that has its own stopwatch."""
         self._bytes += self._workers.payload_bytes - sent_before
 
 
 def learning_rates(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:
-    """Of each parameter group, as floats; those on the device that trains stay tensors, for nobody to wait for them.
+    """The learning rate of each parameter group. Tensors on ``device`` stay tensors: the host does not wait for them.
 
     Raises:
-        ValueError: if a group has none.
+        ValueError: if a group has no learning rate.
     """
     rates: list[float | Tensor] = []
     for index, group in enumerate(optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""Fragments of rounds that are in flight while training goes on."""
+"""Sends rounds in fragments that are in flight while training goes on."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,15 +17,16 @@ from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import CollectiveError
 
 Drift = Literal["a period", "at least a period", "less"]
-"""For how long everything that a round has sent had drifted.
+"""How long the values that a round sent had drifted.
 
-After all workers were the same, the first fragment of a staggered round is sent when it has drifted for a period, and
-the others one step after the other: at least a period. From the next round on, each has drifted for just a period.
+In the first staggered round after all workers were the same, the first fragment is sent after one period, and each
+further one a step later: "at least a period". From the next round on, each has drifted for "a period". A round that
+starts because the averaged tensors have changed has drifted for "less".
 """
 
 
 class Diverged(Exception):
-    """Some worker has sent parameters that are not finite; nothing of it was adopted."""
+    """A worker has sent parameters that are not finite. They were not adopted."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class SpreadRound:
     """The period in force when the round began."""
     drift: Drift
     deviations: Tensor
-    """Σ ‖w̄ − w_i‖² of what this worker has sent, per parameter group."""
+    """Σ ‖w̄ − w_i‖² of the values that this worker sent, per parameter group."""
     sent: int = 0
     landed: int = 0
     step: int = 0
@@ -46,7 +47,7 @@ class SpreadRound:
 
 
 class _Fragment(NamedTuple):
-    """What is in flight of a round."""
+    """A fragment in flight."""
 
     round: SpreadRound
     tensors: AveragedTensors
@@ -55,13 +56,13 @@ class _Fragment(NamedTuple):
     buckets: list[BucketInFlight]
     step: int
     ahead: Sequence[float]
-    """How many times the latest step was added to each parameter group; empty where what was sent is what it was."""
+    """For each parameter group, how many times the latest step was added to the values sent; empty: not at all."""
     drifted: int
-    """For how many steps it had drifted."""
+    """The number of steps over which the values sent had drifted."""
 
 
 class _Before(NamedTuple):
-    """What a fragment held before the step after which it is sent."""
+    """A fragment's values before the step after which it is sent."""
 
     tensors: AveragedTensors
     fragment: int
@@ -69,31 +70,31 @@ class _Before(NamedTuple):
     values: list[Tensor]
 
     def is_of(self, tensors: AveragedTensors, round_: SpreadRound) -> bool:
-        """Whether it is of the next fragment of a round."""
+        """Whether these are the values of the next fragment of a round."""
         return self.tensors is tensors and (self.fragment, self.fragments) == (round_.sent, round_.fragments)
 
 
 class Pipeline:
     """Sends fragments after local steps, and adopts their means a number of steps later.
 
-    With momentum, a worker knows a part of the steps that it will take while a fragment travels: the momentum's. It
-    sends what the fragment will have become by then, w + c · (w − w before the latest step), where c = μ + … + μ^d for
-    SGD (for others see :class:`LookAhead`), and adds w̄ − (what it sent). So velocities that differ do not drive the
-    workers apart while a mean is in flight, and the workers' mean moves as it would by itself, whatever they expect,
-    because w̄ − (what was sent) adds up to 0 over the workers.
+    With momentum, a worker can predict a part of the steps that it takes while a fragment is in flight. It sends the
+    fragment as momentum will move it, w + c · (w − w before the latest step), and later adds w̄ − (values sent). For SGD
+    c = μ + … + μ^d; for other optimizers see :class:`LookAhead`. So velocities that differ do not drive the workers
+    apart while a mean is in flight. The prediction does not move the workers' mean, because w̄ − (values sent) adds up
+    to 0 over the workers.
 
-    Where each rank stands (see :class:`RankState`) travels beside each fragment, and is read before anything is
-    adopted. Fragments travel in a process group of their own: a worker that is somewhere else instead does not meet
-    them, and is noticed.
+    Each fragment has a handshake (see :class:`RankState`), which is read before anything is adopted. Fragments are
+    reduced in a process group of their own: a rank that calls another collective instead is not paired with them, and
+    the handshake finds that ranks disagree.
 
     Args:
-        schedule: which fragment leaves and lands when.
-        tracker: what is averaged.
-        workers: with whom, and where they hold handshakes that are not a fragment's.
-        async_group: the same workers in a process group of its own.
-        state: makes what this rank states, of a kind, trigger and period.
-        policy: of the optimizer's state: knows which multiple of the latest step momentum will add to a fragment, and
-            what a fragment's deviations say about moments.
+        schedule: says which fragment is sent and adopted when.
+        tracker: knows what is averaged.
+        workers: the workers, in the process group of all handshakes.
+        async_group: the same workers in a separate process group, for fragments.
+        state: makes this rank's state from kind, trigger and period.
+        policy: of the optimizer's state. Knows how far momentum will move a fragment, and corrects moments by a
+            fragment's deviations.
     """
 
     def __init__(
@@ -120,27 +121,27 @@ class Pipeline:
         self._round: SpreadRound | None = None  # the one that is being sent
         self._clock = DriftClock()
         self._in_flight: deque[_Fragment] = deque()  # oldest first
-        self._known: AveragedTensors | None = None  # what all workers are known to average
-        self._before: _Before | None = None  # of what is sent after the next step
+        self._known: AveragedTensors | None = None  # what all workers have agreed to average
+        self._before: _Before | None = None  # of the fragment that is sent after the next step
 
     def restart(self) -> None:
-        """Take note that all workers are the same. Nothing may be in flight."""
+        """Record that all workers are the same. Nothing may be in flight."""
         assert not self._in_flight
         self._begin_anew()
 
     def count_step(self) -> None:
-        """Take note of a local step."""
+        """Count a local step."""
         self.steps += 1
 
     def send(self, step: int, period: int) -> tuple[list[Handshake], list[SpreadRound]]:
         """Send a fragment if one is due.
 
         Args:
-            step: of the optimizer, as the workers count.
-            period: p, in force for a round that begins now.
+            step: the optimizer's step.
+            period: p of a round that starts now.
 
         Returns:
-            The handshakes of fragments that had to land for that, and the rounds that have ended with them.
+            The handshakes of fragments that had to land before, and the rounds that have ended with them.
         """
         landed: tuple[list[Handshake], list[SpreadRound]] = ([], [])
         if not self._schedule.is_due(self.steps, self._sent_at, period):
@@ -151,7 +152,7 @@ class Pipeline:
         round_ = self._round
         if round_ is None or round_.sent == round_.fragments or changed:
             if changed or (round_ is not None and round_.fragments != fragments):
-                # Fragments of another size, or of other tensors, would overlap what is still in flight.
+                # Fragments of another size, or of other tensors, would overlap those still in flight.
                 landed = self._land(everything=True)
             if changed:
                 self._make_known(tensors, period)
@@ -166,19 +167,19 @@ class Pipeline:
         return landed
 
     def finish(self, step: int) -> tuple[list[Handshake], list[SpreadRound]]:
-        """Send and adopt what is left of a round, if all of it has drifted for a period already.
+        """Send and adopt the rest of a first staggered round, if there is one: all of it has drifted for a period.
 
-        A round that began when all workers were the same would otherwise come to nothing where somebody asks for a
-        round before its last fragment: and if that goes on, to nothing ever.
+        Otherwise a full round that comes before its last fragment would discard it. If full rounds are frequent, no
+        staggered round would ever end.
 
         Args:
-            step: of the optimizer, as the workers count.
+            step: the optimizer's step.
 
         Returns:
             The handshakes of fragments that have landed, and the rounds that have ended with them.
 
         Raises:
-            Diverged: if some worker has sent what is not finite. Nothing is in flight any more then.
+            Diverged: if a worker has sent values that are not finite. Nothing is in flight then.
         """
         handshakes: list[Handshake] = []
         ended: list[SpreadRound] = []
@@ -193,10 +194,10 @@ class Pipeline:
         return handshakes, ended
 
     def keep_for_look_ahead(self, period: int) -> None:
-        """Keep what the fragment holds that is sent after the next step, if its momentum is to be looked at then.
+        """Keep the current values of the fragment due after the next step, if its momentum will be needed then.
 
         Args:
-            period: p, as far as is known, when that fragment is sent.
+            period: p when that fragment is sent, as far as is known.
         """
         self._before = None
         due = self._schedule.is_due(self.steps + 1, self._sent_at, period)
@@ -213,23 +214,23 @@ class Pipeline:
         """Adopt the means that are due now.
 
         Args:
-            everything: adopt all that is in flight.
+            everything: adopt all fragments in flight.
 
         Returns:
             The handshakes of the fragments that have landed, and the rounds that have ended with them.
 
         Raises:
-            Diverged: if some worker has sent what is not finite. Nothing is in flight any more then.
-            WorkersDisagreeError: on every worker, if they have not sent the same.
-            WorkerLostError: if some worker is gone.
+            Diverged: if a worker has sent values that are not finite. Nothing is in flight then.
+            WorkersDisagreeError: on every worker, if they have not sent the same fragment.
+            WorkerLostError: if a worker is gone.
         """
         landed = self._land(everything)
         if everything:
-            self._known = None  # as in a run that goes on from a checkpoint that is taken now
+            self._known = None  # as in a run that resumes from a checkpoint taken now
         return landed
 
     def lost(self, state: RankState, error: CollectiveError) -> Exception:
-        """Say that a worker is gone, unless it is known already that it has gone because workers disagree."""
+        """Make the error for a lost worker; if ranks disagree, raise ``WorkersDisagreeError`` instead."""
         for fragment in self._in_flight:
             fragment.handshake.peek()
         return lost(self._workers, state, error)
@@ -243,7 +244,7 @@ class Pipeline:
         self._before = None
 
     def _make_known(self, tensors: AveragedTensors, period: int) -> None:
-        """Compare what is averaged, which is new, before fragments of different sizes can meet."""
+        """Check that all workers average the same new tensors, before they send fragments of different sizes."""
         tensors.take_over()
         state = self._state("a change of what is averaged", "period", period, **tensors.stated)
         handshake = Handshake(self._workers, state).complete()
@@ -275,7 +276,7 @@ class Pipeline:
         handshakes: list[Handshake] = []
         ended: list[SpreadRound] = []
         for fragment in self._in_flight:
-            # What travels in two phases begins the second one half-way.
+            # A reduction in two phases starts the second phase half-way.
             if self.steps - fragment.step >= -(-fragment.round.delay // 2):
                 self._all(fragment.state, [bucket.reduction.advance for bucket in fragment.buckets])
         while self._in_flight and (everything or self._is_to_land(self._in_flight[0])):
@@ -304,7 +305,7 @@ class Pipeline:
             self._begin_anew()
 
     def _abandon(self, fragment: _Fragment) -> None:
-        """Wait for what is in flight, and throw it away."""
+        """Wait for everything in flight, discard it, and raise ``Diverged``."""
         others = [*self._in_flight]
         self._in_flight.clear()
         self._round = None
@@ -315,7 +316,7 @@ class Pipeline:
         raise Diverged
 
     def _all(self, state: RankState, actions: Sequence[Callable[[], object]]) -> None:
-        """Do what waits for other workers; if one is gone, say so."""
+        """Run actions that wait for other workers; raise the error for a lost worker if one is gone."""
         try:
             for action in actions:
                 action()

@@ -9,33 +9,33 @@ TRIGGERS: tuple[Trigger, ...] = get_args(Trigger)
 class AveragingRound(NamedTuple):
     """What happened in one averaging round.
 
-    Everything but ``seconds`` is the same on every rank. Where nodes are workers, bytes are those of a rank's slices.
+    Everything but ``seconds`` is the same on every rank. If nodes are workers, bytes are those of one rank's slices.
     """
 
     step: int
-    """Optimizer steps attempted so far when the round ran, counted from 1."""
+    """Number of optimizer steps attempted when the round ran."""
     optimizer: int
     """Index of the optimizer whose parameters were averaged."""
     trigger: Trigger
     """Who asked for the round: the period, the start of validation, a checkpoint, the end of training, or pruning."""
     local_steps: int
-    """Optimizer steps since the previous round; 0 where only something else than parameters had to be averaged."""
+    """Optimizer steps since the previous round; 0 if only residuals, other tensors or optimizer state were averaged."""
     period: int
     """The averaging period in force when the round ran."""
     learning_rate: float
-    """Mean over the workers; of the first parameter group whose rate is not 0, or 0 if there is none."""
+    """Mean over the workers of the rate of the first parameter group whose rate is not 0; 0 if there is none."""
     variance: float
     """S_k = (1/n) Σ_i ‖w̄_k − w_{k,i}‖², over all averaged parameters, before averaging (arXiv:2007.06134)."""
     ratio: float
     """r = Σ_g S_g / γ_g over the parameter groups with γ_g > 0."""
     target: float | None
-    """C₂, the value at which the rule held the ratio when the round ran; None before the first sample."""
+    """C₂, the ratio that the rule aimed at when the round ran; None before the first sample, or if it has no target."""
     payload_bytes: int
-    """Bytes of all tensors this rank put into collectives of this round."""
+    """Bytes of all tensors that this rank put into collectives of this round."""
     sent_bytes: int
     """Bytes this rank sends for them in a ring all-reduce: 2(n−1)/n · payload."""
     seconds: float
-    """Time for which the round held up training on this rank; of the GPU, if there is one and nothing is spread."""
+    """Time for which the round held up training on this rank: GPU time for a full round on a GPU, else host time."""
     dropped: int = 0
     """Workers that were left out of the mean because their parameters were not finite."""
 

@@ -1,4 +1,4 @@
-"""When the fragments of a round leave, and when their means land: arithmetic of steps, without tensors or processes."""
+"""Schedules: at which local step each fragment of a round is sent, and at which its mean is adopted."""
 
 from abc import ABC, abstractmethod
 
@@ -6,20 +6,20 @@ from typing_extensions import override
 
 
 class Schedule(ABC):
-    """Divides a round into fragments, and says at which local step each leaves and lands.
+    """Divides a round into fragments, and says at which local step each is sent and adopted.
 
-    A round of period p averages every element once, in one or several fragments. Everything is counted in local steps,
-    not in time, so that all workers do the same at the same step.
+    A round of period p averages every element once, in one or several fragments. Schedules count local steps, not
+    seconds, so that all workers do the same at the same step.
 
     Args:
-        overlap: d, the local steps that go on while a fragment travels; at most p − 1 are.
+        overlap: d, the number of local steps during which a fragment is in flight; limited to p − 1.
     """
 
     def __init__(self, overlap: int = 0) -> None:
         self.overlap = overlap
 
     def delay(self, period: int) -> int:
-        """How many steps after it was sent a fragment's mean is adopted."""
+        """How many steps after a fragment was sent its mean is adopted."""
         return min(self.overlap, period - 1)
 
     @abstractmethod
@@ -50,9 +50,9 @@ class WholeRounds(Schedule):
 
 
 class StaggeredRounds(Schedule):
-    """One of p fragments after each step; the first one p steps after all workers were the same.
+    """One of p fragments after each step. The first one is sent p steps after all workers were the same.
 
-    What has hardly drifted is not worth sending, and its variance would say nothing.
+    Before that, values have hardly drifted: they are not worth sending, and their variance means little.
     """
 
     @override
@@ -65,28 +65,28 @@ class StaggeredRounds(Schedule):
 
 
 class DriftClock:
-    """For how many steps the elements of a fragment have drifted: since they were last sent, in a round before.
+    """Tells for how many steps a fragment's elements have drifted since they were last sent, in the round before.
 
-    The fragments of two rounds have different bounds where the period has changed: the middle of a fragment counts.
+    If the period has changed, the fragments of the two rounds have different bounds. The fragment's middle counts then.
     """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Take note that all workers are the same; steps are counted from 0 again."""
+        """Record that all workers are the same. Steps are counted from 0 again."""
         self._before = [0]
         self._now: list[int] = []
         self._fragments = 0
 
     def begin(self, fragments: int) -> None:
-        """Take note that a round begins, of as many fragments."""
+        """Record that a round of ``fragments`` fragments begins."""
         if self._now and len(self._now) == self._fragments:
             self._before = self._now
         self._now, self._fragments = [], fragments
 
     def send(self, step: int) -> int:
-        """Take note that the next fragment is sent at a step; return for how many steps it has drifted."""
+        """Record that the next fragment is sent at ``step``; return for how many steps it has drifted."""
         middle = (len(self._now) + 0.5) / self._fragments
         self._now.append(step)
         return step - self._before[int(middle * len(self._before))]

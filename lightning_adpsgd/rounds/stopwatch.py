@@ -1,4 +1,4 @@
-"""How long something holds training up, on whatever device trains."""
+"""Measures how long something holds up training, on a CPU or a GPU."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,15 +9,15 @@ import torch
 
 
 class Stopwatch:
-    """Runs from when it is made until :meth:`stop`.
+    """Runs from its construction until :meth:`stop`.
 
-    On a CPU it goes by the clock. On CUDA it goes by two events in the current stream, so that the time is that of the
-    device, and nobody waits for it before :attr:`seconds` is asked for.
+    On a CPU it reads the clock. On CUDA it records two events in the current stream: it measures the device's time, and
+    the host waits only when :attr:`seconds` is read.
 
     Args:
-        device: what trains.
-        wait_for: waits until the device has come to an event, which was recorded at a ``time.monotonic()``; by default,
-            however long that takes.
+        device: the device that trains.
+        wait_for: waits until the device reaches an event that was recorded at a ``time.monotonic()``; None: wait for as
+            long as it takes.
     """
 
     def __init__(self, device: torch.device, wait_for: Callable[[Any, float], None] | None = None) -> None:
@@ -41,9 +41,9 @@ class Stopwatch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let it run on while the host waits for what the device has been given between start and stop.
+        """Add the time for which the host waits, in this context, for work that was started before :meth:`stop`.
 
-        On CUDA that time is the device's, and counted already.
+        On CUDA that time is a part of the device's time already.
         """
         self._began_at = time.perf_counter()
         yield
@@ -52,7 +52,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """How long it ran; on CUDA, waits until the device has come to where it was stopped."""
+        """How long it ran. On CUDA, this waits until the device reaches the stop event."""
         if self._on_cuda:
             if self._wait_for is None:
                 self._ended.synchronize()
