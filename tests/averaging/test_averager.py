@@ -33,7 +33,7 @@ def average(dtype: torch.dtype, bucket_bytes: int) -> dict:
 
 @pytest.mark.parametrize("bucket_bytes", [4, 36, 100, 4096], ids=lambda size: f"{size}-byte buckets")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
-def test_tensors_become_their_mean_and_deviations_are_those_before(pool, dtype, bucket_bytes):
+def test_tensors_become_their_mean_and_deviations_from_it_are_measured(pool, dtype, bucket_bytes):
     workers = 3
     before = [tensors_of(rank, dtype) for rank in range(workers)]
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -91,5 +91,5 @@ def count_buffers(elements: int) -> list[int]:
 
 
 @pytest.mark.parametrize("elements", [400, 40_000])
-def test_two_buffers_of_a_bucket_are_made_whatever_the_models_size(pool, elements):
+def test_two_bucket_buffers_are_made_whatever_the_models_size(pool, elements):
     assert pool.run(count_buffers, elements, workers=2) == [[100, 100], [100, 100]]

@@ -1,4 +1,4 @@
-"""What all workers hold alike stays as it is, bit for bit, for any number of workers."""
+"""Values that are equal on all workers stay the same, bit for bit, for any number of workers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TRANSPORTS = ({}, {"stagger": True, "overlap": 1}, {"overlap": 2}, {"reduce_dtyp
 
 
 class Masked(nn.Module):
-    """Parameters and buffers that nothing changes, beside one that is trained on every worker."""
+    """Parameters and buffers that nothing changes, besides one parameter that every worker trains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Masked(nn.Module):
 
 
 def hold(ranks_per_node: int = 1) -> list[list[str]]:
-    """The names of what has changed, for each transport."""
+    """The names of the tensors that have changed, for each transport."""
     changed = []
     workers = NodeWorkerGroup(ranks_per_node) if ranks_per_node > 1 else WorkerGroup()
     for options in TRANSPORTS:
@@ -63,7 +63,7 @@ def test_what_all_workers_hold_alike_stays_bit_for_bit(pool, workers):
         assert changed == [["trained", "moving"]] * len(TRANSPORTS)
 
 
-def test_what_all_nodes_hold_alike_stays_bit_for_bit(pool):
+def test_values_equal_on_all_nodes_stay_bit_for_bit(pool):
     for changed in pool.run(hold, 2, workers=6):
         assert changed == [["trained", "moving"]] * len(TRANSPORTS)
 
@@ -71,7 +71,7 @@ def test_what_all_nodes_hold_alike_stays_bit_for_bit(pool):
 def near_the_limit() -> float:
     parameter = nn.Parameter(torch.full((2,), torch.finfo(torch.float32).min))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1)
-    parameter.data[1] = dist.get_rank()  # so that the block is not alike
+    parameter.data[1] = dist.get_rank()  # so that the block is not equal
     parameter.grad = torch.zeros(2)
     local_sgd.optimizer.step()
     local_sgd.step()
@@ -83,7 +83,7 @@ def test_a_mean_of_finite_numbers_is_finite(pool):
 
 
 def differ(kind: str) -> tuple[list[list[float]], list[list[float]]]:
-    """Blocks that three workers hold differently, in ways that a careless fingerprint would not see."""
+    """Blocks that differ between three workers, in ways that a weak fingerprint would miss."""
     rank, count = dist.get_rank(), 60
     generator = torch.Generator().manual_seed(rank)
     if kind == "signs":
@@ -106,7 +106,7 @@ def differ(kind: str) -> tuple[list[list[float]], list[list[float]]]:
 
 
 @pytest.mark.parametrize("kind", ["signs", "powers of two", "bfloat16", "permuted"])
-def test_what_workers_do_not_hold_alike_is_averaged_whatever_it_is(pool, kind):
+def test_blocks_that_differ_are_averaged_however_they_differ(pool, kind):
     outcomes = pool.run(differ, kind, workers=3)
     mean = torch.tensor([mine for mine, _ in outcomes], dtype=torch.float64).mean(dim=0)
     for _, after in outcomes:
@@ -124,13 +124,13 @@ def drop_one() -> list[float]:
     return [*model.mask.tolist(), parameter[0].item()]
 
 
-def test_what_is_alike_stays_also_where_a_worker_is_dropped(pool):
+def test_equal_values_stay_when_a_worker_is_dropped(pool):
     mask = torch.tensor([0.1, torch.finfo(torch.float32).min]).tolist()
     assert pool.run(drop_one, workers=4) == [[*mask, -1.0]] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_end_where_tensors_do_and_are_told_apart_by_a_single_bit(dtype):
+def test_blocks_end_where_tensors_do_and_a_single_bit_makes_them_differ(dtype):
     values = torch.randn(200_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
     blocks = Blocks(len(values), [0, 5, 4096, 100_000], values.device)
     plain = WorkerGroup()

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 FOUND_IN_GAPS = 99.0
 
 
-# Tensors of every kind, each a window on a storage that the test can look at
+# Tensors of every kind, each a window on a storage that the test can inspect
 
 
 class Window(NamedTuple):
@@ -30,7 +30,7 @@ class Window(NamedTuple):
     group: int | None
 
     def places(self):
-        """Where in the storage the elements are, in the order that the layout promises: brute force."""
+        """Positions of the elements in the storage, in the order that the layout promises, by brute force."""
         real = torch.view_as_real(self.tensor.data) if self.tensor.is_complex() else self.tensor.data
         indices = torch.arange(self.storage.numel())
         places = indices.as_strided(real.shape, real.stride(), real.storage_offset()).flatten()
@@ -39,7 +39,7 @@ class Window(NamedTuple):
 
 
 def window(dtype, shape, order=None, gap=0, offset=0, group=None):
-    """A tensor whose dimensions lie in memory in ``order``, outermost first, the innermost with a gap behind it."""
+    """A tensor with dimensions in memory in ``order``, outermost first, and a gap after each innermost row."""
     order = order if order is not None else tuple(range(len(shape)))
     extents = [shape[dim] for dim in order]
     if extents:
@@ -53,7 +53,7 @@ def window(dtype, shape, order=None, gap=0, offset=0, group=None):
     made = Window(torch.view_as_real(storage).view(-1) if dtype.is_complex else storage, tensor, group)
     if tensor.numel() > 0:
         places = made.places()
-        # Exact in every dtype; no shift of fewer than 101 elements goes unnoticed.
+        # Exact in every dtype; the test notices any shift of fewer than 101 elements.
         made.storage[places] = (torch.arange(len(places)) % 101 - 50).to(made.storage.dtype)
     return made
 
@@ -288,7 +288,7 @@ def test_a_tensor_and_its_transpose_or_flat_view_are_the_same_elements_once():
     assert flat_layout.cut_into_spaces() == [Bucket(0, 0, 12)]
 
 
-def test_an_expanded_tensor_is_its_one_element_repeated():
+def test_an_expanded_dimension_is_laid_out_once():
     base = torch.tensor([[1.0], [2.0]])
     flat_layout = FlatLayout([base.expand(2, 5), torch.tensor(7.0).expand(3)], [None, None])
     (bucket,) = flat_layout.cut(1024)
@@ -304,7 +304,7 @@ def test_slices_of_one_storage_are_all_laid_out():
     assert torch.equal(flat_layout.pack(Bucket(0, 0, 12), torch.empty(12)), storage)
 
 
-def test_tensors_without_a_group_each_are_refused():
+def test_fewer_groups_than_tensors_are_refused():
     with pytest.raises(ValueError, match="shorter"):
         FlatLayout([torch.zeros(2), torch.zeros(2)], [0])
 
@@ -339,7 +339,7 @@ def test_cut_does_not_depend_on_where_tensors_end(sizes, dtype, max_bytes):
     assert all(len(bucket) * itemsize <= max_bytes for bucket in many.cut(max_bytes))
 
 
-def test_tensor_larger_than_a_bucket_and_sizes_that_do_not_divide_are_cut_anywhere():
+def test_buckets_are_cut_anywhere_in_tensors():
     flat_layout = FlatLayout([torch.arange(7.0), torch.arange(7.0, 10.0)], [0, 0])
     buckets = flat_layout.cut(16)
     assert [(bucket.start, bucket.stop) for bucket in buckets] == [(0, 4), (4, 8), (8, 10)]
@@ -354,7 +354,7 @@ def test_buckets_are_of_nearly_equal_length():
 
 @quick
 @given(st.integers(0, 50), st.integers(1, 200), st.integers(1, 70))
-def test_tiles_of_a_bucket_are_the_bucket_in_pieces(start, length, longest):
+def test_a_bucket_is_split_into_pieces_of_a_given_length(start, length, longest):
     bucket = Bucket(3, start, start + length)
     tiles = list(bucket.split(longest))
     assert [position for tile in tiles for position in range(tile.start, tile.stop)] == list(
@@ -411,7 +411,7 @@ def test_tiles_of_any_length_cover_a_bucket_once_and_know_its_groups(made, at_on
             tiles = flat_layout.tiles(bucket)
             assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
             assert tiles[-1].stop == len(bucket)
-            # What has no flat view is copied whole to get at any of it: not in pieces, then.
+            # A tensor without a flat view is copied whole to read any of it, so it is not cut.
             assert all(len(tile) <= at_once or (len(tile._pieces) == 1 and not tile._dense) for tile in tiles)
             in_tiles = [
                 (group, place) for c in tiles for group, a, b in c.runs for place in range(c.start + a, c.start + b)
@@ -421,7 +421,7 @@ def test_tiles_of_any_length_cover_a_bucket_once_and_know_its_groups(made, at_on
 
 @quick
 @given(windows(), st.integers(1, 7), st.data())
-def test_a_tile_is_compared_with_values_and_moved_by_them(made, at_once, data):
+def test_a_tile_can_be_compared_with_values_and_moved(made, at_once, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         for index, space in enumerate(spaces_of(made)):
@@ -439,7 +439,7 @@ def test_a_tile_is_compared_with_values_and_moved_by_them(made, at_once, data):
             assert torch.equal(flattened(space), expected)
 
 
-def test_tiles_are_found_once_and_not_kept_without_end(monkeypatch):
+def test_tiles_are_cached_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(layout, "_REMEMBERED", 3)
     flat_layout = FlatLayout([torch.zeros(10)], [0])
     first = Bucket(0, 0, 2)
@@ -451,7 +451,7 @@ def test_tiles_are_found_once_and_not_kept_without_end(monkeypatch):
 
 @quick
 @given(windows(), st.integers(1, 7), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
-def test_only_what_belongs_to_a_group_has_to_be_finite(made, at_once, bad, data):
+def test_only_tensors_of_a_group_have_to_be_finite(made, at_once, bad, data):
     with at_most(at_once):
         flat_layout = layout_of(made)
         assert flat_layout.are_finite()
@@ -523,7 +523,7 @@ def test_fingerprint_does_not_depend_on_values_addresses_or_empty_tensors():
     assert with_empty.fingerprint == FlatLayout(tensors, groups).fingerprint
 
 
-def test_fingerprint_does_not_depend_on_where_size_one_dimensions_are_said_to_lie():
+def test_fingerprint_does_not_depend_on_strides_of_dimensions_of_size_one():
     plain = torch.zeros(3, 1, 2, 1)
     odd = torch.zeros(6).as_strided((3, 1, 2, 1), (2, 50, 1, 7))
     assert FlatLayout([odd], [0]).fingerprint == FlatLayout([plain], [0]).fingerprint

@@ -1,4 +1,4 @@
-"""How far momentum carries parameters, against torch's optimizers themselves."""
+"""How far momentum carries parameters, compared with torch's optimizers themselves."""
 
 import itertools
 from typing import Any
@@ -47,7 +47,7 @@ def signs(generator: torch.Generator, count: int) -> Tensor:
 
 
 def trained(kind: tuple[str, dict[str, Any]], steps: int, count: int) -> tuple[Optimizer, nn.Parameter, Tensor]:
-    """An optimizer after some steps, its parameter, and what that was before the latest step."""
+    """An optimizer after some steps, its parameter, and the parameter's value before the latest step."""
     parameter = nn.Parameter(torch.zeros(count, dtype=torch.float64))
     optimizer = getattr(torch.optim, kind[0])([parameter], **kind[1])
     generator = torch.Generator().manual_seed(steps)
@@ -59,7 +59,7 @@ def trained(kind: tuple[str, dict[str, Any]], steps: int, count: int) -> tuple[O
 
 
 def go_on(optimizer: Optimizer, parameter: nn.Parameter, steps: int, like_before: bool) -> Tensor:
-    """Take further steps, with gradients like those before, or of 0 where second moments are held."""
+    """Take further steps: with gradients like before, or with gradients of 0 and second moments held constant."""
     generator = torch.Generator().manual_seed(100)
     state = optimizer.state[parameter]
     for _ in range(steps):
@@ -71,7 +71,7 @@ def go_on(optimizer: Optimizer, parameter: nn.Parameter, steps: int, like_before
 
 
 def hold_second_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Make the next step, with a gradient of 0, find the second moment of squares that are all 1."""
+    """Set second moments so that after a step with a gradient of 0 they are those of squares that are all 1."""
     group = optimizer.param_groups[0]
     if "exp_avg_sq" in state:
         beta = group["betas"][1]
@@ -89,7 +89,7 @@ def factor(optimizer: Optimizer, delay: int, steps: int) -> float:
 def test_the_factor_is_what_the_optimizer_does_with_gradients_of_zero(name):
     for steps, delay in itertools.product(STEPS, DELAYS):
         if name == "RAdam" and steps <= 5 < steps + delay:
-            continue  # its steps become other ones: see below
+            continue  # its steps change when rectification begins: see below
         optimizer, parameter, before = trained(MOMENTUM[name], steps, 20)
         ahead = factor(optimizer, delay, steps)
         after = parameter.detach().clone()
@@ -97,15 +97,15 @@ def test_the_factor_is_what_the_optimizer_does_with_gradients_of_zero(name):
         torch.testing.assert_close(moved, ahead * (after - before), rtol=1e-6, atol=1e-9)
 
 
-def test_nothing_is_said_of_rectified_steps_before_there_are_any():
-    optimizer, _, _ = trained(MOMENTUM["RAdam"], 4, 3)  # from the sixth on
+def test_radams_rectified_steps_are_not_predicted_before_they_begin():
+    optimizer, _, _ = trained(MOMENTUM["RAdam"], 4, 3)  # rectified from the sixth step on
     one, two = (factor(optimizer, delay, 4) for delay in (1, 2))
     assert one > 0
     assert one == two
 
 
 @pytest.mark.parametrize("name", WITH_THE_GRADIENT)
-def test_at_the_first_step_the_factor_is_exact_also_where_the_gradient_is_a_part_of_the_step(name):
+def test_at_the_first_step_the_factor_is_exact_even_if_steps_contain_the_gradient(name):
     for delay in DELAYS:
         optimizer, parameter, before = trained(WITH_THE_GRADIENT[name], 1, 20)
         ahead = factor(optimizer, delay, 1)
@@ -115,7 +115,7 @@ def test_at_the_first_step_the_factor_is_exact_also_where_the_gradient_is_a_part
 
 
 @pytest.mark.parametrize("name", [*MOMENTUM, *WITH_THE_GRADIENT])
-def test_no_other_multiple_of_the_latest_step_comes_closer_to_steps_with_noise_for_gradients(name):
+def test_with_noisy_gradients_the_factor_is_the_best_multiple_of_the_latest_step(name):
     for steps, delay in ((1, 2), (3, 2), (20, 4)):
         optimizer, parameter, before = trained({**MOMENTUM, **WITH_THE_GRADIENT}[name], steps, 20_000)
         ahead = factor(optimizer, delay, steps)
@@ -127,7 +127,7 @@ def test_no_other_multiple_of_the_latest_step_comes_closer_to_steps_with_noise_f
 
 
 @pytest.mark.parametrize("name", NO_MOMENTUM)
-def test_optimizers_without_momentum_are_expected_nowhere_else(name):
+def test_the_factor_of_optimizers_without_momentum_is_zero(name):
     optimizer, _, _ = trained(NO_MOMENTUM[name], 3, 4)
     assert factor(optimizer, 2, 3) == 0.0
 
@@ -140,10 +140,10 @@ class Lion(Optimizer):
 
 
 class Own(torch.optim.AdamW):
-    """Somebody's own."""
+    """A user's own class, derived from a known one."""
 
 
-def test_an_optimizer_that_is_not_known_is_expected_nowhere_else_and_one_derived_from_a_known_one_is_known():
+def test_the_factor_of_an_unknown_optimizer_is_zero_and_a_derived_one_has_that_of_its_base():
     parameters = [nn.Parameter(torch.ones(2))]
     assert factor(Lion(parameters), 2, 50) == 0.0
     assert factor(Own(parameters), 2, 50) == factor(torch.optim.AdamW(parameters), 2, 50) > 1.5

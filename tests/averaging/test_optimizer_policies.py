@@ -1,4 +1,4 @@
-"""Every optimizer of torch.optim, under every policy for its state, on several real processes."""
+"""Every optimizer of torch.optim, with every policy for its state, on several real processes."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from lightning_adpsgd.averaging.momentum import known_names
 
 POLICIES = ("local", "average", "reset")
 
-# What they are tried with: moments of every kind that they have.
+# Settings that turn on every kind of moment.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ASGD": {"lr": 0.1, "t0": 20},
     "Adadelta": {"lr": 1.0, "rho": 0.5, "eps": 1e-3},
@@ -41,7 +41,7 @@ NAMES = [
 
 
 class Task(NamedTuple):
-    """A small regression; two layers without biases for what takes matrices alone."""
+    """A small regression with two layers; without biases for Muon, which takes only matrices."""
 
     name: str
     model: nn.Module
@@ -72,14 +72,14 @@ class Task(NamedTuple):
 
 
 def learn(name: str, policy: str) -> dict:
-    """What is left of the loss after a while, and some steps after a worker has fallen over."""
+    """The share of the loss that is left after training, and again some steps after a worker has diverged."""
     task, rank = Task.of(name), dist.get_rank()
     local_sgd = LocalSGD(task.optimizer, 4, module=task.model, optimizer_state=policy, on_divergence="drop")
     losses, dropped = [task.loss(-1, 1000).item()], 0
     for step in range(1, 61):
         if step == 42 and rank == 0:
             task.model[2].weight.data[0, 0] = float("nan")  # the next step spreads it to gradients and state
-        # The method of L-BFGS is not made for noise: a worker's data are always the same there.
+        # L-BFGS is not made for noise: there a worker's data are always the same.
         task.step(rank if name == "LBFGS" else 1000 * step + rank)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -108,8 +108,8 @@ def test_every_optimizer_of_torch_learns_under_every_policy_and_recovers_when_a_
         assert {what for what, found in outcomes.items() if found["dropped"] != 1} == set()
 
 
-# One that torch knows in several ways is tried in each
 NO_MOMENTS = {"ASGD", "LBFGS", "Rprop"}
+# Other variants of an optimizer, tested in addition
 MORE: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.03, "fused": True},
     "SGD": {"lr": 0.05, "momentum": 0.8},
@@ -135,7 +135,7 @@ def test_after_a_reset_an_optimizer_does_what_a_new_one_does(name):
 
 
 @pytest.mark.parametrize("name", sorted(NO_MOMENTS))
-def test_a_reset_touches_nothing_that_is_no_moment(name):
+def test_a_reset_changes_nothing_but_moments(name):
     task, other = Task.of(name), Task.of(name)
     local_sgd = LocalSGD(task.optimizer, 3, optimizer_state="reset")
     for step in range(12):
@@ -149,7 +149,7 @@ def test_a_reset_touches_nothing_that_is_no_moment(name):
 
 
 class Lookahead(Optimizer):
-    """Somebody else's, with second weights in its state."""
+    """A third-party optimizer, with copies of the weights in its state."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -160,7 +160,7 @@ class Lookahead(Optimizer):
 
 
 class Mine(torch.optim.AdamW):
-    """Derived from one that is known."""
+    """Derived from a known optimizer."""
 
 
 def test_a_reset_of_state_that_is_not_known_is_refused_before_training():

@@ -1,4 +1,4 @@
-"""An optimizer's state shared by several real processes, against values computed by hand."""
+"""Optimizer state shared between several real processes, compared with values computed by hand."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ def share(name: str) -> dict:
     share_state(optimizer, workers, 20)
     kept = {id(value) for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)}
     after = state(optimizer)
-    train(net, optimizer, 1, seed=7)  # what has been put there is of use
+    train(net, optimizer, 1, seed=7)  # the optimizer can use the shared state
     return {"before": before, "after": after, "in_place": pointers == kept, "sent": workers.payload_bytes}
 
 
@@ -99,7 +99,7 @@ def test_floating_state_is_the_mean_and_step_counters_are_the_first_workers(pool
 
 
 @pytest.mark.workers
-def test_a_history_that_cannot_be_averaged_is_the_first_workers_whole(pool):
+def test_a_history_that_cannot_be_averaged_comes_whole_from_the_first_worker(pool):
     outcomes = pool.run(share, "LBFGS", workers=3)
     assert outcomes[0]["after"].keys() == outcomes[0]["before"].keys()
     assert all(equal(value, outcomes[0]["before"][key]) for key, value in outcomes[0]["after"].items())
@@ -121,7 +121,7 @@ def share_with_gaps() -> dict:
 
 
 @pytest.mark.workers
-def test_a_worker_without_state_for_a_parameter_takes_the_mean_of_those_that_have_some(pool):
+def test_a_worker_without_state_for_a_parameter_takes_the_mean_of_the_others(pool):
     outcomes = pool.run(share_with_gaps, workers=3)
     assert "0.exp_avg" not in outcomes[1]["before"]
     for outcome in outcomes:
@@ -145,7 +145,7 @@ def share_laid_out_differently() -> dict:
 
 
 @pytest.mark.workers
-def test_elements_meet_their_like_even_if_one_worker_has_them_in_another_order_in_memory(pool):
+def test_state_in_another_memory_order_on_one_worker_is_averaged_element_by_element(pool):
     for outcome in pool.run(share_laid_out_differently, workers=2):
         assert torch.equal(outcome["0.momentum_buffer"], torch.arange(6.0).reshape(2, 3) * 1.5)
 
@@ -160,12 +160,12 @@ def share_what_is_the_same() -> int:
 
 
 @pytest.mark.workers
-def test_what_is_known_to_be_the_same_is_not_sent_again(pool):
+def test_state_that_is_known_to_be_the_same_is_not_sent_again(pool):
     assert pool.run(share_what_is_the_same) == [2 * 3 * 8] * 2
 
 
 class Quantized(torch.optim.Optimizer):
-    """Keeps a momentum of matrices in 8 bits, row by row, and what that cuts off; that of others as it is."""
+    """Keeps the momentum of matrices in 8 bits, with a scale per row and a residual; that of vectors in full."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -195,7 +195,7 @@ class Quantized(torch.optim.Optimizer):
 
 
 class Columns(nn.Module):
-    """A matrix of one column, whose scales have its shape, and one that the first worker does not train."""
+    """The second layer's weight is one column, so its scales have its shape. The first worker does not train it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,14 +243,14 @@ def test_quantized_state_stays_each_workers_own_where_moments_are_averaged(pool)
     for outcome in outcomes:
         for name in ("step", "scale", "codes", "cut off"):
             assert equal(outcome["after"][f"0.{name}"], outcome["before"][f"0.{name}"])
-            # Who has none takes that of the first who has.
+            # A worker that has none takes it from the first that has.
             assert equal(outcome["after"][f"2.{name}"], outcome["before"].get(f"2.{name}", befores[1][f"2.{name}"]))
         mean = torch.stack([before["1.momentum"] for before in befores]).mean(dim=0)
         torch.testing.assert_close(outcome["after"]["1.momentum"], mean)
 
 
 class Bare(torch.optim.Optimizer):
-    """Keeps a momentum as a parameter's whole state, and a count of steps under a key that is no parameter."""
+    """A parameter's state is a bare tensor, its momentum; a count of steps is under a key that is no parameter."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -298,7 +298,7 @@ def share_where_one_has_lost_its_own(name: str, trigger: str) -> dict:
     net = model()
     optimizer = OPTIMIZERS[name](net.parameters())
     local_sgd = LocalSGD(optimizer, 100, module=net, optimizer_state="average", on_divergence="drop")
-    net[1].bias.requires_grad_(dist.get_rank() == 0)  # the others have nothing to give for that
+    net[1].bias.requires_grad_(dist.get_rank() == 0)  # the others have no state for it
     train(net, optimizer, 3 + dist.get_rank(), seed=dist.get_rank())
     net[1].bias.requires_grad_(True)
     local_sgd.step()
@@ -315,17 +315,17 @@ def share_where_one_has_lost_its_own(name: str, trigger: str) -> dict:
 
 
 @pytest.mark.workers
-def test_a_dropped_worker_takes_all_state_from_the_others_where_they_average_it(pool):
+def test_a_dropped_worker_takes_all_state_from_the_others_if_state_is_averaged(pool):
     for name, trigger in (("Adafactor", "train_end"), ("Adagrad", "train_end"), ("Adagrad", "checkpoint")):
         lost, *others = pool.run(share_where_one_has_lost_its_own, name, trigger, workers=3)
-        assert ("3.step" in lost["after"]) == (name == "Adagrad")  # which makes it at once
+        assert ("3.step" in lost["after"]) == (name == "Adagrad")  # which makes its state in the constructor
         for key, value in lost["after"].items():
             if key.startswith("3."):
                 assert value.isfinite().all()
                 continue
             mean = torch.stack([other["before"][key] for other in others]).mean(dim=0)
             if key.endswith("step"):
-                assert value == 4  # that of the first who has any
+                assert value == 4  # of the first worker that has any
             elif name == "Adagrad" or key.endswith("variance"):
                 torch.testing.assert_close(value, mean)
             else:
@@ -334,7 +334,7 @@ def test_a_dropped_worker_takes_all_state_from_the_others_where_they_average_it(
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "plain SGD"])
-def test_an_optimizer_that_has_forgotten_does_what_a_new_one_does(name, late):
+def test_after_forget_an_optimizer_does_what_a_new_one_does(name, late):
     net = model()
     optimizer = OPTIMIZERS[name](net.parameters())
     if late:
@@ -349,7 +349,7 @@ def test_an_optimizer_that_has_forgotten_does_what_a_new_one_does(name, late):
         assert torch.equal(mine, theirs)
 
 
-def test_state_that_somebody_elses_optimizer_has_made_at_once_is_what_it_was():
+def test_forget_restores_the_initial_state_of_a_third_party_optimizer():
     net = model()
     optimizer = Bare(net.parameters())
     at_start = state_at_start(optimizer)

@@ -1,4 +1,4 @@
-"""A profiler shows the stages of a round by name, however rounds travel."""
+"""A profiler shows the stages of a round by name, for every kind of round."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Models whose code re-assigns buffers and re-points ``p.data``: what is averaged is what they hold now."""
+"""Models whose code re-assigns buffers and re-points ``p.data``: rounds average the current values."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_what_is_reassigned_is_averaged_like_what_is_changed_in_place(pool, tran
 
 
 def turn() -> dict:
-    """One rank keeps a weight in another order of memory from the second round on."""
+    """From the second round on, one rank keeps a weight in another memory order."""
     parameter = nn.Parameter(torch.zeros(3, 4))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1)
     for step in range(4):
@@ -93,7 +93,7 @@ def turn() -> dict:
     return {"value": parameter.detach().contiguous(), "stride": parameter.stride()}
 
 
-def test_a_weight_that_lies_in_memory_in_another_order_on_one_rank_is_averaged_element_by_element(pool):
+def test_a_weight_in_another_memory_order_on_one_rank_is_averaged_element_by_element(pool):
     first, second = pool.run(turn)
     assert first["stride"] != second["stride"]
     for outcome in (first, second):
@@ -101,7 +101,7 @@ def test_a_weight_that_lies_in_memory_in_another_order_on_one_rank_is_averaged_e
 
 
 def expand(options: dict) -> list[list[float]]:
-    """A buffer is one row that is repeated, from some step on."""
+    """From the fourth step on, a buffer is one row, expanded."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(3))
     model.register_buffer("rows", torch.zeros(4, 3))
@@ -125,7 +125,7 @@ def test_a_buffer_may_become_an_expanded_one(pool, options):
 
 
 def freeze(options: dict) -> dict:
-    """A layer is unfrozen in mid-training, then a group is added: each is new to what is averaged."""
+    """In mid-training a layer is unfrozen, then a parameter group is added."""
     layers = [nn.Parameter(torch.full((2000,), 100.0)) for _ in range(3)]
     layers[1].requires_grad_(False)
     local_sgd = LocalSGD(torch.optim.SGD(layers[:2], lr=1.0), 2, **options)
@@ -146,19 +146,19 @@ def freeze(options: dict) -> dict:
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-def test_what_rounding_has_cut_off_is_late_and_not_lost_when_layers_are_unfrozen_or_added(pool, options):
+def test_rounding_residuals_are_not_lost_when_layers_are_unfrozen_or_added(pool, options):
     exact = pool.run(freeze, options)
     halved = pool.run(freeze, {"reduce_dtype": "bf16", **options})
     for ours, theirs in zip(halved, exact, strict=True):
-        assert (ours["layers"] - theirs["layers"]).abs().max() < 2.0**-6  # what one round may leave as a residual
+        assert (ours["layers"] - theirs["layers"]).abs().max() < 2.0**-6  # the residual that one round may leave
         assert len(ours["bytes"]) == len(theirs["bytes"])
-        # New layers travel as they are once; from then on deltas do.
+        # New layers are sent unencoded once; from then on changes are sent.
         assert ours["bytes"][-1] < 0.6 * theirs["bytes"][-1]
         assert ours["bytes"][19] < 0.65 * theirs["bytes"][19]
 
 
 def know_apart(options: dict) -> list[float]:
-    """One rank takes what it holds for the last average, which the other one does not know."""
+    """One rank takes its own values for the last average; the other rank does not know them."""
     parameter = nn.Parameter(torch.full((300,), float(dist.get_rank())))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 2, reduce_dtype="bf16", **options)
     if dist.get_rank() == 0:
@@ -172,12 +172,12 @@ def know_apart(options: dict) -> list[float]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-def test_deltas_travel_only_from_an_average_that_all_workers_know(pool, options):
+def test_changes_are_sent_only_relative_to_an_average_that_all_workers_know(pool, options):
     assert pool.run(know_apart, options) == [pytest.approx([0.5 + 1.5 * 8] * 300)] * 2
 
 
 def lay_out_differently() -> None:
-    """A frozen weight that lies in memory in another order on one rank is unfrozen."""
+    """A frozen weight, in another memory order on one rank, is unfrozen."""
     model = nn.Linear(3, 4)
     model.weight.requires_grad_(False)
     if dist.get_rank() == 1:
@@ -188,7 +188,7 @@ def lay_out_differently() -> None:
     local_sgd.step()
 
 
-def test_a_difference_in_memory_alone_is_named(pool):
+def test_a_difference_in_memory_order_alone_is_reported(pool):
     for outcome in pool.outcomes(lay_out_differently):
         assert outcome.kind == "WorkersDisagreeError"
         assert "parameter group 0, order in memory (0, 1)), rank 1 has weight" in outcome.error
@@ -196,7 +196,7 @@ def test_a_difference_in_memory_alone_is_named(pool):
 
 
 class Doubled(Update):
-    """Goes on from twice the mean; notes the sizes of what is averaged."""
+    """Continues from twice the mean; records how many elements are averaged."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""What is easily lost between the engine and those who use it: what is measured when, who is told, in which state."""
+"""What is easily lost between the engine and its users: when measures are read, who sees records, and in which mode."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ def one_step(local_sgd: LocalSGD, step: int = 0) -> Any:
 
 
 class Counted(Update):
-    """Adopts the mean, and counts how often it has to begin anew."""
+    """Adopts the mean, and counts the calls of ``start``."""
 
     starts = 0
 
@@ -53,7 +53,7 @@ def freeze_between_rounds() -> int:
     local_sgd, first, _ = trained(2, period=4, update=update)
     first.requires_grad_(False)
     one_step(local_sgd)
-    one_step(local_sgd)  # a round, of all that was trained since the round before
+    one_step(local_sgd)  # a round, of everything trained since the round before
     first.requires_grad_(True)
     for step in range(4):
         one_step(local_sgd, step)
@@ -61,7 +61,7 @@ def freeze_between_rounds() -> int:
 
 
 @pytest.mark.workers
-def test_what_is_averaged_changes_with_a_round_and_not_with_its_record(pool):
+def test_the_averaged_tensors_change_at_a_round_not_when_its_record_is_read(pool):
     assert pool.run(freeze_between_rounds) == [1, 1]
 
 
@@ -71,7 +71,7 @@ def bytes_of_a_forced_round(optimizer_state: str) -> int:
 
 
 @pytest.mark.workers
-def test_moments_are_not_averaged_again_where_only_a_residual_is_left(pool):
+def test_moments_are_not_averaged_again_if_only_a_residual_is_left(pool):
     assert pool.run(bytes_of_a_forced_round, "average") == pool.run(bytes_of_a_forced_round, "local")
 
 
@@ -88,7 +88,7 @@ def lose_the_measures(spread: dict[str, Any]) -> None:
 
 @pytest.mark.workers
 @pytest.mark.parametrize("spread", SPREAD)
-def test_a_measure_that_cannot_be_taken_is_a_lost_worker(pool, spread):
+def test_a_measure_that_fails_is_reported_as_a_lost_worker(pool, spread):
     for outcome in pool.outcomes(lose_the_measures, spread):
         assert outcome.kind == "WorkerLostError"
         assert ("a fragment of" if spread else "the averaging round") in outcome.error
@@ -122,11 +122,11 @@ def test_a_listener_may_write_to_parameters_and_keep_tensors(pool, spread, later
         assert (requires_grad, inference) == (False, False)
         assert len(seen) >= 3
         if not spread:
-            assert all(step == steps for step, steps in seen)  # also where the record is read in the next step
+            assert all(step == steps for step, steps in seen)  # even if the record is read in the next step
 
 
 class RuleOfVersion01(ConstantPeriod):
-    """Names its arguments as it likes."""
+    """Has names of its own for positional arguments."""
 
     def update(self, k, *, ratio, learning_rate):
         self.seen = (k, learning_rate)
@@ -156,7 +156,7 @@ def raise_and_lower() -> list[int]:
 
 
 @pytest.mark.workers
-def test_a_flag_that_is_raised_no_more_is_forgotten_with_the_next_round(pool):
+def test_a_flag_that_was_lowered_is_forgotten_at_the_next_round(pool):
     assert pool.run(raise_and_lower) == [[0, 1, 1, 0, 0]] * 2
 
 
@@ -173,7 +173,7 @@ def go_on_after_divergence() -> list[int]:
 
 
 @pytest.mark.workers
-def test_a_round_that_has_failed_is_a_meeting_whose_bytes_are_nobodys(pool):
+def test_a_failed_round_counts_as_a_handshake_and_its_bytes_are_not_booked(pool):
     (before, after, sent), _ = pool.run(go_on_after_divergence)
     assert (before, after) == (1, 2)
     plain, _ = pool.run(bytes_of_one_round)
@@ -184,7 +184,7 @@ def bytes_of_one_round() -> int:
     return trained(2, period=9)[0].average().payload_bytes
 
 
-def test_alone_it_can_be_copied_and_pickled():
+def test_with_one_worker_it_can_be_copied_and_pickled():
     local_sgd, *_ = trained(2, period=2)
     assert copy.deepcopy(local_sgd).steps == 2
     assert pickle.loads(pickle.dumps(local_sgd)).steps == 2
@@ -219,7 +219,7 @@ def fail_to_start() -> tuple[str, list[int]]:
 
 
 @pytest.mark.workers
-def test_a_session_that_cannot_start_closes_what_it_has_opened(pool):
+def test_a_session_that_cannot_start_closes_its_process_groups(pool):
     for error, opened in pool.run(fail_to_start):
         assert "lr=None" in error
         assert opened == [0]

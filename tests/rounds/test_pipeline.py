@@ -1,4 +1,4 @@
-"""Rounds that are spread over the period, or that travel while training goes on, against values computed by hand."""
+"""Rounds spread over the period, or in flight while training goes on, compared with values computed by hand."""
 
 import re
 
@@ -17,7 +17,7 @@ STEPS = 15
 
 
 class Changing(RecordingPeriod):
-    """A period that is another one after each round it is shown."""
+    """A rule whose period changes after each round that it sees."""
 
     def __init__(self, *periods: int) -> None:
         super().__init__(periods[0])
@@ -43,7 +43,7 @@ def gradient(step: int, rank: int, place: int, shape: torch.Size) -> torch.Tenso
 def trained(
     rank: int | None, steps: int, rule: RecordingPeriod | int, momentum: float = 0.0, **options: object
 ) -> dict:
-    """Train with gradients that are known beforehand; ``rank`` None is the caller's own."""
+    """Train with gradients that are known beforehand; ``rank`` None: the caller's rank."""
     rank = dist.get_rank() if rank is None else rank
     parameters = [nn.Parameter(tensor) for tensor in start()]
     optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=momentum)
@@ -63,7 +63,7 @@ def trained(
 def follow(
     periods: list[int], stagger: bool, overlap: int, steps: int, momentum: float = 0.0
 ) -> tuple[list[list[torch.Tensor]], list[float]]:
-    """What the history has to be, and S_k of every cycle; each element for itself, as the definition says."""
+    """The expected history, and S_k of every cycle, computed element by element from the definition."""
     workers = [torch.cat([tensor.reshape(-1) for tensor in start()]).clone() for _ in range(WORKERS)]
     shapes = [tensor.shape for tensor in start()]
     length = len(workers[0])
@@ -91,7 +91,7 @@ def follow(
         parts = period if stagger else 1
         if flying and parts != flying[-1][3]:
             arrive(steps + overlap)
-        # After all were the same, the first part waits until it has drifted for a period.
+        # After all workers were the same, the first part waits until it has drifted for a period.
         if (stagger and (variances or sent > 0)) or step - began == period:
             where = slice(length * sent // parts, length * (sent + 1) // parts)
             snapshots = [worker[where].clone() for worker in workers]
@@ -142,7 +142,7 @@ def train_with_momentum(stagger: bool, overlap: int, period: int) -> dict:
 
 @pytest.mark.parametrize("period", [3, 4])
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)])
-def test_with_momentum_what_is_sent_is_what_will_have_become_of_it(pool, stagger, overlap, period):
+def test_with_momentum_workers_send_the_values_that_they_expect_on_arrival(pool, stagger, overlap, period):
     history, variances = follow([period], stagger, overlap, STEPS, momentum=0.9)
     for rank, outcome in enumerate(pool.run(train_with_momentum, stagger, overlap, period, workers=WORKERS)):
         torch.testing.assert_close(torch.stack(outcome["history"]), torch.stack(history[rank]), rtol=0, atol=1e-12)
@@ -155,7 +155,7 @@ def drift_with_momentum(overlap: int) -> dict:
     return {"history": outcome["history"]}
 
 
-def test_looking_ahead_leaves_the_mean_of_the_workers_where_it_would_be(pool):
+def test_looking_ahead_does_not_change_the_mean_of_the_workers(pool):
     alone, _ = follow([100], False, 0, 41, momentum=0.9)
     mean_alone = sum(states[-1] for states in alone) / WORKERS
     outcomes = pool.run(drift_with_momentum, 1, workers=WORKERS)
@@ -171,13 +171,13 @@ def train_by(rule: Changing, overlap: int) -> dict:
 
 
 @pytest.mark.parametrize(("overlap", "periods"), [(0, [3, 3, 2, 5, 5]), (1, [3, 3, 3, 2, 5]), (2, [3, 3, 3, 2, 5])])
-def test_a_new_period_cuts_anew_from_the_next_cycle_on(pool, overlap, periods):
+def test_a_new_period_changes_the_fragments_from_the_next_cycle_on(pool, overlap, periods):
     history, variances = follow(periods, True, overlap, 16)
     for rank, outcome in enumerate(pool.run(train_by, Changing(3, 2, 5), overlap, workers=WORKERS)):
         torch.testing.assert_close(torch.stack(outcome["history"]), torch.stack(history[rank]), rtol=0, atol=1e-12)
         rounds = outcome["rounds"]
         assert [round_.period for round_ in rounds] == periods[: len(rounds)]
-        # What the first cycle has sent had drifted for up to twice as long: the rule is not shown that beside others.
+        # Fragments of the first cycle have drifted for up to twice as long: the rule does not see that round.
         assert [step for step, _, _ in outcome["seen"]] == [round_.step for round_ in rounds[1:]]
         assert [round_.variance for round_ in rounds] == pytest.approx(variances[: len(rounds)])
 
@@ -201,7 +201,7 @@ def force(stagger: bool, overlap: int, step: int, momentum: float) -> dict:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("step", range(3, 9))
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 3), (False, 1), (False, 3)])
-def test_whoever_looks_sees_the_same_on_all_workers_whatever_is_under_way(pool, stagger, overlap, step, momentum):
+def test_a_forced_round_makes_all_workers_the_same_whatever_is_in_flight(pool, stagger, overlap, step, momentum):
     outcomes = pool.run(force, stagger, overlap, step, momentum, workers=WORKERS)
     history, _ = follow([4], stagger, overlap, step, momentum)
     mean = sum(states[-1] for states in history) / WORKERS
@@ -236,7 +236,7 @@ def diverge(stagger: bool, overlap: int, on_divergence: str) -> dict:
 
 
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 2), (False, 2)])
-def test_what_is_not_finite_is_adopted_by_nobody(pool, stagger, overlap):
+def test_values_that_are_not_finite_are_not_adopted(pool, stagger, overlap):
     first, second = pool.run(diverge, stagger, overlap, "raise")
     for outcome in (first, second):
         assert outcome["error"].startswith("WorkersDivergedError: Parameters of rank(s) 1 are not finite")
@@ -245,7 +245,7 @@ def test_what_is_not_finite_is_adopted_by_nobody(pool, stagger, overlap):
 
 
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 2), (False, 2)])
-def test_a_diverged_worker_is_given_the_others_parameters_in_a_round_of_its_own(pool, stagger, overlap):
+def test_a_diverged_worker_gets_the_others_parameters_in_a_full_round(pool, stagger, overlap):
     for outcome in pool.run(diverge, stagger, overlap, "drop"):
         assert outcome == {"error": None, "finite": True, "dropped": 1}
 
@@ -265,9 +265,9 @@ def part_ways(stagger: bool, overlap: int, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["validates", "adds parameters"])
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (True, 3), (False, 2)])
-def test_workers_that_part_ways_find_out(pool, stagger, overlap, how):
+def test_workers_that_disagree_find_out(pool, stagger, overlap, how):
     outcomes = pool.outcomes(part_ways, stagger, overlap, how)
-    # Whoever finds out first leaves; the other one may notice that before anything else.
+    # The worker that finds out first leaves; the other may only notice that it is lost.
     assert {outcome.kind for outcome in outcomes} <= {"WorkersDisagreeError", "WorkerLostError"}, outcomes
     found = [outcome.error for outcome in outcomes if outcome.kind == "WorkersDisagreeError"]
     assert found, outcomes
@@ -286,7 +286,7 @@ def add_parameters(stagger: bool, overlap: int) -> dict:
 
 
 @pytest.mark.parametrize(("stagger", "overlap"), [(True, 0), (True, 1), (False, 2)])
-def test_parameters_that_come_later_are_averaged_from_the_next_cycle_on(pool, stagger, overlap):
+def test_added_parameters_are_averaged_from_the_next_cycle_on(pool, stagger, overlap):
     for outcome in pool.run(add_parameters, stagger, overlap):
         torch.testing.assert_close(outcome["added"], torch.full((7,), 0.5, dtype=torch.float64))
         assert sum(round_.local_steps for round_ in outcome["rounds"]) == outcome["rounds"][-1].step

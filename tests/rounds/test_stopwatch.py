@@ -10,7 +10,7 @@ from lightning_adpsgd.rounds.stopwatch import Stopwatch
 from lightning_adpsgd.workers.reduction import CollectiveError, Patience
 
 
-def test_it_runs_from_when_it_is_made_until_it_is_stopped():
+def test_it_runs_from_its_construction_until_it_is_stopped():
     stopwatch = Stopwatch(torch.device("cpu"))
     time.sleep(0.02)
     stopwatch.stop()
@@ -29,7 +29,7 @@ def test_on_a_cpu_it_runs_on_while_the_host_waits():
 
 
 class Event:
-    """Of a device that comes to each event a second after the one before, unless it hangs."""
+    """An event of a fake device that reaches each event one second after the previous one, unless it hangs."""
 
     made: "list[Event]"
     hangs = False
@@ -54,14 +54,14 @@ class Event:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A device of events alone."""
+    """A fake device that only has events."""
     Event.made, Event.hangs = [], False
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     return Event
 
 
-def test_on_a_gpu_what_the_host_waits_for_is_not_counted_twice(events):
+def test_on_a_gpu_the_hosts_waiting_is_not_counted_twice(events):
     stopwatch = Stopwatch(torch.device("cuda"))
     stopwatch.stop()
     with stopwatch.waiting():
@@ -69,7 +69,7 @@ def test_on_a_gpu_what_the_host_waits_for_is_not_counted_twice(events):
     assert stopwatch.seconds == 1.0
 
 
-def test_on_a_gpu_that_hangs_nobody_waits_for_ever(events):
+def test_the_wait_for_a_gpu_that_hangs_ends(events):
     stopwatch = Stopwatch(torch.device("cuda"), Patience(0.05, lambda: None).wait_for)
     events.hangs = True
     stopwatch.stop()
