@@ -32,6 +32,7 @@ class Terms(NamedTuple):
     as_it_is: bool = True
     """Whether to ignore codec and update: values are sent unencoded, and the mean is adopted."""
     told: OnDeviations | None = None
+    """Receives the deviations; None: they are not needed."""
 
 
 class BucketInFlight(NamedTuple):
@@ -43,7 +44,7 @@ class BucketInFlight(NamedTuple):
     cut_off: Tensor | None = None
     """What rounding cut off, if the encoded change of the average is sent; None if the values are sent unencoded."""
     alike: Comparison | None = None
-    """Finds blocks that are equal on all workers; None if averaging keeps these bit for bit anyway."""
+    """Finds blocks that are equal on all workers, to keep them bit for bit; None if that is not needed."""
     snapshot: Tensor | None = None
     """The values that this worker sent, before rounding; None if the tensors still hold them."""
 
@@ -96,7 +97,7 @@ class ParameterAverager:
         """Average the whole layout.
 
         Args:
-            terms: None: all workers contribute, and codec and update are ignored.
+            terms: how to average; None: all workers contribute, and codec and update are ignored.
 
         Returns:
             Σ ‖w̄ − w_i‖² of this worker's parameters before averaging, per parameter group; float64, shape (groups,),
