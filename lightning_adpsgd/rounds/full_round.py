@@ -60,7 +60,7 @@ class FullRound:
         tensors: AveragedTensors,
         also: Sequence[Tensor],
         trained: Callable[[], bool],
-        local_steps: int,
+        drifted: int,
     ) -> tuple[Reduction, int]:
         """Average everything.
 
@@ -70,7 +70,7 @@ class FullRound:
             tensors: what is averaged.
             also: further tensors to average along.
             trained: says whether there is something to average; asked again when that has been done.
-            local_steps: for how many steps it has drifted.
+            drifted: for how many steps any of it has drifted at most. (For less, an estimate errs on the safe side.)
 
         Returns:
             What was measured, which is on its way, and how many workers were left out.
@@ -106,7 +106,7 @@ class FullRound:
             if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 contributes = contribution.contributes  # of one that does not, the optimizer begins anew
-                told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
+                told = self._policy.estimate(tensors.tensors, drifted) if contributes else None
                 terms = Terms(contribution, as_it_is, told)
                 deviations = [*tensors.averager.average(terms)]
             numbers = self._measures.launch(deviations, contribution)
