@@ -154,6 +154,10 @@ class FlatLayout:
         """Whether an index space holds what belongs to parameter groups; where they are apart, all of it does."""
         return self._spaces[space].entries[0].group is not None
 
+    def dtype(self, space: int) -> torch.dtype:
+        """Of the numbers in an index space."""
+        return self._spaces[space].entries[0].tensor.dtype
+
     def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Bucket]:
         """The layout, or one part of it, as buckets of nearly equal length.
 

@@ -120,9 +120,10 @@ class SecondMoments:
         wanted = 1.0 - (noise_of_each * ((1.0 - new) * share + new)).clamp(max=most)
         factors = ((1.0 - fresh) * share + fresh * wanted) / ((1.0 - fresh) * share + fresh)
         self._shares[place], self._steps[place] = (1.0 - new) * share + new * wanted, steps
-        mine = [each for each, state in zip(factors.unbind(), states, strict=True) if state.get(self._name) is not None]
-        on_cpu = none.device.type == "cpu"
-        torch._foreach_mul_([state[self._name] for state in found], [each.item() for each in mine] if on_cpu else mine)
+        mine = zip(states, factors.unbind(), strict=True)
+        torch._foreach_mul_(
+            [state[self._name] for state in found], [each for state, each in mine if state.get(self._name) is not None]
+        )
 
     def _before(self, place: int, steps: Tensor) -> Tensor:
         """Of each parameter, the steps of which the second moments are known to be those of the mean gradient."""
