@@ -201,7 +201,7 @@ class DeltaCodec:
         """Take note of an average that travelled as it is."""
         if bucket.space in self._spaces:
             average, error = self._of(bucket)
-            average.copy_(mean)
+            average.copy_(mean.to(self._layout.dtype(bucket.space)))  # as tensors of 16 bits hold it
             error.zero_()
             self._note_known(bucket)
 

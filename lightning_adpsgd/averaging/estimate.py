@@ -39,6 +39,7 @@ from lightning_adpsgd.averaging.momentum import Group, Momentum, MomentumReader,
 from lightning_adpsgd.averaging.state_entries import is_plain
 from lightning_adpsgd.averaging.tiles import Entry, Tile
 
+_AT_MOST = 4.0  # times a moment's size, that its deviation is believed to be
 _REMEMBERED = 4096  # steps whose learning rates are kept; of longer periods, the latest count
 
 
@@ -98,6 +99,8 @@ class MomentEstimate:
         for place, group in enumerate(groups):
             mine = [each[place] if place < len(each) else 0.0 for each in reversed(rates)]
             momentum, gathered = self._reader.of(group, ago)
+            if momentum is not None and _is_on_device(group["lr"]):  # then its product with the rate is not known
+                momentum = momentum._replace(coupled_decay=0.0, decoupled_decay=0.0)
             looked = ahead[place] if place < len(ahead) else 0.0
             response = _Response(0.0, 0.0, 0.0)
             if momentum is not None:
@@ -154,6 +157,9 @@ class MomentEstimate:
         if _is_on_device(group["lr"]):
             rate = group["lr"].detach().to(changes[0].dtype)
             changes = [*torch._foreach_mul(changes, torch.where(rate > 0.0, 1.0 / rate, 0.0))]
+        # A moment's deviation is a part of it. What is much larger is what rounding has done, divided by a small rate.
+        moved, size = (torch.stack(torch._foreach_norm(each)).float().norm() for each in (changes, targets))
+        changes = [*torch._foreach_mul(changes, (moved * abs(factor) <= _AT_MOST * size).to(changes[0].dtype))]
         torch._foreach_add_(targets, changes, alpha=-factor)
         for target, (_, moment, here, _) in zip(targets, found, strict=True):
             if moment.flat is None:
@@ -208,7 +214,7 @@ def _response(
         )
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
-    factor = vw / ww if ww > 0.0 else 0.0
+    factor = vw / ww if ww > 0.0 and beta > 0.0 else 0.0  # of a moment of which the next step leaves nothing
     if not math.isfinite(factor):
         return _Response(0.0, 0.0, 0.0)
     if ago == 0:

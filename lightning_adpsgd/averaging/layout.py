@@ -154,6 +154,10 @@ class FlatLayout:
         """Whether the first tensor of an index space belongs to a parameter group; with ``apart``, then all do."""
         return self._spaces[space].entries[0].group is not None
 
+    def dtype(self, space: int) -> torch.dtype:
+        """Of the numbers in an index space."""
+        return self._spaces[space].entries[0].tensor.dtype
+
     def cut(self, max_bytes: int, part: int = 0, parts: int = 1) -> list[Bucket]:
         """Cut the layout, or one part of it, into buckets of nearly equal length.
 

@@ -43,8 +43,8 @@ class Known(NamedTuple):
     """Whether state is made when the optimizer is constructed, not at a parameter's first step."""
     first_moment: str = ""
     """The entry that holds the first moment."""
-    second_moments: tuple[str, ...] = ()
-    """Entries that are means of squared gradients, corrected by β₂ for their bias."""
+    second_moment: str = ""
+    """The entry that holds the mean of squared gradients, corrected by β₂ for its bias."""
     divisors: Callable[[Group, list[State]], list[Tensor]] | None = None
     """What each parameter's steps are divided by, element by element, beside the learning rate; None: by nothing."""
 
@@ -101,7 +101,7 @@ class MomentumReader:
         """
         steps = max(1, self._steps_of(group) - ago)
         momentum = None if self._kind is None else self._kind.momentum(self.plain(group), steps)
-        return (None if momentum is None or momentum.decay <= 0.0 else momentum), steps
+        return momentum, steps
 
     def _steps_of(self, group: Group) -> int:
         for parameter in group["params"]:
@@ -219,7 +219,7 @@ _ADAM = Known(
     _adam,
     first_moment="exp_avg",
     divisors=_roots,
-    second_moments=("exp_avg_sq", "max_exp_avg_sq"),
+    second_moment="exp_avg_sq",
 )
 
 # Counters of steps are those that a bias correction goes by; others (of a decay of the learning rate) are no moments.
@@ -240,7 +240,7 @@ _KNOWN = {
         _nadam,
         first_moment="exp_avg",
         divisors=_roots,
-        second_moments=("exp_avg_sq",),
+        second_moment="exp_avg_sq",
     ),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
     "RMSprop": Known(

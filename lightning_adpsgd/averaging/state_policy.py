@@ -65,7 +65,7 @@ class StatePolicy:
         reader = MomentumReader(optimizer, self._steps_of_moments)
         self.look_ahead = LookAhead(optimizer, reader).factors
         self._estimate = MomentEstimate(optimizer, reader) if policy == "estimate" else None
-        self.second_moments = SecondMoments(optimizer, reader, workers.count)
+        self.second_moments = SecondMoments(optimizer, reader, workers.count, self._steps_of_moments)
 
     def _steps_of_moments(self) -> int:
         """The number of steps over which this worker's moments have been accumulated."""
@@ -131,6 +131,7 @@ class StatePolicy:
         """
         if not contribution.contributes:
             forget(self._optimizer, self._at_start)
+            self.second_moments.forget()
             self._dropped_at = self._steps
         averages = self._policy == "average"
         if averages and trained and self.anybody_has_state:
@@ -144,6 +145,7 @@ class StatePolicy:
                 self._dropped_at = 0  # it has been given the others' moments
                 if self._estimate is not None:
                     self._estimate.mark_shared()
+                    self._share_second_moments(contribution)
             self.shared_at = self._steps
 
     def end_round(self) -> None:
@@ -151,6 +153,11 @@ class StatePolicy:
         if self._policy == "reset":
             reset_moments(self._optimizer)
             self.reset_at = self._steps
+
+    def _share_second_moments(self, contribution: Contribution) -> None:
+        # Counters of steps have become the first worker's. A checkpoint holds what one worker knows of them.
+        mine = self.second_moments.state_dict() if contribution.contributes else {}
+        self.second_moments.load_state_dict(next(filter(None, self._workers.gather_objects(mine))))
 
     def _share(self, contribution: Contribution, shared: Collection[int] = (), only_moments: bool = False) -> None:
         share_state(self._optimizer, self._workers, self._bucket_bytes, shared, contribution, only_moments)

@@ -210,9 +210,9 @@ class RoundEngine:
         tensors.take_over()
         stopwatch = Stopwatch(self._workers.device, self._workers.patience.wait_for)
         sent_before = self._workers.payload_bytes
-        numbers, dropped = self._full_round.run(
-            trigger, period, tensors, also, lambda: self.has_trained, self.local_steps
-        )
+        pipeline = self._pipeline
+        drifted = self.local_steps if pipeline is None else pipeline.clock.longest(pipeline.steps)
+        numbers, dropped = self._full_round.run(trigger, period, tensors, also, lambda: self.has_trained, drifted)
         stopwatch.stop()
         self._measures.book_bytes_since(sent_before)
         # A variance among fewer workers, or of a full round in place of fragments, is not comparable with others.

@@ -60,7 +60,7 @@ class FullRound:
         tensors: AveragedTensors,
         also: Sequence[Tensor],
         trained: Callable[[], bool],
-        local_steps: int,
+        drifted: int,
     ) -> tuple[Reduction, int]:
         """Run the round.
 
@@ -70,7 +70,8 @@ class FullRound:
             tensors: the tensors to average.
             also: further tensors to average.
             trained: returns whether there is something to average; called again after averaging.
-            local_steps: the number of steps over which the tensors have drifted.
+            drifted: the number of steps over which any of them has drifted at most. If it is less for others, the
+                estimate errs on the safe side.
 
         Returns:
             The reduction of the measures, and how many workers were left out.
@@ -106,7 +107,7 @@ class FullRound:
             if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 contributes = contribution.contributes  # otherwise the optimizer starts over
-                told = self._policy.estimate(tensors.tensors, local_steps) if contributes else None
+                told = self._policy.estimate(tensors.tensors, drifted) if contributes else None
                 terms = Terms(contribution, as_it_is, told)
                 deviations = [*tensors.averager.average(terms)]
             numbers = self._measures.launch(deviations, contribution)

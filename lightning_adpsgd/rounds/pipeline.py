@@ -119,7 +119,8 @@ class Pipeline:
         """Local steps since all workers were last the same, from which the schedule counts."""
         self._sent_at = 0
         self._round: SpreadRound | None = None  # the one that is being sent
-        self._clock = DriftClock()
+        self.clock = DriftClock()
+        """For how many steps what is sent has drifted."""
         self._in_flight: deque[_Fragment] = deque()  # oldest first
         self._known: AveragedTensors | None = None  # what all workers have agreed to average
         self._before: _Before | None = None  # of the fragment that is sent after the next step
@@ -162,7 +163,7 @@ class Pipeline:
             delay = self._schedule.delay(period)
             none = torch.zeros(tensors.averager.groups, dtype=torch.float64, device=self._async_group.device)
             round_ = self._round = SpreadRound(fragments, delay, period, drift, none)
-            self._clock.begin(fragments)
+            self.clock.begin(fragments, delay)
         self._launch(round_, tensors, step)
         return landed
 
@@ -239,7 +240,7 @@ class Pipeline:
 
     def _begin_anew(self) -> None:
         self.steps = self._sent_at = 0
-        self._clock.restart()
+        self.clock.restart()
         self._round = None
         self._before = None
 
@@ -260,7 +261,7 @@ class Pipeline:
         ahead = self._policy.look_ahead(round_.delay)
         before = self._before
         values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
-        drifted = self._clock.send(self.steps)
+        drifted = self.clock.send(self.steps)
         try:
             buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
         except CollectiveError as error:
@@ -309,6 +310,7 @@ class Pipeline:
         others = [*self._in_flight]
         self._in_flight.clear()
         self._round = None
+        self.clock.restart()  # nobody will ask but for a round of everything
         for other in others:
             other.handshake.complete()
         waits = [bucket.reduction.wait for each in (fragment, *others) for bucket in each.buckets]

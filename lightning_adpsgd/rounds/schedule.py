@@ -77,16 +77,23 @@ class DriftClock:
         """Record that all workers are the same. Steps are counted from 0 again."""
         self._before = [0]
         self._now: list[int] = []
-        self._fragments = 0
+        self._fragments = self._delay = 0
 
-    def begin(self, fragments: int) -> None:
-        """Record that a round of ``fragments`` fragments begins."""
+    def begin(self, fragments: int, delay: int = 0) -> None:
+        """Record that a round of ``fragments`` fragments begins, each of which is adopted ``delay`` steps later."""
         if self._now and len(self._now) == self._fragments:
             self._before = self._now
-        self._now, self._fragments = [], fragments
+        self._now, self._fragments, self._delay = [], fragments, delay
 
     def send(self, step: int) -> int:
         """Record that the next fragment is sent at ``step``; return for how many steps it has drifted."""
         middle = (len(self._now) + 0.5) / self._fragments
         self._now.append(step)
         return step - self._before[int(middle * len(self._before))]
+
+    def longest(self, step: int) -> int:
+        """Return for how many steps any element has drifted at most; 0 if a mean was adopted before its time."""
+        if self._fragments == 1 and self._now and step - self._now[0] < self._delay:
+            return 0  # what was sent has looked ahead, beyond this step
+        sent = len(self._now) / max(1, self._fragments)
+        return step - (self._now[0] if sent == 1.0 else self._before[int(sent * len(self._before))])

@@ -64,7 +64,7 @@ def warn_of_a_missing_optimizer() -> None:
 
 def warn_of_short_steps(optimizers: Sequence[Optimizer], optimizer_state: str, workers: WorkerGroup) -> None:
     """Warn if steps are divided by the root of second moments that see each worker's own noise."""
-    adams = [type(each).__name__ for each in optimizers if (kind := known(each)) and kind.second_moments]
+    adams = [type(each).__name__ for each in optimizers if (kind := known(each)) and kind.second_moment]
     if adams and workers.count > 1 and optimizer_state != "estimate":
         most = math.sqrt(workers.count)
         rank_zero_warn(

@@ -160,3 +160,32 @@ def settle(kind: str, codec: Codec, cycles: list[int]) -> float:
 )
 def test_what_is_owed_is_settled_however_the_parts_were_cut(pool, codec, kind, cycles):
     assert max(pool.run(settle, kind, codec, cycles, workers=2 if kind == "devices" else 4)) < 1e-5
+
+
+def go_on_with_16_bits(dtype: str, options: dict) -> list[torch.Tensor]:
+    """Ends of a run that does not stop at its checkpoint, and of one that goes on from it."""
+    ends, saved = [], None
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.randn(300).to(torch.bfloat16) if saved is None else saved.clone())
+        local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=0.1), 2, reduce_dtype=dtype, **options)
+        local_sgd.broadcast()
+        for step in range(8 if resumed else 0, 20):
+            generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+            parameter.grad = torch.randn(300, generator=generator).to(torch.bfloat16)
+            local_sgd.optimizer.step()
+            local_sgd.step()
+            if step == 7:
+                local_sgd.average("checkpoint")
+                saved = parameter.detach().clone()
+        local_sgd.average("train_end")
+        local_sgd.close()
+        ends.append(parameter.detach())
+    return ends
+
+
+@pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_going_on_from_a_checkpoint_of_16_bit_parameters_equals_not_having_stopped(pool, dtype, options):
+    for whole, resumed in pool.run(go_on_with_16_bits, dtype, options):
+        assert torch.equal(whole, resumed)

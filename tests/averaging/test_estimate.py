@@ -346,3 +346,73 @@ def test_the_mean_of_moments_stays_what_it_is_whatever_rounding_does_to_the_mean
 ) -> None:
     for before, after in pool.run(means_of_moments, options, workers=3):
         torch.testing.assert_close(after, before, rtol=0.0, atol=1e-5)
+
+
+def before_and_after(options: dict[str, Any], after: int) -> tuple[float, float]:
+    """The variance of moments among workers before and after a round that somebody asks for some steps after one."""
+    parameter = nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    local_sgd = LocalSGD(optimizer, 8, optimizer_state="estimate", **options)
+    local_sgd.broadcast()
+    torch.manual_seed(dist.get_rank() + 1)
+    for _ in range(24 + after):
+        parameter.grad = torch.randint(0, 2, parameter.shape) * 2.0 - torch.ones_like(parameter)
+        optimizer.step()
+        local_sgd.step()
+    found = []
+    for _ in range(2):
+        moment = optimizer.state[parameter]["momentum_buffer"]
+        mean = moment.clone()
+        dist.all_reduce(mean)
+        found.append(float((moment - mean / dist.get_world_size()).square().mean()))
+        local_sgd.average("validation")
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"stagger": True}, {"overlap": 2}, {"overlap": 4}, {"stagger": True, "overlap": 2}], ids=str
+)
+def test_a_round_in_the_middle_of_others_does_not_drive_moments_apart(
+    pool: Any, options: dict[str, Any], after: int
+) -> None:
+    for before, now in pool.run(before_and_after, options, after):
+        assert now <= before * 1.001
+
+
+def next_to_no_rate(dtype: str | None) -> list[float]:
+    """The root mean squares of a moment in a run whose rate all but vanishes for a while."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(0.05 * torch.randn(4000))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    local_sgd = LocalSGD(optimizer, 4, optimizer_state="estimate", reduce_dtype=dtype)
+    local_sgd.broadcast()
+    torch.manual_seed(dist.get_rank() + 1)
+    found = []
+    for step in range(1, 41):
+        optimizer.param_groups[0]["lr"] = 0.1 if step <= 24 else 1e-9
+        parameter.grad = 1e-3 * torch.randn(4000)
+        optimizer.step()
+        local_sgd.step()
+        found.append(float(optimizer.state[parameter]["momentum_buffer"].square().mean().sqrt()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "int4"])
+def test_what_rounding_has_done_is_not_divided_by_a_rate_next_to_nothing(pool: Any, dtype: str | None) -> None:
+    for sizes in pool.run(next_to_no_rate, dtype, workers=3):
+        assert max(sizes[24:]) < 4 * max(sizes[:24])
+
+
+def test_weight_decay_is_not_multiplied_by_a_rate_that_nobody_knows() -> None:
+    factors = []
+    for on_device in (False, True):
+        parameter = nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=1.0)
+        estimated = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 20))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(estimate, "_is_on_device", lambda rate, on_device=on_device: on_device)
+            for _ in range(8):
+                estimated.note_step()
+            factors.append(estimated.factors(8)[0] / (1e-3 if on_device else 1.0))
+    assert factors[1] == pytest.approx(factors[0], rel=0.02)

@@ -1,5 +1,6 @@
 """Second moments from which the noise is taken that the mean over the workers does not have."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ def moments(signal: float, policy: str, options: dict[str, Any], class_: str = "
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 4))
     settings = {"lr": 1e-3, "betas": BETAS} | ({"weight_decay": 0.0} if class_ == "AdamW" else {})
+    class_, _, without = class_.partition(" without ")
+    settings |= {"betas": (0.0, BETAS[1])} if without == "momentum" else {}
     full = policy == "full"
     optimizer = getattr(torch.optim, class_)(model.parameters(), **settings)
     state = "local" if full else policy
@@ -47,6 +50,7 @@ def compare(signal: float, options: dict[str, Any], class_: str) -> list[float]:
         ({}, "NAdam", 0.0),
         ({"reduce_dtype": "int4"}, "AdamW", 0.2),
         ({"stagger": True, "overlap": 1}, "Adam", 0.0),
+        ({}, "Adam without momentum", 0.0),
     ],
     ids=str,
 )
@@ -74,3 +78,128 @@ def test_how_much_was_taken_is_in_the_checkpoint(pool: Any) -> None:
         assert loaded == kept
         assert 0.5 <= kept[0] < 0.7
     assert [kept for kept, _ in pool.run(shares, "local", workers=2)] == [[], []]
+
+
+def train(optimizer: Any, local_sgd: Any, steps: int, noise: float = 1.0, resting: int | None = None) -> list[float]:
+    """Take steps of which all gradients are noise; return the second moments' means."""
+    parameters = optimizer.param_groups[0]["params"]
+    for _ in range(steps):
+        for place, parameter in enumerate(parameters):
+            parameter.grad = None if place == resting else noise * torch.randn_like(parameter)
+            if local_sgd is None and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+        optimizer.step()
+        if local_sgd is not None:
+            local_sgd.step()
+    states = [optimizer.state.get(each, {}) for each in parameters]
+    return [float(state["exp_avg_sq"].mean()) for state in states if state]  # one that was dropped has none
+
+
+def begun(**settings: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(2000)) for _ in range(2)]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, betas=BETAS, **settings)
+    local_sgd = LocalSGD(optimizer, ConstantPeriod(4), optimizer_state="estimate")
+    local_sgd.broadcast()
+    torch.manual_seed(dist.get_rank() + 1)
+    return optimizer, local_sgd
+
+
+def one_rests(resting: int) -> tuple[list[float], list[float]]:
+    optimizer, local_sgd = begun()
+    return train(optimizer, local_sgd, 200), train(optimizer, local_sgd, 300, resting=resting)
+
+
+@pytest.mark.parametrize("resting", [0, 1])
+def test_those_of_a_parameter_that_is_not_trained_stay_what_they_are_and_change_no_others(
+    pool: Any, resting: int
+) -> None:
+    for before, after in pool.run(one_rests, resting, workers=2):
+        assert after[resting] == before[resting]
+        assert after[1 - resting] == pytest.approx(0.5, abs=0.1)
+
+
+def louder_at_first() -> tuple[Any, ...]:
+    optimizer, local_sgd = begun(amsgrad=True)
+    train(optimizer, local_sgd, 40, noise=3.0)
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    before = state["max_exp_avg_sq"].clone()
+    train(optimizer, local_sgd, 100)
+    return before, state["max_exp_avg_sq"]
+
+
+def test_the_largest_that_amsgrad_divides_by_never_becomes_smaller(pool: Any) -> None:
+    for before, after in pool.run(louder_at_first, workers=2):
+        assert (after >= before).all()
+
+
+def after_full_communication(signal: float) -> tuple[float, list[float]]:
+    optimizer, local_sgd = begun()
+    full = train(optimizer, None, 400)[0]
+    local_sgd.mark_synchronized()
+    return full, [train(optimizer, local_sgd, 4)[0] for _ in range(20)]
+
+
+def test_those_of_full_communication_hold_no_noise_to_be_taken(pool: Any) -> None:
+    for full, found in pool.run(after_full_communication, 0.0, workers=3):
+        for each in found:
+            assert each / full == pytest.approx(1.0, abs=0.2)
+
+
+def go_on(dropped: bool) -> list[list[torch.Tensor]]:
+    """Ends of a run on one worker of which steps were skipped or that was dropped, and of one from its checkpoint."""
+    ends, saved = [], []
+    for resumed in (False, True):
+        optimizer, local_sgd = begun()
+        parameters = optimizer.param_groups[0]["params"]
+        local_sgd = LocalSGD(optimizer, 4, optimizer_state="estimate", on_divergence="drop")
+        local_sgd.broadcast()
+        if resumed:
+            for parameter, value in zip(parameters, saved[0], strict=True):
+                parameter.data.copy_(value)
+            optimizer.load_state_dict(saved[1])
+            local_sgd.load_state_dict(saved[2])
+            local_sgd.mark_synchronized()
+        for step in range(11 if resumed else 1, 23):
+            torch.manual_seed(100 * dist.get_rank() + step)
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if dist.get_rank() == 0 and step == 2:
+                if not dropped:
+                    local_sgd.step()  # as if a scaler had left it out
+                    continue
+                parameters[0].grad.fill_(float("nan"))
+            optimizer.step()
+            local_sgd.step()
+            if step == 10 and not resumed:
+                local_sgd.average("checkpoint")
+                state = [[each.detach().clone() for each in parameters], optimizer.state_dict(), local_sgd.state_dict()]
+                saved = local_sgd.workers.broadcast_object(copy.deepcopy(state), 0)
+        ends.append([*parameters, *(optimizer.state[each]["exp_avg_sq"] for each in parameters)])
+    return [[each.detach() for each in end] for end in ends]
+
+
+@pytest.mark.filterwarnings("ignore:Parameters of rank")
+@pytest.mark.parametrize("dropped", [False, True])
+def test_going_on_from_a_checkpoint_equals_not_having_stopped_where_workers_have_taken_other_steps(
+    pool: Any, dropped: bool
+) -> None:
+    for whole, resumed in pool.run(go_on, dropped, workers=2):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole, resumed, strict=True))
+
+
+def dropped_early() -> list[float]:
+    optimizer, local_sgd = begun()
+    local_sgd = LocalSGD(optimizer, 4, optimizer_state="estimate", on_divergence="drop")
+    train(optimizer, local_sgd, 4)
+    if dist.get_rank() == 0:
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+    train(optimizer, local_sgd, 4)
+    return train(optimizer, local_sgd, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Parameters of rank")
+def test_a_worker_that_was_dropped_begins_anew(pool: Any) -> None:
+    for mean in pool.run(dropped_early, workers=3)[0]:
+        assert mean / (1 - BETAS[1] ** 4) < 0.9

@@ -53,3 +53,23 @@ def test_a_fragment_has_drifted_since_its_elements_were_last_sent():
     clock.restart()
     clock.begin(1)
     assert clock.send(3) == 3
+
+
+def test_what_has_drifted_for_longest_was_sent_first_or_is_still_to_be_sent():
+    clock = DriftClock()
+    assert clock.longest(7) == 7
+    clock.begin(4)
+    for step in (7, 8, 9, 10):
+        assert clock.longest(step) == step
+        clock.send(step)
+    assert clock.longest(10) == 3
+    clock.begin(4)
+    assert clock.longest(11) == 4
+    clock.send(11)
+    assert clock.longest(11) == 3
+    assert clock.longest(14) == 6
+    clock.restart()
+    assert clock.longest(2) == 2
+    clock.begin(1, delay=2)
+    clock.send(4)
+    assert [clock.longest(step) for step in (4, 5, 6, 7)] == [0, 0, 2, 3]  # until it has come when it was to come
