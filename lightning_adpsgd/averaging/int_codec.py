@@ -27,8 +27,8 @@ class IntCodec(Codec):
     on any worker does not change at all.
 
     With 8 bits the elements of a block share a scale. With 4 bits those of 16 neighbours do, as the scale matters more:
-    it is one of 1 to 15 times the block's unit, rounded up, which takes 4 bits. (Of a normal distribution, the mean
-    square error is half of what a scale per 128 elements would make it, for 6 % more bytes. Such scales of two levels
+    it is one of 1 to 15 times the block's unit, rounded up, which takes 4 bits. (For a normal distribution, the mean
+    square error is 0.6 of what one scale per 128 elements would make it, for 6 % more bytes. Such scales of two levels
     are also those of "microscaling" formats, arXiv:2302.08007.)
 
     A block's scale or unit takes 2 bytes: it is a bf16 number, rounded up so that nothing is clipped. (In fp16, whose

@@ -108,7 +108,8 @@ class SecondMoments:
         # of each parameter, and of all elements that were trained
         fresh = ((1.0 - beta ** (steps - before)) / (1.0 - beta**steps)).where(steps > 0.0, 0.0)
         elements = [each.numel() * (2 if each.is_complex() else 1) for each in group["params"]]
-        trained = torch.tensor(elements, device=none.device).where(steps > before, 0)
+        counts = torch.tensor(elements, pin_memory=none.is_cuda).to(none.device, non_blocking=True)
+        trained = counts.where(steps > before, 0)
         count = trained.sum().clamp(min=1)
         new, noise_of_each = (fresh * trained).sum() / count, noise / count
 
