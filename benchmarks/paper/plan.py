@@ -150,11 +150,9 @@ POWERSGD = tuple(
 BYTES = (FULL, BF16, QSGD, *POWERSGD, ADPSGD, HALF, INT4, ADPSGD_INT4, INT4_OFTEN)
 FASTER = {
     contender: tuple(contender.at_rate(factor) for factor in factors)
-    for contender, factors in ((FULL, (2, 2.8)), *((each, (2,)) for each in POWERSGD), (ADPSGD_INT4, (2.8, 4)))
+    for contender, factors in ((FULL, (2, 2.8)), *((each, (2,)) for each in POWERSGD), (ADPSGD_INT4, (2, 2.8)))
 }
-"""With AdamW each of these is tuned, as the best rate of one is not that of another.
-
-A worker's second moment sees more gradient noise than that of full communication, so its steps are shorter."""
+"""With AdamW each of these is tuned: the best rate of one is not that of another."""
 
 SHORTLIST = (FULL, POWERSGD[1], ADPSGD, ADPSGD_INT4)
 
