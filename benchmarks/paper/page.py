@@ -71,6 +71,7 @@ class Page:
         of_bytes = [study for study in self.studies if study.name in AGAINST_BYTES]
         self._parts = [Part(study, self.outcomes.of_runs(runs_of([study]))) for study in of_bytes]
         self.studies = [study for study in self.studies if study.name not in AGAINST_BYTES]
+        beside = self.outcomes.of_runs(runs_of(of_bytes))
         self.outcomes = self.outcomes.of_runs(runs_of(self.studies))
         self._studies: dict[str, Study] = {}
         for study in self.studies:
@@ -78,7 +79,7 @@ class Page:
             if tasks:
                 self._studies[study.name] = study._replace(tasks=tasks)
         paper = self._studies.get("paper")
-        self.claims = claims(self.outcomes, paper.tasks if paper else [], self.links)
+        self.claims = claims(self.outcomes, paper.tasks if paper else [], self.links, beside)
 
     def text(self) -> str:
         """All of it, in Markdown: the sections of `page.md` that there is something to say in."""

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.paper.claims import claims, verdict
 from benchmarks.paper.links import Link
-from benchmarks.paper.plan import ADPSGD, CPSGD_8, MATCHED, QSGD, RARE
+from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, CPSGD_8, MATCHED, QSGD, RARE
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store
 from tests.benchmarks.paper.helpers import TASK, a_result, outcomes_of
@@ -61,6 +61,20 @@ def test_qsgd_is_compared_in_loss_bytes_and_time(tmp_path):
     # QSGD has 2.0 after epoch 2 and 20 bytes; they, after 2.5 epochs and 12.5 bytes.
     assert "is there after 1.25 times its epochs and 0.62 times its bytes" in claim.sentences[0]
     assert "0.78 times its time on the link that stands for 10 Gbps" in claim.sentences[1]
+
+
+def test_what_the_paper_does_not_have_is_beside_its_claim_and_changes_no_verdict(tmp_path):
+    qsgd = a_result(0.9, 0.6, sent=30)
+    outcomes = outcomes_of(tmp_path / "paper", {QSGD: [qsgd], RARE: [a_result(1.1, 0.6, sent=15)]})
+    beside = outcomes_of(tmp_path / "bytes", {QSGD: [qsgd], ADPSGD_INT4: [a_result(0.8, 0.61, sent=6)]})
+    alone, both = (claims(outcomes, [TASK], {}, each)[1] for each in (None, beside))
+    assert alone.verdict == both.verdict == "not reproduced"
+    assert both.sentences[: len(alone.sentences)] == alone.sentences
+    assert both.sentences[len(alone.sentences) :] == [
+        "Not in the paper: Net, adpsgd_int4, with 0.20 of QSGD's bytes: final loss -0.1000 (lower with 1 of 1 seeds),"
+        " accuracy +1.00 points (higher with 1 of 1 seeds).",
+        "Of adpsgd_int4 the verdict would be: reproduced.",
+    ]
 
 
 def a_link(**speedups):
