@@ -83,13 +83,9 @@ def _against_qsgd(outcomes: Outcomes, tasks: Sequence[Task], links: Mapping[str,
             losses = outcomes.differences(task, contender, QSGD, final_loss)
             if not losses:
                 continue
-            mine, others = (outcomes.of(task, each, sent_bytes).mean for each in (contender, QSGD))
             if contender is RARE:
                 better.append([-loss for loss in losses])
-            sentences.append(
-                f"{task.title}, {contender.title}, with {mine / others:.2f} of QSGD's bytes:"
-                f" {outcomes.against(task, contender, QSGD)}; {_until(outcomes, task, contender, links)}."
-            )
+            sentences.append(f"{_beside_qsgd(outcomes, task, contender)}; {_until(outcomes, task, contender, links)}.")
     if better:
         sentences.append(
             f"The verdict is about the final loss of {RARE.title}, which sends half of QSGD's bytes or less, after as"
@@ -105,13 +101,16 @@ def _also_against_qsgd(outcomes: Outcomes, tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         losses = outcomes.differences(task, ADPSGD_INT4, QSGD, final_loss)
         if losses:
-            mine, others = (outcomes.of(task, each, sent_bytes).mean for each in (ADPSGD_INT4, QSGD))
             better.append([-loss for loss in losses])
-            sentences.append(
-                f"Not in the paper: {task.title}, {ADPSGD_INT4.title}, with {mine / others:.2f} of QSGD's bytes:"
-                f" {outcomes.against(task, ADPSGD_INT4, QSGD)}."
-            )
+            sentences.append(f"Not in the paper: {_beside_qsgd(outcomes, task, ADPSGD_INT4)}.")
     return [*sentences, f"Of {ADPSGD_INT4.title} the verdict would be: {verdict(better)}."] if better else []
+
+
+def _beside_qsgd(outcomes: Outcomes, task: Task, contender: Contender) -> str:
+    """A contender's bytes, loss and accuracy beside QSGD's; they need a seed in common."""
+    mine, others = (outcomes.of(task, each, sent_bytes).mean for each in (contender, QSGD))
+    against = outcomes.against(task, contender, QSGD)
+    return f"{task.title}, {contender.title}, with {mine / others:.2f} of QSGD's bytes: {against}"
 
 
 def _until(outcomes: Outcomes, task: Task, contender: Contender, links: Mapping[str, Link]) -> str:

@@ -10,7 +10,7 @@ from lightning_adpsgd.averaging import scaled_blocks
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 
-_SMALLEST_UNIT = torch.finfo(torch.float32).tiny  # whose reciprocal is finite, too
+_SMALLEST_UNIT = torch.finfo(torch.float32).tiny  # of a block of zeros, for example, which is divided by it
 _LARGEST = torch.finfo(torch.float32).max
 # Rounding to bf16 takes away one part in 257 at most. What is larger by one in 256 is rounded up, in effect.
 _ROUNDED_UP = 257 / 256

@@ -128,9 +128,9 @@ class SecondMoments:
 
     def _before(self, place: int, steps: Tensor) -> Tensor:
         """Of each parameter, the steps of which the second moments are known to be those of the mean gradient."""
-        known = self._steps[place]
-        if known is None:
+        kept = self._steps[place]
+        if kept is None:
             return (steps - self._own_steps()).clamp(min=0.0)
-        known = known.to(steps).expand(len(steps)) if known.dim() == 0 else known.to(steps)  # early files have but one
-        known = torch.cat([known, known.new_zeros(max(0, len(steps) - len(known)))])[: len(steps)]
-        return known.where(known <= steps, 0.0)  # the optimizer may have begun anew
+        before = kept.to(steps).expand(len(steps)) if kept.dim() == 0 else kept.to(steps)  # early files have but one
+        before = torch.cat([before, before.new_zeros(max(0, len(steps) - len(before)))])[: len(steps)]
+        return before.where(before <= steps, 0.0)  # the optimizer may have begun anew
