@@ -231,7 +231,6 @@ class LocalSGD(FormerNames):
             "local_steps": self.local_steps,
             "state_shared_at": self._engine.state_policy.shared_at,
             "moments_since": self._engine.state_policy.reset_at,
-            "second_moments": self._engine.state_policy.second_moments.state_dict(),
             **self._rule.state_dict(),
         }
 
@@ -243,8 +242,8 @@ class LocalSGD(FormerNames):
         """
         check_state("LocalSGD", state, ("steps", "local_steps", "state_shared_at", "rule", "period"))
         self._engine.restore(state["steps"], state["local_steps"])
-        since, second = state.get("moments_since", 0), state.get("second_moments", {})  # early files do not say
-        self._engine.state_policy.restored(state["state_shared_at"], since, second)
+        since = state.get("moments_since", 0)  # early files do not say
+        self._engine.state_policy.restored(state["state_shared_at"], since)
         self._rule.load_state_dict(state, self.steps, warns=self.workers.rank == 0)
 
     def close(self) -> None:

@@ -21,8 +21,9 @@ from lightning_adpsgd.workers.reduction import Reduction
 # Limit on the CPU: a packed bucket should still be in the cache when it is sent.
 _LONGEST_ON_CPU = 16 * 2**20  # bytes
 
-OnDeviations = Callable[[Tile, Tensor], None]
-"""Called for each tile with what this worker sent minus the mean, shape (len(tile),); adds up to 0 over the workers."""
+OnDeviations = Callable[[Tile, Tensor, Tensor], None]
+"""Called for each tile with this worker's values minus the mean, and with what it sent minus the mean, which adds up to
+0 over the workers. Both have shape (len(tile),), and may be the same tensor."""
 
 
 class Terms(NamedTuple):
@@ -261,7 +262,7 @@ class ParameterAverager:
             in_flight: the buckets, from :meth:`send`.
             moved: whether the tensors differ from what was sent, by later steps or by extrapolation. If not, everything
                 is overwritten with the mean, so that all workers are the same, bit for bit.
-            told: called for each tile with what this worker sent minus the mean.
+            told: called for each tile with how far this worker was from the mean.
 
         Returns:
             Σ ‖w̄ − w_i‖² of the values sent, per parameter group; float64, shape (groups,), on the workers' device.
@@ -306,7 +307,7 @@ def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | N
 
 def _tell(told: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
     if tile.runs:
-        told(tile, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
+        told(tile, deviations, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:

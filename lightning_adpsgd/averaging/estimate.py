@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.momentum import Group, Momentum, MomentumReader, State, known, known_names
+from lightning_adpsgd.averaging.second_moments import NOISE, holds_noise, take_noise
 from lightning_adpsgd.averaging.state_entries import is_plain
 from lightning_adpsgd.averaging.tiles import Entry, Tile
 
@@ -66,24 +67,25 @@ class MomentEstimate:
     Args:
         optimizer: whose moments; :func:`check_known_momentum` has to accept it.
         reader: of its momentum.
+        workers: n, how many there are.
     """
 
-    def __init__(self, optimizer: Optimizer, reader: MomentumReader) -> None:
+    def __init__(self, optimizer: Optimizer, reader: MomentumReader, workers: int) -> None:
         kind = known(optimizer)
         assert kind is not None
         self._kind = kind
         self._optimizer = optimizer
         self._reader = reader
+        self._workers = workers
         self._rates: deque[tuple[float, ...]] = deque(maxlen=_REMEMBERED)  # of each group; the latest step's come last
         self._left: list[float] = []  # of each group, the variance of moments' deviations after the latest round
-        self._drifts: list[float] = []  # of each group, the variance that the latest round's deviations should have
 
     def note_step(self) -> None:
         """Take note of the learning rates of a step."""
         self._rates.append(tuple(_rate_of(group) for group in self._optimizer.param_groups))
 
-    def factors(self, steps: int, ago: int = 0, ahead: Sequence[float] = ()) -> list[float]:
-        """K of each parameter group.
+    def after(self, steps: int, ago: int = 0, ahead: Sequence[float] = ()) -> "list[Correction]":
+        """What moments of each parameter group are corrected by after a round.
 
         Args:
             steps: for how many steps what was sent had drifted.
@@ -91,11 +93,11 @@ class MomentEstimate:
             ahead: for each group, the multiple of the latest step that was added to what was sent.
 
         Returns:
-            One per group; 0 where there is nothing to estimate. To be divided by a learning rate that is on a device.
+            One per group. For learning rates that are on a device, it is what holds at a rate of 1.
         """
         rates = [*self._rates][max(0, len(self._rates) - ago - steps) : len(self._rates) - ago]
         groups = self._optimizer.param_groups
-        left, self._left, self._drifts, found = [*self._left, *[0.0] * len(groups)], [], [], []
+        left, self._left, found = [*self._left, *[0.0] * len(groups)], [], []
         for place, group in enumerate(groups):
             mine = [each[place] if place < len(each) else 0.0 for each in reversed(rates)]
             momentum, gathered = self._reader.of(group, ago)
@@ -103,70 +105,131 @@ class MomentEstimate:
                 momentum = momentum._replace(coupled_decay=0.0, decoupled_decay=0.0)
             looked = ahead[place] if place < len(ahead) else 0.0
             response = _Response(0.0, 0.0, 0.0)
-            if momentum is not None:
+            # Of a moment of which the next step leaves nothing, there is nothing to correct.
+            if momentum is not None and (momentum.decay > 0.0 or self._kind.second_moment):
                 response = _response(momentum, gathered, mine, ago, looked, left[place])
-            found.append(response.factor)
-            self._drifts.append(response.drift)
+            found.append(Correction(response.factor, response.drift, steps))
             self._left.append(response.left)
         return found
-
-    def drifts_at(self, rates: Sequence[float]) -> list[float]:
-        """The variance of one element of w_i − w that the latest round should have measured, of each parameter group.
-
-        That is Σ_j W_j², and what the rounds before have left in the first moment, for gradients with a variance of 1;
-        or whatever it is, where steps are divided by its root.
-
-        Args:
-            rates: γ_g of each group.
-        """
-        groups = zip(self._optimizer.param_groups, self._drifts, rates, strict=False)
-        return [drift * rate**2 if _is_on_device(group["lr"]) else drift for group, drift, rate in groups]
 
     def mark_shared(self) -> None:
         """Take note that moments are the same on all workers."""
         self._left = []
 
     @torch.no_grad()
-    def correct(self, tile: Tile, deviations: Tensor, parameters: Sequence[Tensor], factors: Sequence[float]) -> None:
+    def correct(
+        self,
+        tile: Tile,
+        deviations: Tensor,
+        sent: Tensor,
+        parameters: Sequence[Tensor],
+        corrections: "Sequence[Correction]",
+    ) -> None:
         """Correct the moments of a tile.
 
         Args:
             tile: a part of what is averaged.
-            deviations: w_i − w̄ of what was sent, shape (len(tile),).
+            deviations: w_i − w̄, shape (len(tile),).
+            sent: the same of what was sent, which rounding has changed: by this, first moments are corrected.
             parameters: all that is averaged, in the order in which it is laid out.
-            factors: of :meth:`factors`.
+            corrections: of :meth:`after`.
         """
-        by_group: dict[int, list[tuple[State, Entry, _Range, Tensor]]] = defaultdict(list)
-        for entry, start, stop, deviation in tile.of_groups(deviations):
+        by_group: dict[int, list[_Piece]] = defaultdict(list)
+        for (entry, start, stop, here), (*_, away) in zip(
+            tile.of_groups(deviations), tile.of_groups(sent), strict=True
+        ):
             group, parameter = entry.group, parameters[entry.place]
-            if group is not None and group < len(factors) and factors[group] != 0.0:
+            if group is not None and group < len(corrections) and corrections[group].is_one:
                 state = self._optimizer.state.get(parameter)
                 if state and state.get(self._kind.first_moment) is not None and is_plain(state):
-                    here = (start, stop)
-                    part = {name: _part(name, value, parameter, entry, here) for name, value in state.items()}
-                    moment = Entry.in_order(state[self._kind.first_moment], entry.group, entry.order)
-                    by_group[group].append((part, moment, here, deviation))
+                    by_group[group].append(_Piece(state, parameter, entry, (start, stop), here, away))
         for group, found in by_group.items():
-            self._correct(self._optimizer.param_groups[group], factors[group], found)
+            self._correct(self._optimizer.param_groups[group], corrections[group], found)
 
-    def _correct(self, group: Group, factor: float, found: "Sequence[tuple[State, Entry, _Range, Tensor]]") -> None:
-        targets, states = [part[self._kind.first_moment] for part, *_ in found], [part for part, *_ in found]
-        changes = [deviation.to(target) for target, (*_, deviation) in zip(targets, found, strict=True)]
-        if self._kind.divisors is not None:
-            changes = [*torch._foreach_mul(changes, self._kind.divisors(group, states))]
-        if _is_on_device(group["lr"]):
-            rate = group["lr"].detach().to(changes[0].dtype)
-            changes = [*torch._foreach_mul(changes, torch.where(rate > 0.0, 1.0 / rate, 0.0))]
+    def _correct(self, group: Group, correction: "Correction", pieces: "Sequence[_Piece]") -> None:
+        first, second = self._kind.first_moment, self._kind.second_moment
+        takes = bool(second) and self._workers > 1 and holds_noise(group)
+        for piece in pieces if takes else ():
+            piece.state.setdefault(NOISE, torch.zeros_like(piece.state[second]))
+        parts = [piece.parts for piece in pieces]
+        moments = [part[first] for part in parts]
+        units = self._units(group, parts)
+        sent, held = (
+            _scaled(values, moments, units)
+            for values in ([piece.sent for piece in pieces], [piece.deviations for piece in pieces])
+        )
         # A moment's deviation is a part of it. What is much larger is what rounding has done, divided by a small rate.
-        moved, size = (torch.stack(torch._foreach_norm(each)).float().norm() for each in (changes, targets))
-        changes = [*torch._foreach_mul(changes, (moved * abs(factor) <= _AT_MOST * size).to(changes[0].dtype))]
-        torch._foreach_add_(targets, changes, alpha=-factor)
-        for target, (_, moment, here, _) in zip(targets, found, strict=True):
-            if moment.flat is None:
-                moment.write(*here, target)  # what was changed was a copy
+        moved, size = (torch.stack(torch._foreach_norm(each)).float().norm() for each in (sent, moments))
+        believed = moved * abs(correction.factor) <= _AT_MOST * size
+        torch._foreach_add_(moments, [*torch._foreach_mul(sent, believed.to(sent[0].dtype))], alpha=-correction.factor)
+        if takes:
+            kept = self._reader.plain(group)["betas"][1] ** correction.steps
+            seconds, taken = ([part[name] for part in parts] for name in (second, NOISE))
+            torch._foreach_sub_(sent, held)
+            for each in (held, sent):
+                torch._foreach_mul_(each, correction.drift**-0.5)
+            take_noise(seconds, taken, held, sent, kept, believed, self._workers)
+        for piece, part in zip(pieces, parts, strict=True):
+            piece.write_back({name: part[name] for name in ([first, second, NOISE] if takes else [first])})
+
+    def _units(self, group: Group, states: list[State]) -> "list[Tensor] | None":
+        """What deviations of parameters are multiplied by to be those of gradients: by nothing, if None."""
+        units = None if self._kind.divisors is None else self._kind.divisors(group, states)
+        if _is_on_device(group["lr"]):
+            rate = group["lr"].detach().float()
+            inverse = torch.where(rate > 0.0, 1.0 / rate, 0.0)
+            return [inverse] * len(states) if units is None else [*torch._foreach_mul(units, inverse)]
+        return units
 
 
-_Range = tuple[int, int]
+class Correction(NamedTuple):
+    """What moments of a parameter group are corrected by after a round."""
+
+    factor: float
+    """K."""
+    drift: float
+    """D, the variance of an element of w_i − w̄ for gradients whose deviations have a variance of 1."""
+    steps: int
+    """For which what was sent had drifted."""
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is anything to correct."""
+        return self.factor != 0.0
+
+
+class _Piece(NamedTuple):
+    """A part of a parameter, with its state."""
+
+    state: dict[str, Any]
+    parameter: Tensor
+    entry: Entry
+    here: tuple[int, int]
+    """Its first element, and where it ends (exclusive), as the parameter is laid out."""
+    deviations: Tensor
+    """w_i − w̄."""
+    sent: Tensor
+    """The same of what was sent."""
+
+    @property
+    def parts(self) -> State:
+        """Its part of the state: views where there are any, copies of elements elsewhere."""
+        return {name: self._part(name, value) for name, value in self.state.items()}
+
+    def write_back(self, parts: State) -> None:
+        """Overwrite entries of which :attr:`parts` had to make a copy."""
+        for name, part in parts.items():
+            whole = self._laid_out(self.state[name])
+            if whole.flat is None:
+                whole.write(*self.here, part)
+
+    def _part(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != self.parameter.shape or name == "step":
+            return value  # of all of it
+        return self._laid_out(value).read(*self.here)
+
+    def _laid_out(self, value: Tensor) -> Entry:
+        return Entry.in_order(value, self.entry.group, self.entry.order)
 
 
 class _Response(NamedTuple):
@@ -214,7 +277,7 @@ def _response(
         )
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
-    factor = vw / ww if ww > 0.0 and beta > 0.0 else 0.0  # of a moment of which the next step leaves nothing
+    factor = vw / ww if ww > 0.0 else 0.0
     if not math.isfinite(factor):
         return _Response(0.0, 0.0, 0.0)
     if ago == 0:
@@ -223,11 +286,10 @@ def _response(
     return _Response(factor, ww + before[1] ** 2 * left, after)
 
 
-def _part(name: str, value: Any, parameter: Tensor, entry: Entry, here: _Range) -> Any:
-    """Elements of an entry of a parameter's state, or all of it if it has another shape than the parameter."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or name == "step":
-        return value
-    return Entry.in_order(value, entry.group, entry.order).read(*here)
+def _scaled(values: Sequence[Tensor], like: Sequence[Tensor], units: "Sequence[Tensor] | None") -> list[Tensor]:
+    """``values`` times ``units``, in the types of ``like``, and in storage of their own."""
+    found = [value.to(other.dtype) for value, other in zip(values, like, strict=True)]
+    return [value.clone() for value in found] if units is None else [*torch._foreach_mul(found, [*units])]
 
 
 def _is_on_device(rate: object) -> bool:

@@ -2,135 +2,69 @@ r"""Second moments as those of the mean gradient, which full communication would
 
 Adam divides by the root of a mean of squared gradients: on one of n workers V = μ² + σ², where μ is the gradient's mean
 and σ² the variance of its noise. Full communication averages gradients first, and has μ² + σ²/n. Where noise is most of
-it, as with small batches, local steps are up to √n shorter at the same learning rate. Averaging second moments does not
+it, as with small batches, local steps are up to √n shorter at the same learning rate, by another factor for every
+element: where the signal is strong, steps are as long as those of full communication. Averaging second moments does not
 change that.
 
-How much of V is noise follows from the drift, which rounds measure anyway. Steps of size γ / √v make workers drift
-apart by σ² / v times a known D (see :mod:`lightning_adpsgd.averaging.estimate`), so with S_g of a parameter group that
-has N elements, as a mean over these,
+How much of V is noise follows from how far a worker has drifted, which it knows after each round. An element of
+w_i − w̄, times what steps are divided by, has a variance of (1 − 1/n) σ² times a known D, the sum of the W_j² of
+:mod:`lightning_adpsgd.averaging.estimate`. So its square over D is what squared gradients hold too much of. Of that, a
+mean R is kept as Adam keeps V, with the same β₂: after a round of p steps
 
-    σ² / v ≈ S_g / ((1 − 1/n) N D).
+    R ← min(β₂^p R + (1 − β₂^p) (w_i − w̄)² v / D,  (1 − 1/n) V),    v ← V − R,
 
-where only parameters count that were trained since the round before. After each round v is multiplied so that it
-becomes f V, with f = 1 − (1 − 1/n) σ² / V, between 1/n and 1. What of V is new since the round before,
-(1 − β₂^p) / (1 − β₂^t) after t steps of a parameter, p of them since then, is brought to f at once; the rest has been.
-So v stays a mean over as many steps as before, and that of a parameter that has not been trained is left alone.
+where v is what the optimizer's state holds: V is v plus what is left of the R that was taken before, β₂^p R. By the
+minimum, v is never less than V / n. R is a tensor of the optimizer's state (:data:`NOISE`), so that memory is that of
+three moments instead of two; like v, it is in checkpoints, and nothing is sent.
 
-A run may go on from moments that it has not made, such as those of full communication. These are taken for f V already:
-if they are not, they will be forgotten. AMSGrad's are left alone altogether: its largest second moment is not a mean,
-of which a part is new, and may not become smaller.
-
-With rounds in a few bits, S also holds what rounding has done to the mean. Where that is not small against the drift
-(4 bits, and a gradient common to all workers that far outweighs its noise), the noise is taken for larger than it is,
-and f for smaller, down to 1/n.
+What does not move on any worker (a parameter without a gradient) is left alone. A run may go on from moments that it
+has not made, such as those of full communication: there is no R yet, so they are taken for v. AMSGrad's are left alone
+altogether: its largest second moment is not a mean, of which a part is new, and may not become smaller.
 """
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.momentum import Group, MomentumReader, known
+from lightning_adpsgd.averaging.momentum import Group
+
+NOISE = "exp_avg_sq_noise"
+"""The entry of a parameter's state that holds R."""
 
 
-class SecondMoments:
-    """Takes the part of an optimizer's second moments that is noise which the mean over the workers does not have.
+def holds_noise(group: Group) -> bool:
+    """Whether second moments of a parameter group are means from which noise can be taken."""
+    return not group.get("amsgrad") and 0.0 < float(group["betas"][1]) < 1.0
+
+
+def take_noise(
+    moments: list[Tensor],
+    taken: list[Tensor],
+    deviations: list[Tensor],
+    rounding: list[Tensor],
+    kept: float,
+    believed: Tensor,
+    workers: int,
+) -> None:
+    """Take noise from second moments, in place.
 
     Args:
-        optimizer: whose second moments, if it has any.
-        reader: of its settings.
-        workers: n, how many there are.
-        steps: says for how many steps this worker's moments have been gathered in this run.
+        moments: v of each parameter, or of a part of it.
+        taken: R of each, of the same shape.
+        deviations: w_i − w̄ of each, so that its square is (1 − 1/n) σ²; of the same shape. Is overwritten.
+        rounding: what rounding has added to what was sent, in the same units. Is overwritten.
+        kept: β₂^p.
+        believed: whether deviations are those of gradients, and not what rounding has done; a bool of one element.
+        workers: n.
     """
-
-    def __init__(self, optimizer: Optimizer, reader: MomentumReader, workers: int, steps: Callable[[], int]) -> None:
-        # Configuration
-        kind = known(optimizer)
-        self._name = "" if kind is None else kind.second_moment
-        self._optimizer = optimizer
-        self._reader = reader
-        self._workers = workers
-        self._own_steps = steps
-
-        # State
-        self._shares: list[Tensor | None] = []  # f of each parameter group, as of the latest round
-        self._steps: list[Tensor | None] = []  # t then, of each of its parameters; None: there was no such round
-
-    def correct(self, variances: Sequence[float], drifts: Sequence[float]) -> None:
-        """Correct them after a round whose fragments have all drifted for a period.
-
-        Args:
-            variances: S_g of each parameter group.
-            drifts: D of each parameter group.
-        """
-        groups = self._optimizer.param_groups if self._name and self._workers > 1 else []
-        self._shares += [None] * (len(groups) - len(self._shares))
-        self._steps += [None] * (len(groups) - len(self._steps))
-        for place, (group, variance, drift) in enumerate(zip(groups, variances, drifts, strict=False)):
-            if drift > 0.0 and not group.get("amsgrad"):
-                self._correct(place, group, variance / drift)
-
-    def forget(self) -> None:
-        """Take note that this worker's moments begin anew."""
-        self._steps = [None] * len(self._steps)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, besides the second moments."""
-        shares, steps = ([None if each is None else each.tolist() for each in of] for of in (self._shares, self._steps))
-        return {"shares": shares, "steps": steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._shares, self._steps = (
-            [None if each is None else torch.tensor(each, dtype=torch.float32) for each in state.get(name, [])]
-            for name in ("shares", "steps")
-        )
-
-    @torch.no_grad()
-    def _correct(self, place: int, group: Group, noise: float) -> None:
-        """Correct those of a group; nobody waits for the device that counts its steps.
-
-        Args:
-            place: of the group.
-            group: its settings.
-            noise: (1 − 1/n) σ² / v, the sum over all elements.
-        """
-        beta = self._reader.plain(group)["betas"][1]
-        states = [self._optimizer.state.get(parameter, {}) for parameter in group["params"]]
-        found = [state for state in states if state.get(self._name) is not None]
-        if not found or not 0.0 < beta < 1.0:
-            return
-        none = torch.zeros_like(found[0]["step"], dtype=torch.float32)
-        steps = torch.stack([state.get("step", none).to(none) for state in states])
-        before = self._before(place, steps)
-        # of each parameter, and of all elements that were trained
-        fresh = ((1.0 - beta ** (steps - before)) / (1.0 - beta**steps)).where(steps > 0.0, 0.0)
-        elements = [each.numel() * (2 if each.is_complex() else 1) for each in group["params"]]
-        counts = torch.tensor(elements, pin_memory=none.is_cuda).to(none.device, non_blocking=True)
-        trained = counts.where(steps > before, 0)
-        count = trained.sum().clamp(min=1)
-        new, noise_of_each = (fresh * trained).sum() / count, noise / count
-
-        share = self._shares[place]
-        if share is None:  # of which v is f V if f = 1 − (1 − 1/n) σ² / V, with that in (1 − new) f V + new V
-            share = ((1.0 - noise_of_each * new) / (1.0 + noise_of_each * (1.0 - new))).clamp(1.0 / self._workers, 1.0)
-        share = share.to(none)
-        most = 1.0 - 1.0 / self._workers
-        wanted = 1.0 - (noise_of_each * ((1.0 - new) * share + new)).clamp(max=most)
-        factors = ((1.0 - fresh) * share + fresh * wanted) / ((1.0 - fresh) * share + fresh)
-        self._shares[place], self._steps[place] = (1.0 - new) * share + new * wanted, steps
-        mine = zip(states, factors.unbind(), strict=True)
-        torch._foreach_mul_(
-            [state[self._name] for state in found], [each for state, each in mine if state.get(self._name) is not None]
-        )
-
-    def _before(self, place: int, steps: Tensor) -> Tensor:
-        """Of each parameter, the steps of which the second moments are known to be those of the mean gradient."""
-        kept = self._steps[place]
-        if kept is None:
-            return (steps - self._own_steps()).clamp(min=0.0)
-        before = kept.to(steps).expand(len(steps)) if kept.dim() == 0 else kept.to(steps)  # early files have but one
-        before = torch.cat([before, before.new_zeros(max(0, len(steps) - len(before)))])[: len(steps)]
-        return before.where(before <= steps, 0.0)  # the optimizer may have begun anew
+    moved = torch.stack(torch._foreach_norm(deviations)) > 0.0
+    keeps = [*torch.where(moved, kept, 1.0).to(moments[0].dtype).unbind()]
+    news = [*((1.0 - kept) * (moved & believed)).to(moments[0].dtype).unbind()]
+    torch._foreach_mul_(deviations, deviations)
+    torch._foreach_addcmul_(deviations, rounding, rounding, value=-1.0 - 1.0 / workers)
+    torch._foreach_mul_(deviations, news)
+    torch._foreach_mul_(taken, keeps)
+    torch._foreach_add_(moments, taken)
+    torch._foreach_add_(taken, deviations)
+    torch._foreach_maximum_(taken, 0.0)
+    torch._foreach_minimum_(taken, [*torch._foreach_mul(moments, 1.0 - 1.0 / workers)])
+    torch._foreach_sub_(moments, taken)

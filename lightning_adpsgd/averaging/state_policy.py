@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,7 +19,6 @@ from lightning_adpsgd.averaging.optimizer_state import (
     share_state,
     state_at_start,
 )
-from lightning_adpsgd.averaging.second_moments import SecondMoments
 from lightning_adpsgd.workers.group import Contribution, WorkerGroup
 
 
@@ -64,8 +63,7 @@ class StatePolicy:
         self._steps = 0
         reader = MomentumReader(optimizer, self._steps_of_moments)
         self.look_ahead = LookAhead(optimizer, reader).factors
-        self._estimate = MomentEstimate(optimizer, reader) if policy == "estimate" else None
-        self.second_moments = SecondMoments(optimizer, reader, workers.count, self._steps_of_moments)
+        self._estimate = MomentEstimate(optimizer, reader, workers.count) if policy == "estimate" else None
 
     def _steps_of_moments(self) -> int:
         """The number of steps over which this worker's moments have been accumulated."""
@@ -99,22 +97,13 @@ class StatePolicy:
         """
         if self._estimate is None:
             return None
-        factors = self._estimate.factors(steps, ago, ahead)
-        return partial(self._estimate.correct, parameters=parameters, factors=factors) if any(factors) else None
+        corrections = self._estimate.after(steps, ago, ahead)
+        if not any(each.is_one for each in corrections):
+            return None
+        return partial(self._estimate.correct, parameters=parameters, corrections=corrections)
 
-    def see(self, variances: Sequence[float], rates: Sequence[float]) -> None:
-        """Correct second moments after a round whose fragments had all drifted for one period.
-
-        Args:
-            variances: S_g of each parameter group.
-            rates: γ_g of each parameter group.
-        """
-        if self._estimate is not None:
-            self.second_moments.correct(variances, self._estimate.drifts_at(rates))
-
-    def restored(self, shared_at: int, reset_at: int, second_moments: dict[str, Any]) -> None:
+    def restored(self, shared_at: int, reset_at: int) -> None:
         """Restore the state of a checkpoint."""
-        self.second_moments.load_state_dict(second_moments)
         self.shared_at, self.reset_at, self._dropped_at = shared_at, reset_at, 0
 
     def is_shared(self) -> bool:
@@ -131,7 +120,6 @@ class StatePolicy:
         """
         if not contribution.contributes:
             forget(self._optimizer, self._at_start)
-            self.second_moments.forget()
             self._dropped_at = self._steps
         averages = self._policy == "average"
         if averages and trained and self.anybody_has_state:
@@ -145,7 +133,6 @@ class StatePolicy:
                 self._dropped_at = 0  # it has been given the others' moments
                 if self._estimate is not None:
                     self._estimate.mark_shared()
-                    self._share_second_moments(contribution)
             self.shared_at = self._steps
 
     def end_round(self) -> None:
@@ -153,11 +140,6 @@ class StatePolicy:
         if self._policy == "reset":
             reset_moments(self._optimizer)
             self.reset_at = self._steps
-
-    def _share_second_moments(self, contribution: Contribution) -> None:
-        # Counters of steps have become the first worker's. A checkpoint holds what one worker knows of them.
-        mine = self.second_moments.state_dict() if contribution.contributes else {}
-        self.second_moments.load_state_dict(next(filter(None, self._workers.gather_objects(mine))))
 
     def _share(self, contribution: Contribution, shared: Collection[int] = (), only_moments: bool = False) -> None:
         share_state(self._optimizer, self._workers, self._bucket_bytes, shared, contribution, only_moments)

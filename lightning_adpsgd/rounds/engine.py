@@ -284,8 +284,6 @@ class RoundEngine:
             self.state_policy.end_round()
             local_steps = self.local_steps - (self.steps - measuring.step)
             self._start_from(measuring.step)
-        if measuring.drift == "a period":
-            self.state_policy.see(means[: measuring.groups], means[measuring.groups : 2 * measuring.groups])
         record = self._measures.record(measuring, means, local_steps)
         scalars = means[2 * measuring.groups :]
         parameters = measuring.parameters if full else self.tracker.current().parameters

@@ -42,7 +42,7 @@ class Experiment:
         self.parameter = nn.Parameter(torch.zeros(COUNT, dtype=torch.float64))
         self.optimizer: Optimizer = getattr(torch.optim, class_)([self.parameter], **options)
         self.reader = MomentumReader(self.optimizer, lambda: self.steps)
-        self.estimate = MomentEstimate(self.optimizer, self.reader)
+        self.estimate = MomentEstimate(self.optimizer, self.reader, 2)
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
         self.before = torch.empty(0)
@@ -71,10 +71,11 @@ class Experiment:
 
     def correct(self, sent: Tensor, **how: Any) -> None:
         """Correct the moment as a round does whose mean is 0."""
-        factors = self.estimate.factors(**how)
+        corrections = self.estimate.after(**how)
         layout = FlatLayout([self.parameter], [0])
         for tile in layout.tiles(Bucket(0, 0, COUNT)):
-            self.estimate.correct(tile, sent[tile.start : tile.stop], [self.parameter], factors)
+            here = sent[tile.start : tile.stop]
+            self.estimate.correct(tile, here, here, [self.parameter], corrections)
 
 
 def uncorrelated(moment: Tensor, sent: Tensor) -> bool:
@@ -121,7 +122,7 @@ def test_it_accounts_for_the_share_that_theory_says(period: int) -> None:
     experiment.correct(experiment.parameter.detach().clone(), steps=period)
 
     assert float(1 - experiment.moment.square().sum() / was) == pytest.approx(share, abs=0.02)
-    assert experiment.estimate.factors(period)[0] == pytest.approx(-both / sum(x * x for x in a) / 0.1)
+    assert experiment.estimate.after(period)[0].factor == pytest.approx(-both / sum(x * x for x in a) / 0.1)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "SGD, Nesterov", "Adam"])
@@ -152,19 +153,19 @@ def test_what_arrives_later_corrects_what_the_moment_has_become(kind: str, looks
 
     if kind != "SGD, weight decay":
         assert uncorrelated(experiment.moment, sent)
-    assert experiment.estimate.factors(period, delay, ahead) != experiment.estimate.factors(period)
+    assert experiment.estimate.after(period, delay, ahead)[0].factor != experiment.estimate.after(period)[0].factor
 
 
 def test_nothing_is_estimated_without_momentum_a_rate_or_steps() -> None:
     parameter = nn.Parameter(torch.ones(3))
     for options in ({"lr": 0.1, "momentum": 0.0}, {"lr": 0.0, "momentum": 0.9}):
         optimizer = torch.optim.SGD([parameter], **options)
-        estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3))
+        estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3), 2)
         for _ in range(3):
             estimate.note_step()
-        assert estimate.factors(3) == [0.0]
+        assert not estimate.after(3)[0].is_one
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    assert MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3)).factors(3) == [0.0]
+    assert MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 3), 2).after(3)[0].factor == 0.0
 
 
 def test_parameters_of_any_shape_in_memory_and_those_without_state() -> None:
@@ -175,12 +176,13 @@ def test_parameters_of_any_shape_in_memory_and_those_without_state() -> None:
     optimizer.step()
     state = optimizer.state[parameters[1]]  # as after channels_last was set, and the moment loaded from before
     state["momentum_buffer"] = state["momentum_buffer"].to(memory_format=torch.channels_last)
-    estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 1))
+    estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 1), 2)
     estimate.note_step()
     layout = FlatLayout(parameters, [0, 0, 0])
     for bucket in layout.cut(1 << 20):
         for tile in layout.tiles(bucket):
-            estimate.correct(tile, tile.pack(torch.empty(len(tile))), parameters, estimate.factors(1))
+            deviations = tile.pack(torch.empty(len(tile)))
+            estimate.correct(tile, deviations, deviations, parameters, estimate.after(1))
 
     for parameter in parameters[:2]:
         torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], torch.zeros_like(parameter))
@@ -409,10 +411,10 @@ def test_weight_decay_is_not_multiplied_by_a_rate_that_nobody_knows() -> None:
     for on_device in (False, True):
         parameter = nn.Parameter(torch.zeros(3))
         optimizer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=1.0)
-        estimated = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 20))
+        estimated = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 20), 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(estimate, "_is_on_device", lambda rate, on_device=on_device: on_device)
             for _ in range(8):
                 estimated.note_step()
-            factors.append(estimated.factors(8)[0] / (1e-3 if on_device else 1.0))
+            factors.append(estimated.after(8)[0].factor / (1e-3 if on_device else 1.0))
     assert factors[1] == pytest.approx(factors[0], rel=0.02)

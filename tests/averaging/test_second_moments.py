@@ -14,8 +14,11 @@ STEPS = 80
 BETAS = (0.9, 0.99)
 
 
-def moments(signal: float, policy: str, options: dict[str, Any], class_: str = "AdamW") -> dict[str, Any]:
-    """Train on gradients of which ``signal`` is the mean and 1 the variance; with and without full communication."""
+def moments(signal: float, policy: str, options: dict[str, Any], class_: str = "AdamW") -> list[float]:
+    """Train on gradients with a variance of 1, with and without full communication.
+
+    The mean is ``signal`` for every second element of each parameter, and 0 for the others.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 4))
     settings = {"lr": 1e-3, "betas": BETAS} | ({"weight_decay": 0.0} if class_ == "AdamW" else {})
@@ -28,24 +31,26 @@ def moments(signal: float, policy: str, options: dict[str, Any], class_: str = "
     torch.manual_seed(dist.get_rank() + 1)
     for _ in range(STEPS):
         for parameter in model.parameters():
-            parameter.grad = signal + torch.randn_like(parameter)
+            parameter.grad = torch.randn_like(parameter)
+            parameter.grad.view(-1)[::2] += signal
             if full:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
         optimizer.step()
         if not full:
             local_sgd.step()
-    found = torch.cat([optimizer.state[each]["exp_avg_sq"].flatten() for each in model.parameters()])
-    return {"mean": float(found.mean()), "state": local_sgd.state_dict()}
+    found = [optimizer.state[each]["exp_avg_sq"].view(-1) for each in model.parameters()]
+    return [float(torch.cat([each[first::2] for each in found]).mean()) for first in (0, 1)]
 
 
-def compare(signal: float, options: dict[str, Any], class_: str) -> list[float]:
-    return [moments(signal, policy, options, class_)["mean"] for policy in ("full", "local", "estimate")]
+def compare(signal: float, options: dict[str, Any], class_: str) -> list[list[float]]:
+    return [moments(signal, policy, options, class_) for policy in ("full", "local", "estimate")]
 
 
 @pytest.mark.parametrize(
     ("options", "class_", "signal"),
     [
+        ({"reduce_dtype": "int4"}, "AdamW", 1.0),
         ({}, "AdamW", 1.0),
         ({}, "NAdam", 0.0),
         ({"reduce_dtype": "int4"}, "AdamW", 0.2),
@@ -57,27 +62,13 @@ def compare(signal: float, options: dict[str, Any], class_: str) -> list[float]:
 def test_they_become_those_of_full_communication(
     pool: Any, options: dict[str, Any], class_: str, signal: float
 ) -> None:
-    for full, local, estimated in pool.run(compare, signal, options, class_, workers=4):
-        expected = (signal**2 + 1.0) / (signal**2 + 0.25)
-        assert local / full == pytest.approx(expected, rel=0.05)
-        assert estimated / full == pytest.approx(1.0, abs=0.2)
-
-
-def shares(policy: str) -> tuple[list[float], list[float]]:
-    """What is kept of second moments in a checkpoint, and what a run makes of it that goes on."""
-    state = moments(0.0, policy, {})["state"]
-    other = LocalSGD(torch.optim.AdamW([nn.Parameter(torch.zeros(3))], lr=0.1), 2, optimizer_state=policy)
-    other.load_state_dict(state)
-    return state["second_moments"]["shares"], other.state_dict()["second_moments"]["shares"]
-
-
-def test_how_much_was_taken_is_in_the_checkpoint(pool: Any) -> None:
-    outcomes = pool.run(shares, "estimate", workers=2)
-    assert outcomes[0] == outcomes[1]  # all workers take the same
-    for kept, loaded in outcomes:
-        assert loaded == kept
-        assert 0.5 <= kept[0] < 0.7
-    assert [kept for kept, _ in pool.run(shares, "local", workers=2)] == [[], []]
+    for outcomes in pool.run(compare, signal, options, class_, workers=4):
+        for square, full, local, estimated in zip((signal**2, 0.0), *outcomes, strict=True):
+            assert local / full == pytest.approx((square + 1.0) / (square + 0.25), rel=0.05)
+            # What is taken has a limit, which little that was measured may exceed: then it is less. In 4 bits, what
+            # rounding has done to the mean is known on average only.
+            low, high = (0.6, 1.75) if "reduce_dtype" in options else (0.85, 1.5)
+            assert low < estimated / full < high
 
 
 def train(optimizer: Any, local_sgd: Any, steps: int, noise: float = 1.0, resting: int | None = None) -> list[float]:
