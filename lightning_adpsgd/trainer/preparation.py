@@ -64,14 +64,19 @@ def warn_of_a_missing_optimizer() -> None:
 
 def warn_of_short_steps(optimizers: Sequence[Optimizer], optimizer_state: str, workers: WorkerGroup) -> None:
     """Warn if steps are divided by the root of second moments that see each worker's own noise."""
-    adams = [type(each).__name__ for each in optimizers if (kind := known(each)) and kind.second_moment]
-    if adams and workers.count > 1 and optimizer_state != "estimate":
+    adams = [each for each in optimizers if (kind := known(each)) and kind.second_moment]
+    if optimizer_state == "estimate":
+        adams = [each for each in adams if any(group.get("amsgrad") for group in each.param_groups)]
+        advice = "Turn off amsgrad, whose largest second moment is not corrected"
+    else:
+        advice = 'Use ADPSGDStrategy(optimizer_state="estimate"), which corrects that and sends nothing more'
+    if adams and workers.count > 1:
         most = math.sqrt(workers.count)
         rank_zero_warn(
-            f"{adams[0]} divides by the root of a second moment. A worker's own holds all of its gradients' noise, of"
-            f" which DDP's holds one part in {workers.count}, so steps are up to {most:.1f} times shorter than with DDP"
-            ' at the same learning rate. Use ADPSGDStrategy(optimizer_state="estimate"), which corrects that and sends'
-            f" nothing more, or tune the learning rate anew: try rates up to {most:.1f} times as large."
+            f"{type(adams[0]).__name__} divides by the root of a second moment. A worker's own holds all of its"
+            f" gradients' noise, of which DDP's holds one part in {workers.count}, so steps are up to {most:.1f} times"
+            f" shorter than with DDP at the same learning rate. {advice}, or tune the learning rate anew: try rates up"
+            f" to {most:.1f} times as large."
         )
 
 
