@@ -14,9 +14,9 @@ mean R is kept as Adam keeps V, with the same β₂: after a round of p steps
     R ← min(β₂^p R + (1 − β₂^p) (w_i − w̄)² v / D,  (1 − 1/2n) V),    v ← V − R,
 
 where v is what the optimizer's state holds: V is v plus what is left of the R that was taken before, β₂^p R. By the
-minimum, v is never less than V / 2n. (It cannot be less than V / n in truth, but R scatters, and if all that is too much
-were cut off, it would be too little on average.) R is a tensor of the optimizer's state (:data:`NOISE`), so that memory
-is that of three moments instead of two; like v, it is in checkpoints, and nothing is sent.
+minimum, v is never less than V / 2n. (It cannot be less than V / n in truth, but R scatters, and if all that is too
+much were cut off, it would be too little on average.) R is a tensor of the optimizer's state (:data:`NOISE`), so that
+memory is that of three moments instead of two; like v, it is in checkpoints, and nothing is sent.
 
 What does not move on any worker (a parameter without a gradient) is left alone. A run may go on from moments that it
 has not made, such as those of full communication: there is no R yet, so they are taken for v. AMSGrad's are left alone

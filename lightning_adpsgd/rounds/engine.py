@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_adpsgd.averaging.state_policy import StatePolicy
 from lightning_adpsgd.averaging.tensors import TensorTracker
 from lightning_adpsgd.options import AveragingOptions
+from lightning_adpsgd.rounds.backward import advance_in_backward
 from lightning_adpsgd.rounds.contact import Contact
 from lightning_adpsgd.rounds.full_round import FullRound
 from lightning_adpsgd.rounds.guards import Guards
@@ -110,6 +111,8 @@ class RoundEngine:
             schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
             connected = (workers, async_group, self._contact.state)
             self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy)
+            if options.overlap == 1 and options.codec is not None and workers.device.type == "cpu":
+                advance_in_backward(optimizer, self._pipeline)
         # On CUDA a round's measures are read in the next step, so that the device stays busy.
         self._reads_later = workers.device.type == "cuda" if _READS_LATER is None else _READS_LATER
 

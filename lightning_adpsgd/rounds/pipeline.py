@@ -121,13 +121,14 @@ class Pipeline:
         self._round: SpreadRound | None = None  # the one that is being sent
         self.clock = DriftClock()
         """For how many steps what is sent has drifted."""
-        self._in_flight: deque[_Fragment] = deque()  # oldest first
+        self.in_flight: deque[_Fragment] = deque()
+        """Fragments, the oldest first."""
         self._known: AveragedTensors | None = None  # what all workers have agreed to average
         self._before: _Before | None = None  # of the fragment that is sent after the next step
 
     def restart(self) -> None:
         """Record that all workers are the same. Nothing may be in flight."""
-        assert not self._in_flight
+        assert not self.in_flight
         self._begin_anew()
 
     def count_step(self) -> None:
@@ -232,7 +233,7 @@ class Pipeline:
 
     def lost(self, state: RankState, error: CollectiveError) -> Exception:
         """Make the error for a lost worker; if ranks disagree, raise ``WorkersDisagreeError`` instead."""
-        for fragment in self._in_flight:
+        for fragment in self.in_flight:
             fragment.handshake.peek()
         return lost(self._workers, state, error)
 
@@ -268,7 +269,7 @@ class Pipeline:
             raise self.lost(state, error) from error
         handshake = Handshake(self._workers, state._replace(finite=finite))
         ahead = [] if values is None else ahead
-        self._in_flight.append(_Fragment(round_, tensors, state, handshake, buckets, self.steps, ahead, drifted))
+        self.in_flight.append(_Fragment(round_, tensors, state, handshake, buckets, self.steps, ahead, drifted))
         round_.sent += 1
         round_.step = step
         self._sent_at = self.steps
@@ -276,12 +277,14 @@ class Pipeline:
     def _land(self, everything: bool) -> tuple[list[Handshake], list[SpreadRound]]:
         handshakes: list[Handshake] = []
         ended: list[SpreadRound] = []
-        for fragment in self._in_flight:
+        for fragment in self.in_flight:
             # A reduction in two phases starts the second phase half-way.
             if self.steps - fragment.step >= -(-fragment.round.delay // 2):
                 self._all(fragment.state, [bucket.reduction.advance for bucket in fragment.buckets])
-        while self._in_flight and (everything or self._is_to_land(self._in_flight[0])):
-            fragment = self._in_flight.popleft()
+        while self.in_flight:
+            if not everything and self.steps - self.in_flight[0].step < self.in_flight[0].round.delay:
+                break
+            fragment = self.in_flight.popleft()
             handshakes.append(fragment.handshake.complete())
             if fragment.handshake.diverged:
                 self._abandon(fragment)
@@ -289,9 +292,6 @@ class Pipeline:
             if fragment.round.landed == fragment.round.fragments:
                 ended.append(fragment.round)
         return handshakes, ended
-
-    def _is_to_land(self, fragment: _Fragment) -> bool:
-        return self.steps - fragment.step >= fragment.round.delay
 
     def _adopt(self, fragment: _Fragment) -> None:
         round_ = fragment.round
@@ -307,8 +307,8 @@ class Pipeline:
 
     def _abandon(self, fragment: _Fragment) -> None:
         """Wait for everything in flight, discard it, and raise ``Diverged``."""
-        others = [*self._in_flight]
-        self._in_flight.clear()
+        others = [*self.in_flight]
+        self.in_flight.clear()
         self._round = None
         self.clock.restart()  # nobody will ask but for a round of everything
         for other in others:

@@ -47,6 +47,10 @@ class Reduction:
     def advance(self) -> None:
         """Begin the second phase, if there is one, which waits for the first."""
 
+    def advance_if_ready(self) -> bool:
+        """Begin the second phase if the first has ended; whether nothing is left to begin. Raises nothing."""
+        return True
+
     def wait(self) -> Tensor:
         """Wait for the result (on CUDA: until the current stream may use it), or raise ``CollectiveError``."""
         # A connection stays open as long as anybody holds a piece of work, and a traceback holds this object.
@@ -73,9 +77,12 @@ class Exchange(Reduction):
         with collective():
             work = dist.all_to_all_single(received, self._sent, group=group, async_op=True)
         super().__init__(received, work)
+        self._failed: str | None = None  # why, if that was found out where nobody expects an error
 
     @override
     def advance(self) -> None:
+        if self._failed is not None:
+            raise CollectiveError(self._failed)
         if self._sent is None:
             return
         received = super().wait()
@@ -87,6 +94,15 @@ class Exchange(Reduction):
             self._work = dist.all_gather_into_tensor(flat, self._combined, group=self._group, async_op=True)
         device, finish = self._device, self._finish_on_device
         self._finish = lambda gathered: finish(gathered.to(device))
+
+    @override
+    def advance_if_ready(self) -> bool:
+        if self._sent is not None and self._failed is None and self._work.is_completed():
+            try:
+                self.advance()
+            except CollectiveError as error:
+                self._failed = str(error)
+        return self._sent is None
 
     @override
     def wait(self) -> Tensor:

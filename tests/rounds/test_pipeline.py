@@ -1,6 +1,8 @@
 """Rounds spread over the period, or in flight while training goes on, compared with values computed by hand."""
 
 import re
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -298,3 +300,63 @@ def alone() -> list:
 
 def test_one_worker_has_nothing_to_send():
     assert [(round_.step, round_.sent_bytes) for round_ in alone()] == [(4, 0), (8, 0)]
+
+
+# The second phase of a round in few bits
+
+
+class _Slow(torch.autograd.Function):
+    """Nothing, but for the time that it takes in the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return gradient
+
+
+def gather_in_backward(backward: bool, stagger: bool) -> tuple[int, int, list[torch.Tensor]]:
+    """How often combined shares were gathered in backward passes and elsewhere; and the parameters at the end."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(20, 20) for _ in range(4))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1, momentum=0.9)
+    options = {"reduce_dtype": "int8", "optimizer_state": "estimate", "bucket_size_mb": 500 / 2**20}
+    local_sgd = LocalSGD(optimizer, 2, overlap=1, stagger=stagger, **options)
+    counts, original, in_backward = [0, 0], dist.all_gather_into_tensor, False
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        counts[not in_backward] += 1
+        return original(*arguments, **named)
+
+    torch.manual_seed(dist.get_rank() + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_into_tensor", counted)
+        for _ in range(6):
+            values = torch.randn(8, 20)
+            for layer in layers:
+                values = _Slow.apply(layer(values).relu())
+            in_backward = True
+            if backward:
+                values.square().mean().backward()
+            else:  # gradients that come to parameters by other ways
+                gradients = torch.autograd.grad(values.square().mean(), [*layers.parameters()])
+                for parameter, gradient in zip(layers.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+            in_backward = False
+            optimizer.step()
+            optimizer.zero_grad()
+            local_sgd.step()
+    return counts[0], counts[1], [parameter.detach() for parameter in layers.parameters()]
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_what_was_combined_is_gathered_while_gradients_are_computed(pool, stagger):
+    with_hooks, without = (pool.run(gather_in_backward, backward, stagger, workers=3) for backward in (True, False))
+    for (early, late, mine), (none, other, same) in zip(with_hooks, without, strict=True):
+        assert none == 0
+        assert early + late == other
+        assert early > late
+        assert all(torch.equal(one, another) for one, another in zip(mine, same, strict=True))

@@ -5,9 +5,37 @@ import pytest
 import torch
 
 from lightning_adpsgd import NodeWorkerGroup, WorkerGroup
+from lightning_adpsgd.workers import reduction
 from lightning_adpsgd.workers.reduction import CollectiveError, Patience, Reduction
 
 # What is encoded
+
+
+class Ended:
+    """A piece of work that ends with an error."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def is_completed(self) -> bool:
+        return self.ended
+
+    def wait(self) -> None:
+        raise RuntimeError("connection closed by peer")
+
+
+def test_an_error_found_in_passing_is_raised_where_the_result_is_needed(monkeypatch):
+    work = Ended()
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda *_, **__: work)
+    monkeypatch.setattr(reduction, "backend_of", lambda *_: "gloo")
+    exchange = reduction.Exchange(torch.zeros(2, 3, dtype=torch.uint8), lambda rows: rows[0], None)
+    assert not exchange.advance_if_ready()
+    work.ended = True
+    for _ in range(2):
+        assert not exchange.advance_if_ready()
+    for call in (exchange.advance, exchange.wait):
+        with pytest.raises(CollectiveError, match="connection closed by peer"):
+            call()
 
 
 def exchange_rows(ranks_per_node: int, length: int) -> dict:
@@ -24,12 +52,13 @@ def exchange_rows(ranks_per_node: int, length: int) -> dict:
         return torch.tensor([int(rows[:, 0].sum()), workers.rank], dtype=torch.uint8)
 
     before = workers.payload_bytes
-    reduction = workers.exchange(rows, combine, residuals, [10 * len(share) for share in shares])
+    under_way = workers.exchange(rows, combine, residuals, [10 * len(share) for share in shares])
     assert not received
-    reduction.advance()
-    reduction.advance()
-    result = reduction.wait()
-    assert torch.equal(reduction.wait(), result)
+    under_way.advance()
+    under_way.advance()
+    assert under_way.advance_if_ready()
+    result = under_way.wait()
+    assert torch.equal(under_way.wait(), result)
     return {
         "shares": [share.tolist() for share in shares],
         "received": received,
