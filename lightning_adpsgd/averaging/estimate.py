@@ -148,9 +148,10 @@ class MomentEstimate:
 
     def _correct(self, group: Group, correction: "Correction", pieces: "Sequence[_Piece]") -> None:
         first, second = self._kind.first_moment, self._kind.second_moment
-        takes = bool(second) and self._workers > 1 and holds_noise(group)
+        takes = bool(second) and self._workers > 1 and holds_noise(self._reader.plain(group))
         for piece in pieces if takes else ():
-            piece.state.setdefault(NOISE, torch.zeros_like(piece.state[second]))
+            if NOISE not in piece.state:
+                piece.state[NOISE] = torch.zeros_like(piece.state[second])
         parts = [piece.parts for piece in pieces]
         moments = [part[first] for part in parts]
         units = self._units(group, parts)
@@ -219,9 +220,9 @@ class _Piece(NamedTuple):
     def write_back(self, parts: State) -> None:
         """Overwrite entries of which :attr:`parts` had to make a copy."""
         for name, part in parts.items():
-            whole = self._laid_out(self.state[name])
-            if whole.flat is None:
-                whole.write(*self.here, part)
+            whole = self.state[name]
+            if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                self._laid_out(whole).write(*self.here, part)
 
     def _part(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != self.parameter.shape or name == "step":

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import ConstantPeriod, LocalSGD
+from lightning_adpsgd.averaging.estimate import MomentEstimate
+from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.averaging.momentum import MomentumReader
 
 STEPS = 80
 BETAS = (0.9, 0.99)
@@ -194,3 +197,22 @@ def dropped_early() -> list[float]:
 def test_a_worker_that_was_dropped_begins_anew(pool: Any) -> None:
     for mean in pool.run(dropped_early, workers=3)[0]:
         assert mean / (1 - BETAS[1] ** 4) < 0.9
+
+
+def test_a_parameter_of_many_tiles_is_given_its_entry_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.zeros(1 << 18))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda each: made.append(each) or zeros_like(each))
+    estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 1), 2)
+    estimate.note_step()
+    corrections = estimate.after(1)
+    layout = FlatLayout([parameter], [0])
+    tiles = [tile for bucket in layout.cut(1 << 30) for tile in layout.tiles(bucket)]
+    for tile in tiles:
+        deviations = tile.pack(torch.empty(len(tile)))
+        estimate.correct(tile, deviations, deviations, [parameter], corrections)
+    assert len(tiles) > 1
+    assert len(made) == 1
