@@ -196,7 +196,7 @@ class Correction(NamedTuple):
     @property
     def is_one(self) -> bool:
         """Whether there is anything to correct."""
-        return self.factor != 0.0
+        return self.drift > 0.0
 
 
 class _Piece(NamedTuple):

@@ -59,6 +59,7 @@ def compare(signal: float, options: dict[str, Any], class_: str) -> list[list[fl
         ({"reduce_dtype": "int4"}, "AdamW", 0.2),
         ({"stagger": True, "overlap": 1}, "Adam", 0.0),
         ({}, "Adam without momentum", 0.0),
+        ({"overlap": 1}, "Adam without momentum", 0.0),
     ],
     ids=str,
 )
