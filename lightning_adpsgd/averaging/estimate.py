@@ -41,6 +41,7 @@ from lightning_adpsgd.averaging.state_entries import is_plain
 from lightning_adpsgd.averaging.tiles import Entry, Tile
 
 _AT_MOST = 4.0  # times a moment's size, that its deviation is believed to be
+_LEAST = 1e-36  # D of rates of 1e-18: such steps leave parameters where they are, and 1 / D might be infinite
 _REMEMBERED = 4096  # steps whose learning rates are kept; of longer periods, the latest count
 
 
@@ -278,9 +279,9 @@ def _response(
         )
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
-    factor = vw / ww if ww > 0.0 else 0.0
-    if not math.isfinite(factor):
+    if ww <= _LEAST or not math.isfinite(vw / ww):
         return _Response(0.0, 0.0, 0.0)
+    factor = vw / ww
     if ago == 0:
         before = moment[0], sent[0]
     after = vv - 2.0 * factor * vw + factor**2 * ww + (before[0] - factor * before[1]) ** 2 * left
@@ -288,8 +289,10 @@ def _response(
 
 
 def _scaled(values: Sequence[Tensor], like: Sequence[Tensor], units: "Sequence[Tensor] | None") -> list[Tensor]:
-    """``values`` times ``units``, in the types of ``like``, and in storage of their own."""
-    found = [value.to(other.dtype) for value, other in zip(values, like, strict=True)]
+    """``values`` times ``units``, in the types of ``like`` or at least 32 bits, and in storage of their own."""
+    # What they are multiplied by may be as large as 1 / a learning rate, beyond the range of fp16.
+    types = [torch.promote_types(other.dtype, torch.float32) for other in like]
+    found = [value.to(type_) for value, type_ in zip(values, types, strict=True)]
     return [value.clone() for value in found] if units is None else [*torch._foreach_mul(found, [*units])]
 
 
