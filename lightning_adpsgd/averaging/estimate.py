@@ -41,6 +41,7 @@ from lightning_adpsgd.averaging.state_entries import is_plain
 from lightning_adpsgd.averaging.tiles import Entry, Tile
 
 _AT_MOST = 4.0  # times a moment's size, that its deviation is believed to be
+_LEAST = 1e-36  # D of rates of 1e-18: such steps leave parameters where they are, and 1 / D might be infinite
 _REMEMBERED = 4096  # steps whose learning rates are kept; of longer periods, the latest count
 
 
@@ -148,9 +149,10 @@ class MomentEstimate:
 
     def _correct(self, group: Group, correction: "Correction", pieces: "Sequence[_Piece]") -> None:
         first, second = self._kind.first_moment, self._kind.second_moment
-        takes = bool(second) and self._workers > 1 and holds_noise(group)
+        takes = bool(second) and self._workers > 1 and holds_noise(self._reader.plain(group))
         for piece in pieces if takes else ():
-            piece.state.setdefault(NOISE, torch.zeros_like(piece.state[second]))
+            if NOISE not in piece.state:
+                piece.state[NOISE] = torch.zeros_like(piece.state[second])
         parts = [piece.parts for piece in pieces]
         moments = [part[first] for part in parts]
         units = self._units(group, parts)
@@ -195,7 +197,7 @@ class Correction(NamedTuple):
     @property
     def is_one(self) -> bool:
         """Whether there is anything to correct."""
-        return self.factor != 0.0
+        return self.drift > 0.0
 
 
 class _Piece(NamedTuple):
@@ -219,9 +221,9 @@ class _Piece(NamedTuple):
     def write_back(self, parts: State) -> None:
         """Overwrite entries of which :attr:`parts` had to make a copy."""
         for name, part in parts.items():
-            whole = self._laid_out(self.state[name])
-            if whole.flat is None:
-                whole.write(*self.here, part)
+            whole = self.state[name]
+            if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                self._laid_out(whole).write(*self.here, part)
 
     def _part(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != self.parameter.shape or name == "step":
@@ -277,9 +279,9 @@ def _response(
         )
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
-    factor = vw / ww if ww > 0.0 else 0.0
-    if not math.isfinite(factor):
+    if ww <= _LEAST or not math.isfinite(vw / ww):
         return _Response(0.0, 0.0, 0.0)
+    factor = vw / ww
     if ago == 0:
         before = moment[0], sent[0]
     after = vv - 2.0 * factor * vw + factor**2 * ww + (before[0] - factor * before[1]) ** 2 * left
@@ -287,8 +289,10 @@ def _response(
 
 
 def _scaled(values: Sequence[Tensor], like: Sequence[Tensor], units: "Sequence[Tensor] | None") -> list[Tensor]:
-    """``values`` times ``units``, in the types of ``like``, and in storage of their own."""
-    found = [value.to(other.dtype) for value, other in zip(values, like, strict=True)]
+    """``values`` times ``units``, in the types of ``like`` or at least 32 bits, and in storage of their own."""
+    # What they are multiplied by may be as large as 1 / a learning rate, beyond the range of fp16.
+    types = [torch.promote_types(other.dtype, torch.float32) for other in like]
+    found = [value.to(type_) for value, type_ in zip(values, types, strict=True)]
     return [value.clone() for value in found] if units is None else [*torch._foreach_mul(found, [*units])]
 
 

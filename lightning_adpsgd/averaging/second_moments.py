@@ -51,7 +51,8 @@ def take_noise(
     Args:
         moments: v of each parameter, or of a part of it.
         taken: R of each, of the same shape.
-        deviations: w_i − w̄ of each, so that its square is (1 − 1/n) σ²; of the same shape. Is overwritten.
+        deviations: w_i − w̄ of each, so that its square is (1 − 1/n) σ²; of the same shape, of at
+            least 32 bits. Is overwritten.
         rounding: what rounding has added to what was sent, in the same units. Is overwritten.
         kept: β₂^p.
         believed: whether deviations are those of gradients, and not what rounding has done; a bool of one element.
@@ -59,7 +60,10 @@ def take_noise(
     """
     moved = torch.stack(torch._foreach_norm(deviations)) > 0.0
     keeps = [*torch.where(moved, kept, 1.0).to(moments[0].dtype).unbind()]
-    news = [*((1.0 - kept) * (moved & believed)).to(moments[0].dtype).unbind()]
+    news = [*((1.0 - kept) * moved).to(deviations[0].dtype).unbind()]
+    least = max(0.5 / workers, torch.finfo(moments[0].dtype).eps)  # otherwise rounding might leave nothing
+    for each in (deviations, rounding):
+        torch._foreach_mul_(each, believed.to(each[0].dtype))  # before squares may be infinite
     torch._foreach_mul_(deviations, deviations)
     torch._foreach_addcmul_(deviations, rounding, rounding, value=-1.0 - 1.0 / workers)
     torch._foreach_mul_(deviations, news)
@@ -67,5 +71,5 @@ def take_noise(
     torch._foreach_add_(moments, taken)
     torch._foreach_add_(taken, deviations)
     torch._foreach_maximum_(taken, 0.0)
-    torch._foreach_minimum_(taken, [*torch._foreach_mul(moments, 1.0 - 0.5 / workers)])
+    torch._foreach_minimum_(taken, [*torch._foreach_mul(moments, 1.0 - least)])
     torch._foreach_sub_(moments, taken)

@@ -9,6 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import ConstantPeriod, LocalSGD
+from lightning_adpsgd.averaging.estimate import MomentEstimate
+from lightning_adpsgd.averaging.layout import FlatLayout
+from lightning_adpsgd.averaging.momentum import MomentumReader
+from lightning_adpsgd.averaging.second_moments import take_noise
 
 STEPS = 80
 BETAS = (0.9, 0.99)
@@ -55,6 +59,7 @@ def compare(signal: float, options: dict[str, Any], class_: str) -> list[list[fl
         ({"reduce_dtype": "int4"}, "AdamW", 0.2),
         ({"stagger": True, "overlap": 1}, "Adam", 0.0),
         ({}, "Adam without momentum", 0.0),
+        ({"overlap": 1}, "Adam without momentum", 0.0),
     ],
     ids=str,
 )
@@ -193,3 +198,60 @@ def dropped_early() -> list[float]:
 def test_a_worker_that_was_dropped_begins_anew(pool: Any) -> None:
     for mean in pool.run(dropped_early, workers=3)[0]:
         assert mean / (1 - BETAS[1] ** 4) < 0.9
+
+
+def test_a_parameter_of_many_tiles_is_given_its_entry_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.zeros(1 << 18))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda each: made.append(each) or zeros_like(each))
+    estimate = MomentEstimate(optimizer, MomentumReader(optimizer, lambda: 1), 2)
+    estimate.note_step()
+    corrections = estimate.after(1)
+    layout = FlatLayout([parameter], [0])
+    tiles = [tile for bucket in layout.cut(1 << 30) for tile in layout.tiles(bucket)]
+    for tile in tiles:
+        deviations = tile.pack(torch.empty(len(tile)))
+        estimate.correct(tile, deviations, deviations, [parameter], corrections)
+    assert len(tiles) > 1
+    assert len(made) == 1
+
+
+def at_a_small_rate(class_: str, dtype: torch.dtype, rate: float) -> list[bool]:
+    """Whether state stays finite and moments no larger than gradients; then the same after a fall of the rate."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(500).to(dtype))
+    options = {"momentum": 0.9} if class_ == "SGD" else {"betas": BETAS, "eps": 1e-4}
+    optimizer = getattr(torch.optim, class_)([parameter], lr=rate, **options)
+    local_sgd = LocalSGD(optimizer, 2, optimizer_state="estimate", reduce_dtype="int4")
+    local_sgd.broadcast()
+    torch.manual_seed(dist.get_rank() + 1)
+    found = []
+    for steps, first_rate in ((8, rate), (8, 0.01), (8, rate)):
+        optimizer.param_groups[0]["lr"] = first_rate
+        for _ in range(steps):
+            parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            local_sgd.step()
+        entries = [each for name, each in optimizer.state[parameter].items() if name != "step"]
+        found.append(all(bool((each.abs() < 50.0).all()) for each in entries))
+    return found
+
+
+@pytest.mark.parametrize("class_", ["Adam", "SGD"])
+@pytest.mark.parametrize(
+    ("dtype", "rate"), [(torch.float32, 1e-16), (torch.float32, 1e-25), (torch.float32, 1e-40), (torch.float16, 1e-6)]
+)
+def test_a_rate_next_to_nothing_makes_nothing_infinite(pool: Any, class_: str, dtype: torch.dtype, rate: float) -> None:
+    for found in pool.run(at_a_small_rate, class_, dtype, rate):
+        assert found == [True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_something_is_left_however_many_workers_there_are(dtype: torch.dtype) -> None:
+    moment, taken = torch.rand(1000).add_(0.1).to(dtype), torch.zeros(1000, dtype=dtype)
+    take_noise([moment], [taken], [torch.full((1000,), 9.0)], [torch.zeros(1000)], 0.5, torch.tensor(True), 10_000)
+    assert (moment > 0.0).all()
+    assert (taken > 0.0).all()
