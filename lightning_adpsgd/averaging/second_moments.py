@@ -11,12 +11,13 @@ w_i − w̄, times what steps are divided by, has a variance of (1 − 1/n) σ²
 :mod:`lightning_adpsgd.averaging.estimate`. So its square over D is what squared gradients hold too much of. Of that, a
 mean R is kept as Adam keeps V, with the same β₂: after a round of p steps
 
-    R ← min(β₂^p R + (1 − β₂^p) (w_i − w̄)² v / D,  (1 − 1/2n) V),    v ← V − R,
+    R ← min(β₂^p R + (1 − β₂^p) (w_i − w̄)² v / D,  (1 − 1/n) V),    v ← V − R,
 
 where v is what the optimizer's state holds: V is v plus what is left of the R that was taken before, β₂^p R. By the
-minimum, v is never less than V / 2n. (It cannot be less than V / n in truth, but R scatters, and if all that is too
-much were cut off, it would be too little on average.) R is a tensor of the optimizer's state (:data:`NOISE`), so that
-memory is that of three moments instead of two; like v, it is in checkpoints, and nothing is sent.
+minimum, v is never less than V / n. R is a tensor of the optimizer's state (:data:`NOISE`), so that memory is that of
+three moments instead of two; like v, it is in checkpoints, and nothing is sent. In rounds of few bits, w̄ has also moved
+by what was rounded: by about as much as a worker's own message, whose rounding is known, so that its square is
+subtracted.
 
 What does not move on any worker (a parameter without a gradient) is left alone. A run may go on from moments that it
 has not made, such as those of full communication: there is no R yet, so they are taken for v. AMSGrad's are left alone
@@ -61,11 +62,11 @@ def take_noise(
     moved = torch.stack(torch._foreach_norm(deviations)) > 0.0
     keeps = [*torch.where(moved, kept, 1.0).to(moments[0].dtype).unbind()]
     news = [*((1.0 - kept) * moved).to(deviations[0].dtype).unbind()]
-    least = max(0.5 / workers, torch.finfo(moments[0].dtype).eps)  # otherwise rounding might leave nothing
+    least = max(1.0 / workers, torch.finfo(moments[0].dtype).eps)  # otherwise rounding might leave nothing
     for each in (deviations, rounding):
         torch._foreach_mul_(each, believed.to(each[0].dtype))  # before squares may be infinite
     torch._foreach_mul_(deviations, deviations)
-    torch._foreach_addcmul_(deviations, rounding, rounding, value=-1.0 - 1.0 / workers)
+    torch._foreach_addcmul_(deviations, rounding, rounding, value=-1.0)
     torch._foreach_mul_(deviations, news)
     torch._foreach_mul_(taken, keeps)
     torch._foreach_add_(moments, taken)

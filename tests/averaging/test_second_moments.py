@@ -71,7 +71,7 @@ def test_they_become_those_of_full_communication(
             assert local / full == pytest.approx((square + 1.0) / (square + 0.25), rel=0.05)
             # What is taken has a limit, which little that was measured may exceed: then it is less. In 4 bits, what
             # rounding has done to the mean is known on average only.
-            most = 1.35 if "reduce_dtype" in options else 1.25
+            most = 1.75 if "reduce_dtype" in options else 1.5
             assert 0.85 < estimated / full < most
 
 
