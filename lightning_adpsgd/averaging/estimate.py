@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.momentum import Group, Momentum, MomentumReader, State, known, known_names
-from lightning_adpsgd.averaging.second_moments import NOISE, holds_noise, take_noise
+from lightning_adpsgd.averaging.momentum import NOISE, Group, Momentum, MomentumReader, State, known, known_names
+from lightning_adpsgd.averaging.second_moments import holds_noise, take_noise
 from lightning_adpsgd.averaging.state_entries import is_plain
 from lightning_adpsgd.averaging.tiles import Entry, Tile
 

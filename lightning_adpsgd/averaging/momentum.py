@@ -12,6 +12,8 @@ Group = Mapping[str, Any]
 """A parameter group, with its settings."""
 State = Mapping[str, Any]
 """An optimizer's state of one parameter."""
+NOISE = "exp_avg_sq_noise"
+"""The entry of a parameter's state that holds what rounds have taken from its second moment."""
 
 
 class Momentum(NamedTuple):
@@ -215,7 +217,7 @@ def _start_of_sgd(group: Group) -> Mapping[str, float | None]:
 
 
 _ADAM = Known(
-    _start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0),
+    _start(exp_avg=0.0, exp_avg_sq=0.0, max_exp_avg_sq=0.0, step=0.0, **{NOISE: 0.0}),
     _adam,
     first_moment="exp_avg",
     divisors=_roots,
@@ -236,7 +238,7 @@ _KNOWN = {
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
     "NAdam": Known(
-        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0),
+        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0, **{NOISE: 0.0}),
         _nadam,
         first_moment="exp_avg",
         divisors=_roots,

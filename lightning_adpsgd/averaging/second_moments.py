@@ -14,12 +14,12 @@ mean R is kept as Adam keeps V, with the same β₂: after a round of p steps
     R ← min(β₂^p R + (1 − β₂^p) (w_i − w̄)² v / D,  (1 − 1/n) V),    v ← V − R,
 
 where v is what the optimizer's state holds: V is v plus what is left of the R that was taken before, β₂^p R. By the
-minimum, v is never less than V / n. R is a tensor of the optimizer's state (:data:`NOISE`), so that memory is that of
-three moments instead of two; like v, it is in checkpoints, and nothing is sent. In rounds of few bits, w̄ has also moved
-by what was rounded: by about as much as a worker's own message, whose rounding is known, so that its square is
-subtracted.
+minimum, v is never less than V / n. R is an entry of the optimizer's state, so that memory is that of three moments
+instead of two; like v, it is in checkpoints, and nothing is sent. In rounds of few bits, w̄ has also moved by what was
+rounded: by about as much as a worker's own message, whose rounding is known, so that its square is subtracted.
 
-What does not move on any worker (a parameter without a gradient) is left alone. A run may go on from moments that it
+What does not move on any worker (a parameter without a gradient) is left alone. (One that only some workers train should
+not be trained with an estimate: on the others v does not grow, and is taken for as noisy.) A run may go on from moments that it
 has not made, such as those of full communication: there is no R yet, so they are taken for v. AMSGrad's are left alone
 altogether: its largest second moment is not a mean, of which a part is new, and may not become smaller.
 """
@@ -28,9 +28,6 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.momentum import Group
-
-NOISE = "exp_avg_sq_noise"
-"""The entry of a parameter's state that holds R."""
 
 
 def holds_noise(group: Group) -> bool:

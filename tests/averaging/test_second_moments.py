@@ -11,7 +11,8 @@ from torch import nn
 from lightning_adpsgd import ConstantPeriod, LocalSGD
 from lightning_adpsgd.averaging.estimate import MomentEstimate
 from lightning_adpsgd.averaging.layout import FlatLayout
-from lightning_adpsgd.averaging.momentum import MomentumReader
+from lightning_adpsgd.averaging.momentum import NOISE, MomentumReader
+from lightning_adpsgd.averaging.optimizer_state import reset_moments
 from lightning_adpsgd.averaging.second_moments import take_noise
 
 STEPS = 80
@@ -255,3 +256,14 @@ def test_something_is_left_however_many_workers_there_are(dtype: torch.dtype) ->
     take_noise([moment], [taken], [torch.full((1000,), 9.0)], [torch.zeros(1000)], 0.5, torch.tensor(True), 10_000)
     assert (moment > 0.0).all()
     assert (taken > 0.0).all()
+
+
+def test_resetting_moments_forgets_what_was_taken() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    for class_ in (torch.optim.AdamW, torch.optim.NAdam):
+        optimizer = class_([parameter])
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.state[parameter][NOISE] = torch.ones(3)
+        reset_moments(optimizer)
+        assert not optimizer.state[parameter][NOISE].any()
