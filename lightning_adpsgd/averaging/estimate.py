@@ -80,6 +80,7 @@ class MomentEstimate:
         self._workers = workers
         self._rates: deque[tuple[float, ...]] = deque(maxlen=_REMEMBERED)  # of each group; the latest step's come last
         self._left: list[float] = []  # of each group, the variance of moments' deviations after the latest round
+        self._corrected_at: dict[tuple[int, int], float] = {}  # the step at which a part of a parameter last was
 
     def note_step(self) -> None:
         """Take note of the learning rates of a step."""
@@ -115,7 +116,11 @@ class MomentEstimate:
 
     def mark_shared(self) -> None:
         """Take note that moments are the same on all workers."""
-        self._left = []
+        self._left, self._corrected_at = [], {}
+
+    def forget(self) -> None:
+        """Take note that this worker's optimizer has lost its state."""
+        self._corrected_at = {}
 
     @torch.no_grad()
     def correct(
@@ -142,10 +147,24 @@ class MomentEstimate:
             group, parameter = entry.group, parameters[entry.place]
             if group is not None and group < len(corrections) and corrections[group].is_one:
                 state = self._optimizer.state.get(parameter)
-                if state and state.get(self._kind.first_moment) is not None and is_plain(state):
+                if not state or state.get(self._kind.first_moment) is None or not is_plain(state):
+                    continue
+                if self._has_stepped(parameter, start, state):
                     by_group[group].append(_Piece(state, parameter, entry, (start, stop), here, away))
         for group, found in by_group.items():
             self._correct(self._optimizer.param_groups[group], corrections[group], found)
+
+    def _has_stepped(self, parameter: Tensor, start: int, state: State) -> bool:
+        """Whether this worker has stepped a part of a parameter since it was last corrected, or only a device knows.
+
+        Otherwise all of the drift is others', and says nothing of this worker's gradients.
+        """
+        step = state.get("step")
+        if step is None or (isinstance(step, Tensor) and step.device.type != "cpu"):
+            return True
+        place, now = (id(parameter), start), float(step)
+        before, self._corrected_at[place] = self._corrected_at.get(place), now
+        return now != before
 
     def _correct(self, group: Group, correction: "Correction", pieces: "Sequence[_Piece]") -> None:
         first, second = self._kind.first_moment, self._kind.second_moment

@@ -18,10 +18,10 @@ minimum, v is never less than V / n. R is an entry of the optimizer's state, so 
 instead of two; like v, it is in checkpoints, and nothing is sent. In rounds of few bits, w̄ has also moved by what was
 rounded: by about as much as a worker's own message, whose rounding is known, so that its square is subtracted.
 
-What does not move on any worker (a parameter without a gradient) is left alone. (One that only some workers train should
-not be trained with an estimate: on the others v does not grow, and is taken for as noisy.) A run may go on from moments that it
-has not made, such as those of full communication: there is no R yet, so they are taken for v. AMSGrad's are left alone
-altogether: its largest second moment is not a mean, of which a part is new, and may not become smaller.
+What does not move on any worker (a parameter without a gradient) is left alone, and so is what a worker has not stepped
+since the round before. A run may go on from moments that it has not made, such as those of full communication: there is
+no R yet, so they are taken for v. AMSGrad's are left alone altogether: its largest second moment is not a mean that
+changes in part, and may not become smaller.
 """
 
 import torch

@@ -120,6 +120,8 @@ class StatePolicy:
         """
         if not contribution.contributes:
             forget(self._optimizer, self._at_start)
+            if self._estimate is not None:
+                self._estimate.forget()
             self._dropped_at = self._steps
         averages = self._policy == "average"
         if averages and trained and self.anybody_has_state:

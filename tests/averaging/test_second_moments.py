@@ -116,6 +116,19 @@ def test_those_of_a_parameter_that_is_not_trained_stay_what_they_are_and_change_
         assert after[1 - resting] == pytest.approx(0.5, abs=0.1)
 
 
+def one_rests_here() -> bool:
+    optimizer, local_sgd = begun()
+    parameters = optimizer.param_groups[0]["params"]
+    train(optimizer, local_sgd, 8)
+    before = {name: each.clone() for name, each in optimizer.state[parameters[1]].items()}
+    train(optimizer, local_sgd, 40, resting=1 if dist.get_rank() == 0 else None)
+    return all(torch.equal(each, before[name]) for name, each in optimizer.state[parameters[1]].items())
+
+
+def test_those_of_a_parameter_that_only_other_workers_train_stay_what_they_are(pool: Any) -> None:
+    assert pool.run(one_rests_here, workers=2) == [True, False]
+
+
 def louder_at_first() -> tuple[Any, ...]:
     optimizer, local_sgd = begun(amsgrad=True)
     train(optimizer, local_sgd, 40, noise=3.0)
