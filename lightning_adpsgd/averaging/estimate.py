@@ -99,19 +99,19 @@ class MomentEstimate:
         """
         rates = [*self._rates][max(0, len(self._rates) - ago - steps) : len(self._rates) - ago]
         groups = self._optimizer.param_groups
-        left, self._left, found = [*self._left, *[0.0] * len(groups)], [], []
+        left, found = [*self._left, *[0.0] * len(groups)], []
         for place, group in enumerate(groups):
             mine = [each[place] if place < len(each) else 0.0 for each in reversed(rates)]
             momentum, gathered = self._reader.of(group, ago)
             if momentum is not None and _is_on_device(group["lr"]):  # then its product with the rate is not known
                 momentum = momentum._replace(coupled_decay=0.0, decoupled_decay=0.0)
             looked = ahead[place] if place < len(ahead) else 0.0
-            response = _Response(0.0, 0.0, 0.0)
+            response = Correction()
             # Of a moment of which the next step leaves nothing, there is nothing to correct.
             if momentum is not None and (momentum.decay > 0.0 or self._kind.second_moment):
                 response = _response(momentum, gathered, mine, ago, looked, left[place])
-            found.append(Correction(response.factor, response.drift, steps))
-            self._left.append(response.left)
+            found.append(response._replace(steps=steps))
+        self._left = [each.left for each in found]
         return found
 
     def mark_shared(self) -> None:
@@ -168,23 +168,22 @@ class MomentEstimate:
 
     def _correct(self, group: Group, correction: "Correction", pieces: "Sequence[_Piece]") -> None:
         first, second = self._kind.first_moment, self._kind.second_moment
-        takes = bool(second) and self._workers > 1 and holds_noise(self._reader.plain(group))
+        plain = self._reader.plain(group) if second else {}
+        takes = bool(second) and self._workers > 1 and holds_noise(plain)
         for piece in pieces if takes else ():
             if NOISE not in piece.state:
                 piece.state[NOISE] = torch.zeros_like(piece.state[second])
         parts = [piece.parts for piece in pieces]
         moments = [part[first] for part in parts]
         units = self._units(group, parts)
-        sent, held = (
-            _scaled(values, moments, units)
-            for values in ([piece.sent for piece in pieces], [piece.deviations for piece in pieces])
-        )
+        sent = _scaled([piece.sent for piece in pieces], moments, units)
         # A moment's deviation is a part of it. What is much larger is what rounding has done, divided by a small rate.
         moved, size = (torch.stack(torch._foreach_norm(each)).float().norm() for each in (sent, moments))
         believed = moved * abs(correction.factor) <= _AT_MOST * size
         torch._foreach_add_(moments, [*torch._foreach_mul(sent, believed.to(sent[0].dtype))], alpha=-correction.factor)
         if takes:
-            kept = self._reader.plain(group)["betas"][1] ** correction.steps
+            held = _scaled([piece.deviations for piece in pieces], moments, units)
+            kept = plain["betas"][1] ** correction.steps
             seconds, taken = ([part[name] for part in parts] for name in (second, NOISE))
             torch._foreach_sub_(sent, held)
             for each in (held, sent):
@@ -204,13 +203,18 @@ class MomentEstimate:
 
 
 class Correction(NamedTuple):
-    """What moments of a parameter group are corrected by after a round."""
+    """What moments of a parameter group are corrected by after a round.
 
-    factor: float
+    It follows from what gradients whose deviations have a variance of 1 come to in the round.
+    """
+
+    factor: float = 0.0
     """K."""
-    drift: float
-    """D, the variance of an element of w_i − w̄ for gradients whose deviations have a variance of 1."""
-    steps: int
+    drift: float = 0.0
+    """D, the variance of an element of w_i − w̄ of what was sent."""
+    left: float = 0.0
+    """The variance of the first moment's deviations after the round, but for what came after it was sent."""
+    steps: int = 0
     """For which what was sent had drifted."""
 
     @property
@@ -253,21 +257,10 @@ class _Piece(NamedTuple):
         return Entry.in_order(value, self.entry.group, self.entry.order)
 
 
-class _Response(NamedTuple):
-    """What gradients whose deviations have a variance of 1 come to in a round."""
-
-    factor: float
-    """K."""
-    drift: float
-    """The variance of the deviations of what was sent."""
-    left: float
-    """The variance of the first moment's deviations after the round, but for what came after it was sent."""
-
-
 def _response(
     momentum: Momentum, gathered: int, rates: Sequence[float], ago: int, ahead: float, left: float
-) -> _Response:
-    """Follow them through the linear system.
+) -> Correction:
+    """Follow gradients' deviations through the linear system.
 
     Args:
         momentum: when it was sent.
@@ -299,20 +292,20 @@ def _response(
         if age == 0:
             sent = (sent[0], sent[1] - ahead)  # the latest step is the difference from w before it
     if ww <= _LEAST or not math.isfinite(vw / ww):
-        return _Response(0.0, 0.0, 0.0)
+        return Correction()
     factor = vw / ww
     if ago == 0:
         before = moment[0], sent[0]
     after = vv - 2.0 * factor * vw + factor**2 * ww + (before[0] - factor * before[1]) ** 2 * left
-    return _Response(factor, ww + before[1] ** 2 * left, after)
+    return Correction(factor, ww + before[1] ** 2 * left, after)
 
 
 def _scaled(values: Sequence[Tensor], like: Sequence[Tensor], units: "Sequence[Tensor] | None") -> list[Tensor]:
-    """``values`` times ``units``, in the types of ``like`` or at least 32 bits, and in storage of their own."""
+    """``values`` times ``units``, in the types of ``like`` or at least 32 bits."""
     # What they are multiplied by may be as large as 1 / a learning rate, beyond the range of fp16.
     types = [torch.promote_types(other.dtype, torch.float32) for other in like]
     found = [value.to(type_) for value, type_ in zip(values, types, strict=True)]
-    return [value.clone() for value in found] if units is None else [*torch._foreach_mul(found, [*units])]
+    return found if units is None else [*torch._foreach_mul(found, [*units])]
 
 
 def _is_on_device(rate: object) -> bool:

@@ -60,6 +60,11 @@ class _Fragment(NamedTuple):
     drifted: int
     """The number of steps over which the values sent had drifted."""
 
+    @property
+    def lands_at(self) -> int:
+        """The step at which its mean is adopted."""
+        return self.step + self.round.delay
+
 
 class _Before(NamedTuple):
     """A fragment's values before the step after which it is sent."""
@@ -281,9 +286,7 @@ class Pipeline:
             # A reduction in two phases starts the second phase half-way.
             if self.steps - fragment.step >= -(-fragment.round.delay // 2):
                 self._all(fragment.state, [bucket.reduction.advance for bucket in fragment.buckets])
-        while self.in_flight:
-            if not everything and self.steps - self.in_flight[0].step < self.in_flight[0].round.delay:
-                break
+        while self.in_flight and (everything or self.steps >= self.in_flight[0].lands_at):
             fragment = self.in_flight.popleft()
             handshakes.append(fragment.handshake.complete())
             if fragment.handshake.diverged:
