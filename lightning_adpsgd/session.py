@@ -14,7 +14,15 @@ from lightning_adpsgd.averaging.layout import hash48
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.periods import AveragingPeriod
-from lightning_adpsgd.rounds.handshake import KINDS, Handshake, Kind, RankState, SignalFlags, check_module
+from lightning_adpsgd.rounds.handshake import (
+    KINDS,
+    Handshake,
+    Kind,
+    RankState,
+    SignalFlags,
+    check_module,
+    naming_lost_workers,
+)
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.workers.group import WorkerGroup
 
@@ -53,7 +61,11 @@ class TrainingSession:
         self.local_sgd: list[LocalSGD] = []
         """One per optimizer, in their order."""
         owners: dict[int, Any] = {}
+        self._async_group: WorkerGroup | None = None
         try:
+            if len(optimizers) > 1 and options.is_spread and workers.can_share_async_group:
+                with naming_lost_workers(workers, "opening connections"):
+                    self._async_group = workers.new_async_group()
             for index, optimizer in enumerate(optimizers):
                 local_sgd = LocalSGD(
                     optimizer,
@@ -62,6 +74,7 @@ class TrainingSession:
                     total_steps="later",
                     options=dataclasses.replace(options, update=copy.deepcopy(options.update)),
                     workers=workers,
+                    async_group=self._async_group,
                     flags=self.flags,
                     owners=owners,
                     index=index,
@@ -183,6 +196,8 @@ class TrainingSession:
         """Close the connections that were opened for this run."""
         for local_sgd in self.local_sgd:
             local_sgd.close()
+        if self._async_group is not None:
+            self._async_group.close()
 
     @property
     def _handshakes(self) -> int:

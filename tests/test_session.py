@@ -47,6 +47,32 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return {"heard": heard, "averaged": averaged, "again": again, "state": session.module.state_dict()}
 
 
+def run_on_one_set_of_connections() -> dict[str, Any]:
+    groups = dist.distributed_c10d._world.pg_map
+    options = {"stagger": True, "overlap": 1}
+    counts = [len(groups)]
+    own = new_session(options)
+    counts.append(len(groups))
+    own.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_adpsgd.workers.group.backend_of", lambda *_: "nccl")
+        shared = new_session(options)
+        counts.append(len(groups))
+        shared.setup(20)
+        train(shared, range(8))
+        shared.average("validation")
+        shared.close()
+    counts.append(len(groups))
+    return {"groups": [count - counts[0] for count in counts], "state": shared.module.state_dict()}
+
+
+def test_optimizers_share_connections_where_a_mix_up_would_not_end_the_process(pool):
+    apart = pool.run(run, {"stagger": True, "overlap": 1})
+    for outcome, expected in zip(pool.run(run_on_one_set_of_connections), apart, strict=True):
+        assert outcome["groups"] == [0, 2, 1, 0]
+        assert all(torch.equal(value, expected["state"][name]) for name, value in outcome["state"].items())
+
+
 @pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}])
 def test_each_optimizer_has_rounds_of_its_own_and_whoever_looks_sees_the_average(pool, options):
     outcomes = pool.run(run, options)

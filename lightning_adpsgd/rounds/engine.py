@@ -104,8 +104,6 @@ class RoundEngine:
         self._pipeline: Pipeline | None = None
         if options.is_spread and workers.count > 1:
             if async_group is None:
-                # One per optimizer. In a common one, ranks that step their optimizers in different orders would reduce
-                # fragments of different sizes together: gloo ends the process then, before the disagreement is seen.
                 with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
                     async_group = self._opened = workers.new_async_group()
             schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)

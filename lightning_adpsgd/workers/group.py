@@ -14,7 +14,16 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_adpsgd.workers.peers import ClosedGroup, Peers, close_groups, close_without_waiting
-from lightning_adpsgd.workers.reduction import Exchange, Patience, Reduction, TensorOp, collective, on_device, on_host
+from lightning_adpsgd.workers.reduction import (
+    Exchange,
+    Patience,
+    Reduction,
+    TensorOp,
+    backend_of,
+    collective,
+    on_device,
+    on_host,
+)
 
 
 class Contribution(NamedTuple):
@@ -65,6 +74,15 @@ class WorkerGroup:
     def all_contribute(self) -> Contribution:
         """What this worker contributes to a mean over all workers."""
         return Contribution(self.count, True)
+
+    @property
+    def can_share_async_group(self) -> bool:
+        """Whether all optimizers may send fragments in one async group.
+
+        Ranks that step their optimizers in different orders would reduce fragments of different sizes together. gloo
+        then ends the process before the handshake finds the disagreement; NCCL leaves the host free to find it.
+        """
+        return self.count > 1 and backend_of(self.device, self._group) == "nccl"
 
     def new_async_group(self) -> Self:
         """The same workers, on connections where nothing else travels; bytes count together. All ranks have to ask."""
