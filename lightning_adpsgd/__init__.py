@@ -1,18 +1,19 @@
 """Adaptive periodic parameter averaging (ADPSGD, arXiv:2007.06134) for PyTorch Lightning.
 
 Importing this package registers the strategy names "adpsgd", "adpsgd_spawn", "adpsgd_fork", "adpsgd_notebook", the
-same with "adpsgd_int4", and the alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works. Without
-Lightning, :class:`LocalSGD` works in a plain PyTorch loop.
+same with "adpsgd_int4", and the alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works: that of
+``lightning``, and that of ``pytorch_lightning`` (see :mod:`lightning_adpsgd.pytorch_lightning`). Without Lightning,
+:class:`LocalSGD` works in a plain PyTorch loop.
 """
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.int_codec import IntCodec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.families import register_strategies, room_of_the_family_in_use
 from lightning_adpsgd.former_names import warn_of_former_name
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
@@ -45,13 +46,13 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_NEED_LIGHTNING = {"ADPSGDStrategy": "trainer.strategy", "CommunicationMonitor": "trainer.monitor"}
+_NEED_LIGHTNING = {"ADPSGDStrategy": "strategy", "CommunicationMonitor": "monitor"}
 _FORMER_NAMES = {"Workers": "WorkerGroup", "NodeWorkers": "NodeWorkerGroup"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _NEED_LIGHTNING:
-        return getattr(importlib.import_module(f"{__name__}.{_NEED_LIGHTNING[name]}"), name)
+        return getattr(importlib.import_module(f"{room_of_the_family_in_use()}.{_NEED_LIGHTNING[name]}"), name)
     if name in _FORMER_NAMES:
         new = _FORMER_NAMES[name]
         warn_of_former_name(f"{__name__}.{name}", new)
@@ -59,5 +60,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if importlib.util.find_spec("lightning") is not None:
-    __getattr__("ADPSGDStrategy").register_strategies()
+register_strategies()

@@ -1,21 +1,17 @@
 """LightningCLI with the strategy names registered: ``python -m lightning_adpsgd`` and the console script ``adpsgd``."""
 
-import os
-import sys
+import importlib
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
-
-import lightning_adpsgd  # noqa: F401 - registers the strategy names
+from lightning_adpsgd.families import room_of_the_family_in_use
 
 
 def main(args: Any = None) -> None:
-    """Run LightningCLI; model and data are named in the configuration by their ``class_path``.
+    """Run LightningCLI of ``lightning``, or of ``pytorch_lightning`` where only that is installed.
+
+    Where both are, ``python -m lightning_adpsgd.pytorch_lightning`` takes the latter's classes.
 
     Args:
         args: command line arguments as a list, or a configuration as a dict; None takes ``sys.argv``.
     """
-    # A console script finds modules next to itself, `python -m` those of the working directory, where the user's are.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    LightningCLI(args=args)
+    importlib.import_module(f"{room_of_the_family_in_use()}.cli").main(args)

@@ -66,9 +66,9 @@ def test_a_room_imports_nothing_it_must_not_know(part):
     assert forbidden_in(files_of(part), [f"lightning_adpsgd.{room}" for room in BELOW[part]]) == []
 
 
-def test_nothing_below_trainer_imports_lightning():
-    files = [file for file in files_of(".") if file.parent.name != "trainer" and file.name not in ("cli.py",)]
-    assert forbidden_in(files, LIGHTNING) == []
+def test_one_file_imports_lightning_and_another_one_the_other_family():
+    importing = {str(file.relative_to(PACKAGE)) for file in files_of(".") if forbidden_in([file], LIGHTNING)}
+    assert importing == {"trainer/__init__.py", "trainer/family.py", "pytorch_lightning/family.py"}
 
 
 def test_the_workers_are_the_one_room_that_uses_torch_distributed():

@@ -32,8 +32,6 @@ OWN_TOOLS = (
     "accelerate",
     "torchft",
 )
-# What comes with something else, in the same version
-NOT_ASKED_FOR = {"pytorch-lightning": "lightning"}
 # What the package has no bound for
 ONLY_CAPPED = {"numpy", "pyparsing"}
 
@@ -67,11 +65,9 @@ def in_full(number):
 
 def test_constrained_versions_are_the_lower_bounds():
     pinned = {name: rule.removeprefix("==") for name, rule in constraints().items() if rule.startswith("==")}
-    same = {name: pinned.pop(name) for name in NOT_ASKED_FOR}
     assert {name: in_full(version) for name, version in pinned.items()} == {
         name: in_full(version) for name, version in lower_bounds().items()
     }
-    assert same == {name: pinned[other] for name, other in NOT_ASKED_FOR.items()}
 
 
 def test_everything_else_is_only_capped():

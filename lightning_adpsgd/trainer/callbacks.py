@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_adpsgd.trainer.compat import callbacks_of, is_interrupted, pruned, prunes_after_training
-from lightning_adpsgd.trainer.signals import REQUEUE, SIGTERM, DeferredSignals
+from .compat import callbacks_of, is_interrupted, pruned, prunes_after_training
+from .family import Callback, ModelPruning, SIGTERMException, StochasticWeightAveraging, pl
+from .signals import REQUEUE, SIGTERM, DeferredSignals
 
 if TYPE_CHECKING:
     from lightning_adpsgd.trainer.weights import AveragedWeights

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_adpsgd.former_names import warn_of_former_name
 from lightning_adpsgd.rounds.handshake import Kind
 from lightning_adpsgd.session import TrainingSession
-from lightning_adpsgd.trainer.compat import current_hook, is_interrupted, trainer_of
+
+from .compat import current_hook, is_interrupted, trainer_of
+from .family import DDPStrategy, rank_zero_warn
 
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
 

@@ -1,13 +1,8 @@
-"""Every private or version-dependent name of Lightning and torch that this package's trainer uses, and why it does."""
+"""Every private or version-dependent name of Lightning and torch that this package uses."""
 
 import threading
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning, Timer
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
-from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,12 +10,14 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_adpsgd.averaging.layout import has_mean
 
+from .family import AsyncCheckpointIO, ModelPruning, Timer, TrainerStatus, async_plugin, ddp_overrides, pl
+
 Method = tuple[Any, str]
 """An object of Lightning's, and the name of a method to replace on it."""
 
 # Starts all ranks from the same weights, wherever Lightning leaves out the `DistributedDataParallel` wrapper that
 # otherwise does so (validation, testing), as this package does.
-sync_module_states = _sync_module_states
+sync_module_states = ddp_overrides._sync_module_states
 
 
 def trainer_of(module: "pl.LightningModule | None") -> "pl.Trainer | None":

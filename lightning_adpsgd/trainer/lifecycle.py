@@ -7,11 +7,10 @@ import sys
 import threading
 import time
 
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from lightning_adpsgd.trainer.compat import stop_watching_children
 from lightning_adpsgd.workers.group import WorkerGroup
+
+from .compat import stop_watching_children
+from .family import DDPStrategy, SIGTERMException
 
 _SECONDS_FOR_CHILDREN_TO_END = 10.0
 _SECONDS_FOR_OTHERS_TO_READ = 2.0

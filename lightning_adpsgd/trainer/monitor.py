@@ -5,15 +5,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
-from lightning_adpsgd.trainer.plot import draw
 from lightning_adpsgd.validation import check_instance, wrong_value
+
+from .family import Callback, pl, rank_zero_warn
+from .plot import draw
 
 _NOT_IN_A_FILE_NAME = r'\:*?"<>|'
 _LONGEST_PREFIX = 200  # bytes; most file systems take 255

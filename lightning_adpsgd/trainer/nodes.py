@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.handshake import naming_lost_workers
-from lightning_adpsgd.trainer.compat import sync_module_states, wrap_for_gradients_of
-from lightning_adpsgd.trainer.steps import CountedSteps
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.nodes import NodeWorkerGroup
+
+from .compat import sync_module_states, wrap_for_gradients_of
+from .family import MisconfigurationException, rank_zero_warn
+from .steps import CountedSteps
 
 
 class NodeGradients(CountedSteps):

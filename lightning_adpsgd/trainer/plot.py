@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
-
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.validation import check_instance, wrong_type, wrong_value
+
+from .family import get_filesystem
 
 
 def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:

@@ -3,18 +3,22 @@
 import math
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Module, SyncBatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.momentum import known
-from lightning_adpsgd.trainer.compat import callbacks_of, validates_by_the_clock
 from lightning_adpsgd.workers.group import WorkerGroup
+
+from .compat import callbacks_of, validates_by_the_clock
+from .family import (
+    GradientAccumulationScheduler,
+    MisconfigurationException,
+    TrainerFn,
+    TrainerStatus,
+    pl,
+    rank_zero_warn,
+)
 
 
 def is_fitting(trainer: "pl.Trainer") -> bool:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lightning.pytorch.strategies import StrategyRegistry
-
 from lightning_adpsgd.periods import AdaptivePeriod
+
+from .family import StrategyRegistry
 
 
 def int4_settings() -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
-
-from lightning_adpsgd.trainer.compat import Method, requeue_signal, signal_methods, stop_as_after_sigterm, time_checks
+from .compat import Method, requeue_signal, signal_methods, stop_as_after_sigterm, time_checks
+from .family import pl
 
 # Flags: bits that any rank may raise, and that all ranks learn in their next averaging round
 SIGTERM = 1

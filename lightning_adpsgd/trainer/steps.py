@@ -5,8 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -14,8 +12,10 @@ from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.session import TrainingSession
-from lightning_adpsgd.trainer.compat import step_of_the_loss, trainer_of
-from lightning_adpsgd.trainer.weights import AveragedWeights
+
+from .compat import step_of_the_loss, trainer_of
+from .family import MisconfigurationException, pl
+from .weights import AveragedWeights
 
 _LATEST_STEPS = 16  # of which it is known where they belong, beside those of a round in flight
 

@@ -5,13 +5,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import Self, override
 
 from lightning_adpsgd.averaging.codec import Codec
@@ -23,14 +17,19 @@ from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.session import TrainingSession
-from lightning_adpsgd.trainer.callbacks import insert_callbacks
-from lightning_adpsgd.trainer.compat import (
+from lightning_adpsgd.validation import check_choice, check_instance, check_listener
+from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.peers import closed_at_exit
+
+from .callbacks import insert_callbacks
+from .compat import (
     callbacks_of,
     trainer_of,
 )
-from lightning_adpsgd.trainer.lifecycle import end_others_at_exit, forget_failure
-from lightning_adpsgd.trainer.nodes import NodeGradients
-from lightning_adpsgd.trainer.preparation import (
+from .family import CheckpointIO, ClusterEnvironment, Precision, SIGTERMException, StrategyRegistry, TrainerFn, pl
+from .lifecycle import end_others_at_exit, forget_failure
+from .nodes import NodeGradients
+from .preparation import (
     check_module_is_ready,
     check_validation_is_not_timed,
     is_fitting,
@@ -40,11 +39,8 @@ from lightning_adpsgd.trainer.preparation import (
     warn_of_sync_batchnorm,
     warn_of_uneven_loaders,
 )
-from lightning_adpsgd.trainer.registration import int4_settings, register
-from lightning_adpsgd.trainer.signals import DeferredSignals
-from lightning_adpsgd.validation import check_choice, check_instance, check_listener
-from lightning_adpsgd.workers.group import WorkerGroup
-from lightning_adpsgd.workers.peers import closed_at_exit
+from .registration import int4_settings, register
+from .signals import DeferredSignals
 
 _log = logging.getLogger(__name__)
 

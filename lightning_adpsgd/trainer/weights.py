@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import Trigger
-from lightning_adpsgd.trainer.communication import GuardedCommunication
-from lightning_adpsgd.trainer.compat import second_weights, snapshot, trainer_of
+
+from .communication import GuardedCommunication
+from .compat import second_weights, snapshot, trainer_of
+from .family import rank_zero_info, rank_zero_warn
 
 CHECKPOINT_KEY = "adpsgd"
 

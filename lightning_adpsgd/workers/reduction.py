@@ -13,6 +13,9 @@ from typing_extensions import override
 
 TensorOp = Callable[[Tensor], Tensor]
 
+# torch 2.14 has renamed it, and warns of the former name.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 _SECONDS_BETWEEN_CHECKS = 1.0
 _SECONDS_OF_GRACE = 2.0
 
@@ -91,7 +94,7 @@ class Exchange(Reduction):
         self._buffer = received.new_empty(len(received), len(self._combined))
         with collective():
             flat = self._buffer.view(-1)
-            self._work = dist.all_gather_into_tensor(flat, self._combined, group=self._group, async_op=True)
+            self._work = getattr(dist, ALL_GATHER)(flat, self._combined, group=self._group, async_op=True)
         device, finish = self._device, self._finish_on_device
         self._finish = lambda gathered: finish(gathered.to(device))
 

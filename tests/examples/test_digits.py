@@ -54,6 +54,16 @@ def test_the_demo_takes_a_constant_period_and_ddp(tmp_path):
     assert "test_accuracy" in ddp.stdout
 
 
+def test_a_project_with_the_other_familys_classes_trains(tmp_path):
+    done = run(EXAMPLES / "with_pytorch_lightning.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "torch.distributed" not in done.stderr  # of a name that torch has renamed, for example
+    assert float(re.search(r"accuracy ([\d.]+) %", done.stdout)[1]) > 90
+    rounds, steps = map(int, re.search(r"rounds +(\d+) in (\d+) steps", done.stdout).groups())
+    assert steps == 220
+    assert 2 < rounds < 115
+
+
 def test_the_demo_says_what_is_wrong_with_its_arguments(monkeypatch, capsys):
     for arguments, message in (
         (["--strategy", "0"], "'0': expected adpsgd, ddp, proportional, or an averaging period such as 8"),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import AveragingRound, LocalSGD
+from lightning_adpsgd.workers.reduction import ALL_GATHER
 from tests.test_local_sgd import RecordingPeriod
 
 pytestmark = pytest.mark.workers
@@ -325,7 +326,7 @@ def gather_in_backward(backward: bool, stagger: bool) -> tuple[int, int, list[to
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.1, momentum=0.9)
     options = {"reduce_dtype": "int8", "optimizer_state": "estimate", "bucket_size_mb": 500 / 2**20}
     local_sgd = LocalSGD(optimizer, 2, overlap=1, stagger=stagger, **options)
-    counts, original, in_backward = [0, 0], dist.all_gather_into_tensor, False
+    counts, original, in_backward = [0, 0], getattr(dist, ALL_GATHER), False
 
     def counted(*arguments: Any, **named: Any) -> Any:
         counts[not in_backward] += 1
@@ -333,7 +334,7 @@ def gather_in_backward(backward: bool, stagger: bool) -> tuple[int, int, list[to
 
     torch.manual_seed(dist.get_rank() + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_gather_into_tensor", counted)
+        patch.setattr(dist, ALL_GATHER, counted)
         for _ in range(6):
             values = torch.randn(8, 20)
             for layer in layers:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_adpsgd
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
+from lightning_adpsgd.workers.reduction import ALL_GATHER
 from tests.training import Classifier, fit, identical, loader, seeded, trainer, weights
 
 # Names
@@ -129,7 +130,7 @@ class Collectives(TorchDispatchMode):
 COLLECTIVES = (
     "all_reduce",
     "all_gather",
-    "all_gather_into_tensor",
+    ALL_GATHER,
     "all_gather_object",
     "all_to_all",
     "all_to_all_single",

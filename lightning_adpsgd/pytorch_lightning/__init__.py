@@ -1,0 +1,23 @@
+"""The strategy, the callback and the command line for projects that say ``import pytorch_lightning``.
+
+Their classes cannot be mixed with those of ``lightning.pytorch``, so the modules of :mod:`lightning_adpsgd.trainer` are
+loaded a second time as modules of this package: all of them take Lightning's names from ``.family``, which is found
+here, and each other from the same package.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__path__ = [*__path__, str(Path(__file__).parents[1] / "trainer")]
+
+import_module("pytorch_lightning")  # first, because the strategies' names are registered as soon as it is there
+
+if TYPE_CHECKING:
+    from lightning_adpsgd.trainer.monitor import CommunicationMonitor
+    from lightning_adpsgd.trainer.strategy import ADPSGDStrategy
+else:
+    from .monitor import CommunicationMonitor
+    from .strategy import ADPSGDStrategy
+
+__all__ = ["ADPSGDStrategy", "CommunicationMonitor"]

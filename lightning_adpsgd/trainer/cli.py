@@ -1,0 +1,21 @@
+"""LightningCLI with the strategy names registered."""
+
+import os
+import sys
+from typing import Any
+
+from .family import LightningCLI
+from .strategy import ADPSGDStrategy
+
+
+def main(args: Any = None) -> None:
+    """Run LightningCLI; model and data are named in the configuration by their ``class_path``.
+
+    Args:
+        args: command line arguments as a list, or a configuration as a dict; None takes ``sys.argv``.
+    """
+    ADPSGDStrategy.register_strategies()
+    # A console script finds modules next to itself, `python -m` those of the working directory, where the user's are.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    LightningCLI(args=args)
