@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any
 
 ROOMS = {"lightning.pytorch": "lightning_adpsgd.trainer", "pytorch_lightning": "lightning_adpsgd.pytorch_lightning"}
-"""For each family, the package of this project that is made for it."""
+"""For each family, the package of this project that is made for its Trainer."""
+FABRIC_ROOMS = {"lightning.fabric": "lightning_adpsgd.fabric", "lightning_fabric": "lightning_adpsgd.lightning_fabric"}
+"""The same for Fabric."""
 
 
 def room_of_the_family_in_use() -> str:
@@ -36,16 +38,17 @@ def room_of_the_family_in_use() -> str:
 
 def register_strategies() -> None:
     """Register the strategies' names in each family: now if it is imported, otherwise as soon as it is."""
-    for family in ROOMS:
+    families = (*FABRIC_ROOMS, *ROOMS)
+    for family in families:
         if family in sys.modules:
             _register_in(family)
-    waiting = {family for family in ROOMS if family not in sys.modules}
+    waiting = {family for family in families if family not in sys.modules}
     if waiting and not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AtImport(waiting))
 
 
 def _register_in(family: str) -> None:
-    importlib.import_module(f"{ROOMS[family]}.strategy").ADPSGDStrategy.register_strategies()
+    importlib.import_module(f"{(ROOMS | FABRIC_ROOMS)[family]}.strategy").ADPSGDStrategy.register_strategies()
 
 
 class _AtImport(MetaPathFinder):

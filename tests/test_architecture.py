@@ -12,14 +12,27 @@ import lightning_adpsgd
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+DOORS = ("trainer", "fabric")
 BELOW = {  # each room, and the rooms that it must not know
-    "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", "trainer"),
-    "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", "trainer"),
-    "averaging": ("periods", "rounds", "options", "local_sgd", "session", "trainer"),
-    "rounds": ("periods", "local_sgd", "session", "trainer"),
-    "options.py": ("averaging.averager", "averaging.tensors", "rounds", "workers", "local_sgd", "session", "trainer"),
-    "local_sgd.py": ("session", "trainer"),
-    "session.py": ("trainer",),
+    "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", *DOORS),
+    "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", *DOORS),
+    "averaging": ("periods", "rounds", "options", "local_sgd", "session", *DOORS),
+    "rounds": ("periods", "local_sgd", "session", *DOORS),
+    "options.py": (
+        "averaging.averager",
+        "averaging.tensors",
+        "rounds",
+        "workers",
+        "local_sgd",
+        "session",
+        "trainer",
+        "fabric",
+    ),
+    "local_sgd.py": ("session", *DOORS),
+    "session.py": DOORS,
+    "trainer": ("fabric",),
+    "fabric": ("trainer",),
+    "history.py": ("periods", "local_sgd", "session", *DOORS),
     "trainer/monitor.py": ("periods", "local_sgd", "trainer.strategy"),
     "trainer/strategy.py": ("trainer.monitor",),
 }
@@ -66,9 +79,10 @@ def test_a_room_imports_nothing_it_must_not_know(part):
     assert forbidden_in(files_of(part), [f"lightning_adpsgd.{room}" for room in BELOW[part]]) == []
 
 
-def test_one_file_imports_lightning_and_another_one_the_other_family():
+def test_one_file_imports_each_family_of_lightning():
     importing = {str(file.relative_to(PACKAGE)) for file in files_of(".") if forbidden_in([file], LIGHTNING)}
-    assert importing == {"trainer/__init__.py", "trainer/family.py", "pytorch_lightning/family.py"}
+    families = {f"{room}/family.py" for room in ("trainer", "pytorch_lightning", "fabric", "lightning_fabric")}
+    assert importing == {"trainer/__init__.py", *families}
 
 
 def test_the_workers_are_the_one_room_that_uses_torch_distributed():

@@ -6,7 +6,6 @@ take them all from here, so that :mod:`lightning_adpsgd.pytorch_lightning` can l
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning_fabric.utilities.cloud_io import get_filesystem
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
@@ -43,7 +42,6 @@ __all__ = [
     "TrainerStatus",
     "async_plugin",
     "ddp_overrides",
-    "get_filesystem",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",

@@ -6,7 +6,6 @@ take them all from here, so that :mod:`lightning_adpsgd.pytorch_lightning` can l
 
 from lightning import pytorch as pl
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
@@ -43,7 +42,6 @@ __all__ = [
     "TrainerStatus",
     "async_plugin",
     "ddp_overrides",
-    "get_filesystem",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",

@@ -1,24 +1,17 @@
 """What crossed the network and why: averaging rounds as log entries, a history, a summary and a plot."""
 
-from collections import Counter
 from functools import partial
-from importlib.util import find_spec
-from typing import Any
 
-import torch
 from typing_extensions import override
 
-from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
-from lightning_adpsgd.validation import check_instance, wrong_value
+from lightning_adpsgd.history import RoundHistory
+from lightning_adpsgd.plot import draw
+from lightning_adpsgd.rounds.record import AveragingRound
 
 from .family import Callback, pl, rank_zero_warn
-from .plot import draw
-
-_NOT_IN_A_FILE_NAME = r'\:*?"<>|'
-_LONGEST_PREFIX = 200  # bytes; most file systems take 255
 
 
-class CommunicationMonitor(Callback):
+class CommunicationMonitor(RoundHistory, Callback):
     """Logs every averaging round to all of the Trainer's loggers, and sums up at the end of ``fit``.
 
     At each round, at the step at which Lightning logs the loss of that batch, are logged: ``adpsgd/variance`` (S_k),
@@ -43,22 +36,8 @@ class CommunicationMonitor(Callback):
     """
 
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
-        # Configuration
-        self.prefix = _check_prefix(prefix)
-        self.plot = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
-        if self.plot and find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
-                " (pip install matplotlib), or pass plot=False."
-            )
-
-        # State
-        self.rounds: list[AveragingRound] = []
-        """The record of every round so far, on every rank."""
-        self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
-        self._totals: dict[int, Counter[str]] = {}  # of each optimizer
+        super().__init__(prefix, plot)
         self._plot_path: str | None = None
-        self._transport = "at once"
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -88,128 +67,11 @@ class CommunicationMonitor(Callback):
             draw(self.rounds, self._plot_path, transport=self._transport)
             print(f"  plot            {self._plot_path}")
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The history, one tensor per field: compact, and readable with ``torch.load(weights_only=True)``."""
-        columns: dict[str, Any] = {"ddp_bytes": torch.tensor(self._ddp_bytes, dtype=torch.int64)}
-        for name in AveragingRound._fields:
-            values = [getattr(round_, name) for round_ in self.rounds]
-            if name == "trigger":
-                values = [TRIGGERS.index(value) for value in values]
-            elif name == "target":
-                values = [float("nan") if value is None else value for value in values]
-            columns[name] = torch.tensor(values, dtype=torch.float64 if name in _FLOATS else torch.int64)
-        return columns
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        columns = {name: state_dict[name].tolist() for name in AveragingRound._fields}
-        columns["trigger"] = [TRIGGERS[index] for index in columns["trigger"]]
-        columns["target"] = [None if value != value else value for value in columns["target"]]
-        self.rounds, self._ddp_bytes, self._totals = [], [], {}
-        for *values, ddp_bytes in zip(*columns.values(), state_dict["ddp_bytes"].tolist(), strict=True):
-            self._add(AveragingRound(*values), ddp_bytes)
-
-    def summary(self) -> dict[str, Any]:
-        """The run in numbers.
-
-        Returns:
-            ``rounds``; ``steps`` (optimizer steps they cover); ``rounds_per_step``; ``first_period`` and
-            ``last_period`` (of the first optimizer); ``sent_bytes`` and ``sent_bytes_ddp`` (per rank);
-            ``factor_saved``, the ratio of the two, or None if nothing was sent; ``seconds`` for which rounds held up
-            training; ``transport``, how rounds travelled, in words; ``dropped``, workers left out of rounds because
-            they had diverged; ``triggers``, the number of rounds by what asked for them.
-        """
-        steps = sum(round_.local_steps for round_ in self.rounds)
-        sent = sum(round_.sent_bytes for round_ in self.rounds)
-        ddp = sum(self._ddp_bytes)
-        periods = [round_.period for round_ in self.rounds if round_.optimizer == 0]
-        triggers = Counter(round_.trigger for round_ in self.rounds)
-        return {
-            "rounds": len(self.rounds),
-            "steps": steps,
-            "rounds_per_step": len(self.rounds) / steps if steps else 0.0,
-            "first_period": periods[0] if periods else None,
-            "last_period": periods[-1] if periods else None,
-            "sent_bytes": sent,
-            "sent_bytes_ddp": ddp,
-            "factor_saved": ddp / sent if sent else None,
-            "seconds": sum(round_.seconds for round_ in self.rounds),
-            "transport": self._transport,
-            "dropped": sum(round_.dropped for round_ in self.rounds),
-            "triggers": {name: triggers[name] for name in TRIGGERS if name in triggers},
-        }
-
-    def _report(self) -> str:
-        summary = self.summary()
-        share, factor = summary["rounds_per_step"], summary["factor_saved"]
-        asked_for = ", ".join(f"{name} {count}" for name, count in summary["triggers"].items())
-        lines = {
-            "rounds": f"{summary['rounds']} in {summary['steps']} steps ({share:.1%}): {asked_for}",
-            "period": f"{summary['first_period']} at first, {summary['last_period']} at last",
-            "sent per rank": _readable(summary["sent_bytes"]),
-            "DDP would have": _readable(summary["sent_bytes_ddp"]),
-            "factor saved": "nothing was sent" if factor is None else f"{factor:.1f}x",
-            "held up for": f"{summary['seconds']:.2f} s",
-            "rounds travel": summary["transport"] if summary["transport"] != "at once" else None,
-            "dropped": f"{summary['dropped']} time(s) a worker that had diverged" if summary["dropped"] else None,
-        }
-        return "\n".join(["Averaging rounds", *(f"  {name:<15} {text}" for name, text in lines.items() if text)])
-
     def _on_round(self, trainer: "pl.Trainer", round_: AveragingRound) -> None:
-        groups = trainer.optimizers[round_.optimizer].param_groups
-        gradient_bytes = sum(p.nbytes for group in groups for p in group["params"] if p.requires_grad)
-        self._add(round_, ring_bytes(round_.local_steps * gradient_bytes, trainer.world_size))
+        metrics = self._note(round_, trainer.optimizers, trainer.world_size)
         if not trainer.loggers or not trainer.is_global_zero:
             return
-        suffix = f"_{round_.optimizer}" if len(trainer.optimizers) > 1 else ""
-        metrics = {f"{self.prefix}/{name}{suffix}": value for name, value in self._metrics(round_).items()}
         logged_step = getattr(trainer.strategy, "logged_step", None)
         step = trainer.global_step if logged_step is None else logged_step(round_)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-
-    def _add(self, round_: AveragingRound, ddp_bytes: int) -> None:
-        self.rounds.append(round_)
-        self._ddp_bytes.append(ddp_bytes)
-        totals = self._totals.setdefault(round_.optimizer, Counter())
-        totals.update(syncs=1, sent_bytes=round_.sent_bytes, sent_bytes_ddp=ddp_bytes, dropped=round_.dropped)
-
-    def _metrics(self, round_: AveragingRound) -> dict[str, float]:
-        totals = self._totals[round_.optimizer]
-        metrics = {
-            "variance": round_.variance,
-            "variance_over_lr": round_.ratio,
-            "period": round_.period,
-            **{name: totals[name] for name in ("syncs", "sent_bytes", "sent_bytes_ddp")},
-            "round_seconds": round_.seconds,
-            "target": round_.target,
-            "dropped": totals["dropped"] or None,
-        }
-        return {name: value for name, value in metrics.items() if value is not None}
-
-
-_FLOATS = ("learning_rate", "variance", "ratio", "target", "seconds")
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _check_prefix(value: str) -> str:
-    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system."""
-    check_instance("CommunicationMonitor", "prefix", value, str, "a str")
-    complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
-    writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
-    if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
-        expected = (
-            f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
-            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
-            " every slash"
-        )
-        raise wrong_value("CommunicationMonitor", "prefix", value, expected)
-    return value

@@ -12,6 +12,7 @@ from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD
+from lightning_adpsgd.names import int4_settings, register
 from lightning_adpsgd.options import AveragingOptions, WorkerKind, as_period, check_timeout
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import check_module, naming_lost_workers
@@ -39,7 +40,6 @@ from .preparation import (
     warn_of_sync_batchnorm,
     warn_of_uneven_loaders,
 )
-from .registration import int4_settings, register
 from .signals import DeferredSignals
 
 _log = logging.getLogger(__name__)

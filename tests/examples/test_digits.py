@@ -64,6 +64,18 @@ def test_a_project_with_the_other_familys_classes_trains(tmp_path):
     assert 2 < rounds < 115
 
 
+def test_a_loop_in_fabrics_style_learns_saves_and_goes_on(tmp_path):
+    example = EXAMPLES / "fabric_gpt.py"
+    first = run(example, "--steps", "16", "--epochs", "1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"rounds +\d+ in 16 steps", first.stdout)
+    second = run(example, "--steps", "16", "--epochs", "2", "--resume", "logs/fabric_gpt/last.ckpt", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "epoch 1:" not in second.stdout
+    before, after = (float(re.search(r"validation loss ([\d.]+)", each.stdout)[1]) for each in (first, second))
+    assert after < before < 4.6  # which is that of guessing, among a hundred characters
+
+
 def test_the_demo_says_what_is_wrong_with_its_arguments(monkeypatch, capsys):
     for arguments, message in (
         (["--strategy", "0"], "'0': expected adpsgd, ddp, proportional, or an averaging period such as 8"),

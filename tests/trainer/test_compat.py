@@ -1,4 +1,4 @@
-"""Lightning's private names are used in one file of the package only, and never by accident."""
+"""Lightning's private names are used in one file for each door, and never by accident."""
 
 import ast
 import importlib
@@ -17,7 +17,7 @@ import lightning_adpsgd
 from lightning_adpsgd.trainer.compat import snapshot, time_checks
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
-ONE_PLACE = "compat.py"
+PLACES = (PACKAGE / "trainer" / "compat.py", PACKAGE / "fabric" / "compat.py")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
 OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
@@ -51,13 +51,13 @@ def is_self(node):
 
 
 def classes(trees):
-    """For each class by name: the names of its bases, and its own private names."""
-    return {
-        node.name: ([base.id for base in node.bases if isinstance(base, ast.Name)], definitions(node))
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
+    """For each class by name: the names of its bases, and its own private names. Doors have classes of one name."""
+    found = {}
+    for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        bases, names = found.setdefault(node.name, ([], set()))
+        bases += [base.id for base in node.bases if isinstance(base, ast.Name)]
+        names |= definitions(node)
+    return found
 
 
 def own_names(name, known):
@@ -143,20 +143,21 @@ def found_in(source):
     return [what for _, what in (*imports(tree), *attributes(tree, classes([tree])))]
 
 
-def test_one_file_has_all_private_names_of_lightning():
+def test_one_file_of_each_door_has_all_private_names_of_lightning():
     trees = modules()
     known = classes(trees.values())
     places = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {what}"
         for path, tree in trees.items()
-        if path != PACKAGE / "trainer" / ONE_PLACE
+        if path not in PLACES
         for line, what in (*imports(tree), *attributes(tree, known))
     ]
     assert places == []
 
 
-def test_the_one_file_has_some():
-    tree = modules()[PACKAGE / "trainer" / ONE_PLACE]
+@pytest.mark.parametrize("place", PLACES, ids=["trainer", "fabric"])
+def test_these_files_have_some(place):
+    tree = modules()[place]
     assert list(attributes(tree, classes([tree])))
 
 

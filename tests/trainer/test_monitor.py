@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_adpsgd.trainer.monitor
 from lightning_adpsgd import ADPSGDStrategy, AveragingRound, CommunicationMonitor
-from tests.trainer.test_plot import RUN, SIZE, a_round, png_size
+from tests.test_plot import RUN, SIZE, a_round, png_size
 
 NAMES = ("variance", "variance_over_lr", "target", "period", "syncs", "sent_bytes", "sent_bytes_ddp", "round_seconds")
 METRICS = {f"adpsgd/{name}" for name in NAMES}

@@ -8,8 +8,6 @@ from typing import Any
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.validation import check_instance, wrong_type, wrong_value
 
-from .family import get_filesystem
-
 
 def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
     """Draw the history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
@@ -25,6 +23,7 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
         ValueError: if ``rounds`` is empty.
     """
     _check(rounds, path, transport)
+    from fsspec.core import url_to_fs
     from matplotlib.figure import Figure
 
     indices = sorted({round_.optimizer for round_ in rounds})
@@ -37,7 +36,7 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
         _draw_period(axes[0][column], own, title if transport == "at once" else f"{title}, {transport}")
         _draw_variance(axes[1][column], own)
     folder, name = os.path.split(path)
-    files = get_filesystem(str(path))
+    files, _ = url_to_fs(str(path))
     if folder and not files.exists(folder):
         files.makedirs(folder, exist_ok=True)
     with files.open(os.fspath(path), "wb") as file:

@@ -4,8 +4,6 @@ from typing import Any
 
 from lightning_adpsgd.periods import AdaptivePeriod
 
-from .family import StrategyRegistry
-
 
 def int4_settings() -> dict[str, Any]:
     """Rounds in 4 bits, twice as often as by default at first, with moments that follow from the drift."""
@@ -16,7 +14,7 @@ def int4_settings() -> dict[str, Any]:
     }
 
 
-def register(strategy: type, registry: Any = StrategyRegistry) -> None:
+def register(strategy: type, registry: Any) -> None:
     """Register a strategy among Lightning's own; a second time changes nothing.
 
     Args:

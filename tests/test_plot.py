@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_adpsgd import AveragingRound
-from lightning_adpsgd.trainer.plot import draw
+from lightning_adpsgd.plot import draw
 
 SIZE = (1170, 845)  # one optimizer's
 

@@ -1,0 +1,22 @@
+"""Every name of Fabric that this package uses, as ``lightning_fabric`` has it: see ``trainer/family.py``."""
+
+from lightning_fabric import Fabric
+from lightning_fabric.accelerators.accelerator import Accelerator
+from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning_fabric.strategies import STRATEGY_REGISTRY
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+__all__ = [
+    "STRATEGY_REGISTRY",
+    "Accelerator",
+    "CheckpointIO",
+    "ClusterEnvironment",
+    "DDPStrategy",
+    "Fabric",
+    "MisconfigurationException",
+    "Precision",
+    "rank_zero_info",
+    "rank_zero_warn",
+]
