@@ -126,7 +126,7 @@ def _until(outcomes: Outcomes, task: Task, contender: Contender, links: Mapping[
         shares.append((reached.epochs / point["epoch"], reached.sent_bytes / point["sent_bytes"]))
     epochs, sent = (statistics.fmean(each) for each in zip(*shares, strict=True))
     text = (
-        f"the training loss that QSGD has after two thirds of its epochs is there after {epochs:.2f} times its epochs"
+        f"the training loss that QSGD has after two thirds of its epochs is reached after {epochs:.2f} times its epochs"
         f" and {sent:.2f} times its bytes"
     )
     if not links or contender is not ADPSGD:

@@ -59,7 +59,7 @@ def test_qsgd_is_compared_in_loss_bytes_and_time(tmp_path):
     assert claim.verdict == "not reproduced"
     assert "ADPSGD, p_init = 8, with 0.50 of QSGD's bytes" in claim.sentences[0]
     # QSGD has 2.0 after epoch 2 and 20 bytes; they, after 2.5 epochs and 12.5 bytes.
-    assert "is there after 1.25 times its epochs and 0.62 times its bytes" in claim.sentences[0]
+    assert "is reached after 1.25 times its epochs and 0.62 times its bytes" in claim.sentences[0]
     assert "0.78 times its time on the link that stands for 10 Gbps" in claim.sentences[1]
 
 
