@@ -294,7 +294,7 @@ def test_fashion_mnist_has_one_channel(tmp_path):
 def test_repacked_batches_are_refused_unless_verify_is_false(tmp_path):
     write_cifar10(tmp_path)
     data = ImageData(root=str(tmp_path), download=False)
-    with pytest.raises(RuntimeError, match=r"not those that were published.*verify=False"):
+    with pytest.raises(RuntimeError, match=r"not the published ones.*verify=False"):
         data.setup("fit")
 
 

@@ -55,7 +55,11 @@ def test_page_answers_every_study_that_has_runs(tmp_path):
     others = {contender: [a_result(0.9)] for contender in (*MOMENTUM[1:], *GRID[:3])}
     page = page_of(tmp_path, {"net": both | others, "net-cosine": both}, STUDIES)
     text = page.text()
-    for title in ("The comparison", "The rule under cosine decay and AdamW", "What averaging the optimizer's state does"):
+    for title in (
+        "The comparison",
+        "The rule under cosine decay and AdamW",
+        "What averaging the optimizer's state does",
+    ):
         assert f"## {title}" in text
     assert "## p_init and sampling" in text
     assert "| Net, cosine | CPSGD, p = 8 | 1.60 | 1.00 |" not in text  # the second quarter is what it is relative to

@@ -114,7 +114,7 @@ def test_contenders_that_send_less_are_trained_and_counted(tmp_path, monkeypatch
 
 def test_nothing_to_write_about_is_an_error(tiny, capsys):
     assert command.main([*tiny, "--page-only"]) == FAILED
-    assert "no run of this kind is finished" in capsys.readouterr().err
+    assert "no such run is finished" in capsys.readouterr().err
 
 
 def test_images_that_are_missing_and_cannot_be_downloaded_are_an_error_that_says_what_to_do(
