@@ -62,7 +62,7 @@ def forbidden_in(files, forbidden):
 
 
 @pytest.mark.parametrize("part", BELOW)
-def test_a_room_imports_nothing_it_must_not_know(part):
+def test_a_part_imports_nothing_it_must_not_know(part):
     assert forbidden_in(files_of(part), [f"lightning_adpsgd.{room}" for room in BELOW[part]]) == []
 
 
@@ -71,7 +71,7 @@ def test_nothing_below_trainer_imports_lightning():
     assert forbidden_in(files, LIGHTNING) == []
 
 
-def test_the_workers_are_the_one_room_that_uses_torch_distributed():
+def test_only_workers_uses_torch_distributed():
     users = {file.parent.name for file in files_of(".") if forbidden_in([file], ("torch.distributed",))}
     assert users == {"workers"}
 

@@ -279,14 +279,14 @@ def is_named(message, argument, value):
     return f"{argument}={text}" in message or (len(text) > 500 and f"{argument}={text[:100]}" in message)
 
 
-def test_every_argument_of_a_door_is_in_the_table():
+def test_every_argument_of_an_entry_point_is_in_the_table():
     for name, door in DOORS.items():
         make = LocalSGD if name == "LocalSGD" else door.make
         assert {*door.arguments} == {*inspect.signature(make).parameters} - {*LEFT_TO_LIGHTNING, "former"}
 
 
 @EVERY_DOOR
-def test_right_value_makes_something_that_works(door):
+def test_valid_value_makes_something_that_works(door):
     for argument, row in door.arguments.items():
         for value in row.right:
             door.works(door.make(**{**door.required(), argument: value}))
@@ -353,7 +353,7 @@ def test_error_says_what_to_write_instead():
             make()
 
 
-def test_what_lightning_names_itself_is_not_checked_before():
+def test_arguments_that_lightning_checks_are_not_checked_before():
     for arguments, error, message in (
         ({"start_method": "thread", "accelerator": CPUAccelerator()}, ValueError, "start method 'thread' is not avail"),
         ({"accelerator": 3}, KeyError, "'3' not found in registry"),

@@ -185,7 +185,7 @@ def test_configuration_makes_the_trainer_it_describes(folder, strategy):
     ],
     ids=["int4", "int8", "class"],
 )
-def test_configuration_says_in_how_many_bits_rounds_travel(folder, given, expected):
+def test_configuration_sets_in_how_many_bits_rounds_are_sent(folder, given, expected):
     init_args = {"reduce_dtype": given}
     strategy = made({"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": init_args}).trainer.strategy
     assert repr(strategy._options.codec) == expected

@@ -54,7 +54,7 @@ def ratios(transport: str) -> list[float]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_ratio_is_that_of_means_for_every_way_that_rounds_travel(pool, transport):
+def test_the_ratio_is_that_of_means_however_rounds_are_sent(pool, transport):
     # Three steps of 0.1 and 0.6, then of 0.3 and 0.2: each group's S_g over the mean of the workers' rates.
     expected = 24 * (3 * 0.25) ** 2 / 0.2 + 24 * (3 * 0.05) ** 2 / 0.2
     for seen in pool.run(ratios, transport):
@@ -125,7 +125,7 @@ def drop(transport: str) -> dict:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_what_diverges_spoils_nothing_where_it_is_dropped(pool, transport):
+def test_a_worker_that_is_dropped_spoils_nothing(pool, transport):
     first, *others = pool.run(drop, transport, workers=3)
     assert first["dropped"] == [1]
     assert first["value"].isfinite().all()
@@ -155,7 +155,7 @@ def read_late() -> list[int]:
     return met
 
 
-def test_a_record_that_is_read_late_is_not_a_meeting(pool):
+def test_a_record_that_is_read_late_is_not_a_handshake(pool):
     assert pool.run(read_late) == [[0, 0, 1, 0]] * 2
 
 
@@ -215,7 +215,7 @@ def remove_group(options: dict) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-def test_what_is_removed_from_an_optimizer_is_averaged_once_more(pool, options):
+def test_a_parameter_removed_from_an_optimizer_is_averaged_once_more(pool, options):
     for kept, removed in pool.run(remove_group, options):
         assert kept == pytest.approx([1.5 * 9] * 6)
         assert removed == pytest.approx([1.5 * 6] * 6)
@@ -237,7 +237,7 @@ def remove_owing() -> list[float]:
     return [kept[0].item(), removed[0].item()]
 
 
-def test_what_rounding_has_cut_off_of_what_is_removed_travels_once_more(pool):
+def test_the_residual_of_a_removed_parameter_is_sent_once_more(pool):
     exact = 1.5 * (1.0 + 2.0**-10)
     for outcome in pool.run(remove_owing):
         assert outcome == pytest.approx([100.0 + 6 * exact, 100.0 + 4 * exact], abs=1e-4)
@@ -260,7 +260,7 @@ def add_and_freeze() -> list[float]:
     return added.tolist()
 
 
-def test_what_is_added_and_frozen_before_the_next_round_is_averaged(pool):
+def test_a_parameter_added_and_frozen_before_the_next_round_is_averaged(pool):
     assert pool.run(add_and_freeze) == [[3.0] * 6] * 2
 
 
@@ -322,5 +322,5 @@ def go_on(resumed: bool) -> list[float]:
     return train(local_sgd, range(7, 16)).tolist()
 
 
-def test_going_on_looks_ahead_like_a_run_that_had_not_stopped(pool):
+def test_a_resumed_run_looks_ahead_like_one_that_has_not_stopped(pool):
     assert pool.run(go_on, True) == pool.run(go_on, False)

@@ -345,7 +345,7 @@ def read_later_or_at_once(later: bool) -> dict:
     }
 
 
-def test_measures_that_are_read_a_step_later_lead_to_the_same_run(pool):
+def test_measurements_that_are_read_a_step_later_lead_to_the_same_run(pool):
     for at_once, later in zip(
         pool.run(read_later_or_at_once, False), pool.run(read_later_or_at_once, True), strict=True
     ):
@@ -419,7 +419,7 @@ def resume(policy: str) -> dict:
     return {"rounds": [run[0] for run in runs], "weights": [run[1] for run in runs]}
 
 
-def test_going_on_from_the_state_of_every_worker_equals_not_having_stopped(pool):
+def test_resuming_from_the_state_of_every_worker_equals_not_having_stopped(pool):
     for outcome in pool.run(resume, "local", workers=2):
         assert outcome["rounds"][0] == outcome["rounds"][1]
         assert len(outcome["rounds"][0]) > 5
@@ -546,7 +546,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("policy", ["local", "average", "reset"])
 @pytest.mark.parametrize("ranks", [(1,), (0, 2)])
-def test_diverged_workers_are_left_out_and_go_on_from_the_others_average(pool, policy, ranks):
+def test_diverged_workers_are_left_out_and_continue_from_the_others_average(pool, policy, ranks):
     outcomes = pool.run(drop, policy, ranks, "period", workers=3)
     healthy = [rank for rank in range(3) if rank not in ranks]
     for rank, outcome in enumerate(outcomes):
@@ -599,7 +599,7 @@ def test_dropping_costs_no_collective_where_nobody_has_diverged(pool):
     assert payloads == [[raised] * 3] * 2
 
 
-def test_if_all_workers_have_diverged_there_is_nothing_to_go_on_from(pool):
+def test_if_all_workers_have_diverged_there_is_nothing_to_continue_from(pool):
     for outcome in pool.outcomes(drop, "local", (0, 1), "period", workers=2):
         assert outcome.kind == "WorkersDivergedError"
         assert "rank(s) 0, 1 are not finite" in outcome.error
@@ -687,7 +687,7 @@ def raise_notices() -> list[int]:
     return agreed
 
 
-def test_a_notice_of_any_worker_reaches_all_with_the_next_round(pool):
+def test_a_flag_of_any_worker_reaches_all_with_the_next_round(pool):
     assert pool.run(raise_notices, workers=3) == [[0, 0, 0, 3, 3, 3]] * 3
 
 
@@ -735,7 +735,7 @@ def diverged_beside_the_optimizer() -> dict:
     return {"before": before, "after": beside.detach()}
 
 
-def test_what_is_averaged_along_is_looked_at_too_before_anything_is_overwritten(pool):
+def test_tensors_that_are_averaged_along_are_checked_before_anything_is_overwritten(pool):
     for outcome in pool.run(diverged_beside_the_optimizer):
         torch.testing.assert_close(outcome["after"], outcome["before"], rtol=0, atol=0, equal_nan=True)
 

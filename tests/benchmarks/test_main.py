@@ -170,7 +170,7 @@ def test_benchmark_that_fails_does_not_keep_the_others_from_running(fails, bench
         assert found_by(benchmark) in sections[benchmark.title]
 
 
-def test_error_that_no_benchmark_expects_is_said_in_full(benchmarks, capsys):
+def test_unexpected_error_is_printed_in_full(benchmarks, capsys):
     benchmarks.instead[TITLES[-1]] = failing
     bench.main([])
     assert "OSError: on purpose" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_demo_learns_the_digits_sums_up_and_draws(tmp_path):
+def test_the_demo_learns_the_digits_prints_a_summary_and_draws(tmp_path):
     done = run(EXAMPLES / "digits.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test_accuracy\D*([\d.]+)", done.stdout)[1]) > 0.95
@@ -54,7 +54,7 @@ def test_the_demo_takes_a_constant_period_and_ddp(tmp_path):
     assert "test_accuracy" in ddp.stdout
 
 
-def test_the_demo_says_what_is_wrong_with_its_arguments(monkeypatch, capsys):
+def test_the_demo_names_wrong_arguments(monkeypatch, capsys):
     for arguments, message in (
         (["--strategy", "0"], "'0': expected adpsgd, ddp, proportional, or an averaging period such as 8"),
         (["--workers", "none"], "'none': expected an int of at least 1"),

@@ -160,7 +160,7 @@ def test_model_trains_for_an_epoch_and_logs_finite_losses(tmp_path):
     assert tested == pytest.approx({"test_acc": fitted["val_acc"].item(), "test_loss": fitted["val_loss"].item()})
 
 
-def test_workers_talk_about_the_loss_once_per_epoch_and_not_at_a_step(monkeypatch, tmp_path):
+def test_the_loss_is_reduced_once_per_epoch_and_not_at_each_step(monkeypatch, tmp_path):
     class Counting(ADPSGDStrategy):
         reduced = 0
 
@@ -306,7 +306,7 @@ def test_missing_data_says_where_it_was_sought_and_how_to_get_it(tmp_path, datas
         data.setup("fit")
 
 
-def test_first_training_images_are_taken_if_so_many_are_wanted(tmp_path):
+def test_train_images_takes_that_many_of_the_first_images(tmp_path):
     images, _ = write_cifar10(tmp_path)
     data = ImageData(root=str(tmp_path), batch_size=2, train_images=6, verify=False, download=False)
     data.setup("fit")

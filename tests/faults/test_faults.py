@@ -138,7 +138,7 @@ def no_word(rank: int) -> str:
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 2), (1, 4)])
-def test_an_exception_on_one_rank_ends_all_who_then_quote_it(tmp_path, rank, ranks):
+def test_an_exception_on_one_rank_ends_the_others_which_quote_it(tmp_path, rank, ranks):
     ended = run(tmp_path, "nobody", "raise", at=(rank,), ranks=ranks)
     check_that_all_ended(ended)
     assert set(ended.codes.values()) == {1}
@@ -171,7 +171,7 @@ def test_an_exception_before_the_first_step_ends_all(tmp_path, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_leaves_or_is_interrupted_ends_all(tmp_path, rank):
+def test_a_rank_that_exits_or_is_interrupted_ends_all(tmp_path, rank):
     for fault in ("exit", "interrupt"):
         folder = tmp_path / fault
         folder.mkdir()
@@ -201,7 +201,7 @@ def test_ranks_that_all_catch_their_exception_can_fit_again(launched):
 
 @pytest.mark.parametrize("fault", ["kill", "kill_in_round"])
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 2), (1, 4)])
-def test_a_killed_rank_ends_all_who_then_name_it(tmp_path, fault, rank, ranks):
+def test_a_killed_rank_ends_the_others_which_name_it(tmp_path, fault, rank, ranks):
     ended = run(tmp_path, "nobody", fault, at=(rank,), ranks=ranks)
     check_that_all_ended(ended)
     assert ended.codes == {f"rank {other}": -9 if other == rank else 1 for other in range(ranks)}
@@ -219,7 +219,7 @@ def test_a_killed_rank_ends_all_under_a_launcher(launched, request):
 
 
 @cases(Case("torchrun", "kill_at_first_attempt", (1,), (("resume", True),)))
-def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(launched):
+def test_torchrun_resumes_from_the_last_checkpoint_after_a_kill(launched):
     check_that_all_ended(launched, saved_at=30)
     assert launched.codes["launcher"] == 0
     for rank in (0, 1):
@@ -257,7 +257,7 @@ def test_sigterm_to_a_launcher_ends_all_at_the_next_round_with_the_average(launc
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 3)])
-def test_those_who_wait_for_a_hanging_rank_end_after_the_timeout_and_name_it(tmp_path, rank, ranks):
+def test_ranks_that_wait_for_a_hanging_one_end_after_the_timeout_and_name_it(tmp_path, rank, ranks):
     timeout = 4.0
     ended = run(tmp_path, "nobody", "hang", at=(rank,), ranks=ranks, timeout=timeout, stuck=(rank,))
     assert ended.hung == [f"rank {rank}"]
@@ -344,7 +344,7 @@ def test_parameters_that_are_not_finite_end_all_before_they_spread(tmp_path, ran
     ],
 )
 @pytest.mark.parametrize("options", [{"stagger": True}, {"stagger": True, "overlap": 2}, {"overlap": 2}], ids=str)
-def test_the_same_holds_while_parts_of_a_round_are_under_way(tmp_path, fault, told, options):
+def test_the_same_holds_while_fragments_of_a_round_are_in_flight(tmp_path, fault, told, options):
     ended = run(tmp_path, "nobody", fault, **options)
     check_that_all_ended(ended)
     assert ended.codes["rank 0"] == 1

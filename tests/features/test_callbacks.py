@@ -150,7 +150,7 @@ def test_ranks_whose_plateaus_differ_keep_the_same_period_and_rank_0_warns_once(
     assert "rank 0: 0.05, rank 1: 0.005" in outcomes[0]["warnings"][0]
 
 
-def test_ranks_whose_plateau_is_synced_have_the_same_rate_and_hear_no_warning(pool):
+def test_ranks_whose_plateau_is_synced_have_the_same_rate_and_no_warning(pool):
     outcomes = pool.run_trainer(plateau, True)
     check(outcomes)
     assert outcomes[0]["seen"] == outcomes[1]["seen"]
@@ -270,7 +270,7 @@ def thaw(replica: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: 
         optimizer.param_groups[1]["lr"] = 0.04
 
 
-def test_a_backbone_is_averaged_from_the_step_on_in_which_it_is_unfrozen(pool):
+def test_a_backbone_is_averaged_from_the_step_at_which_it_is_unfrozen(pool):
     outcomes = pool.run_trainer(fine_tune)
     check(outcomes, periods(24, period=5))
     before = {k[9:]: v for k, v in outcomes[0]["before"].items() if k[:10] in ("backbone.0", "backbone.3")}
@@ -340,7 +340,7 @@ def pruned_under_ddp(lottery: bool) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("lottery", [True, False])
-def test_what_is_pruned_with_a_period_of_one_is_what_is_pruned_under_ddp(pool, lottery):
+def test_a_period_of_one_prunes_what_ddp_prunes(pool, lottery):
     for ours, theirs in pool.run_trainer(pruned_under_ddp, lottery):
         assert len(ours["pruned"]) == 3
         for epoch in range(3):

@@ -56,5 +56,5 @@ def test_a_metric_reduced_at_the_end_of_an_epoch_is_not_warned_of(pool):
     assert pool.run_trainer(log, False) == [[], []]
 
 
-def test_a_metric_reduced_now_and_then_is_not_warned_of(pool):
+def test_a_metric_reduced_occasionally_is_not_warned_of(pool):
     assert pool.run_trainer(log, None) == [[], []]

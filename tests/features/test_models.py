@@ -58,7 +58,7 @@ def compiled(how: str) -> dict:
 
 
 @pytest.mark.parametrize("how", ["function", "method"])
-def test_a_compiled_module_trains_what_it_trains_uncompiled(pool, how):
+def test_a_compiled_module_ends_with_the_weights_of_an_uncompiled_one(pool, how):
     outcomes = pool.run_trainer(compiled, how)
     check(outcomes, periods(16))
     check_by_hand(outcomes, by_hand(seeded(), ONE_BY_ONE, ROUNDS))

@@ -99,7 +99,7 @@ def accumulate() -> dict:
     return {**outcome_on_nodes(model, accumulate_grad_batches=3), "seen": model.seen}
 
 
-def test_under_accumulation_gradients_cross_a_node_once_per_optimizer_step_and_the_period_counts_those(pool):
+def test_under_accumulation_a_node_averages_gradients_once_per_optimizer_step_and_the_period_counts_those(pool):
     outcomes = pool.run_trainer(accumulate, workers=RANKS)
     check(outcomes, periods(6))
     assert outcomes[0]["global_step"] == 6
@@ -144,7 +144,7 @@ def scheduled_groups() -> dict:
     return {**result, "rates": [round_.learning_rate for round_ in kept.rounds]}
 
 
-def test_groups_with_schedules_of_their_own_train_on_nodes_what_comes_out_by_hand(pool):
+def test_groups_with_their_own_schedules_on_nodes_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(scheduled_groups, workers=RANKS)
     check(outcomes, periods(BATCHES))
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def two_optimizers_by_hand() -> ByHand:
     return ByHand(weights(first), variances)
 
 
-def test_several_optimizers_train_on_nodes_what_comes_out_by_hand(pool):
+def test_several_optimizers_on_nodes_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(two_optimizers, workers=RANKS)
     check(outcomes)
     for index, steps in ((0, BATCHES), (1, BATCHES // 2)):
@@ -381,7 +381,7 @@ def loss_of(model: Classifier, state: dict[str, Tensor]) -> float:
     [{}, {"stagger": True, "overlap": 1}, {"reduce_dtype": "bf16"}, {"optimizer_state": "average"}],
     ids=str,
 )
-def test_validations_and_checkpoints_hold_the_average_of_nodes_and_going_on_equals_not_having_stopped(
+def test_validations_and_checkpoints_hold_the_average_of_nodes_and_resuming_equals_not_having_stopped(
     pool, tmp_path, options
 ):
     outcomes = pool.run_trainer(stop_and_go, options, str(tmp_path), workers=RANKS)
@@ -494,7 +494,7 @@ def diverge(what: str, rank: int, step: int) -> None:
     ("what", "rank", "step", "named"),
     [("a bad sample", 2, 6, "2, 3"), ("a bad sample", 1, 8, "0, 1"), ("a broken memory", 3, 8, "3")],
 )
-def test_what_is_not_finite_on_one_rank_is_an_error_on_all_that_names_who_has_it(pool, what, rank, step, named):
+def test_parameters_not_finite_on_one_rank_are_an_error_on_all_that_names_the_ranks(pool, what, rank, step, named):
     for outcome in pool.outcomes(diverge, what, rank, step, workers=RANKS, trainer=True):
         assert outcome.kind == "WorkersDivergedError"
         assert f"Parameters of rank(s) {named} are not finite at step 8" in outcome.error
@@ -513,7 +513,7 @@ def dropping(what: str, rank: int, step: int) -> dict:
 
 
 @pytest.mark.parametrize(("what", "step"), [("a bad sample", 6), ("a broken memory", 8)])
-def test_a_node_with_a_rank_that_diverges_is_dropped_and_goes_on_from_the_others(pool, what, step):
+def test_a_node_with_a_rank_that_diverges_is_dropped_and_continues_from_the_others(pool, what, step):
     outcomes = pool.run_trainer(dropping, what, 3, step, workers=RANKS)
     assert identical([outcome["weights"] for outcome in outcomes])
     assert [len(outcome["warned"]) for outcome in outcomes] == [1, 0, 0, 0]
@@ -547,7 +547,7 @@ def stop_early() -> dict:
     return {**result, "stopped_epoch": stop.stopped_epoch}
 
 
-def test_early_stopping_stops_all_nodes_in_the_same_epoch_where_one_rank_has_had_enough(pool):
+def test_early_stopping_stops_all_nodes_in_the_same_epoch_if_one_ranks_metric_says_stop(pool):
     outcomes = pool.run_trainer(stop_early, workers=RANKS)
     rounds = [
         (0, start + step, trigger) for start in (0, 8, 16) for step, trigger in ((5, "period"), (8, "validation"))
@@ -594,7 +594,7 @@ def fit_validate_and_fit() -> dict:
     }
 
 
-def test_after_fit_nodes_validate_with_the_average_and_a_second_fit_goes_on_counting(pool):
+def test_after_fit_nodes_validate_with_the_average_and_a_second_fit_continues_counting(pool):
     outcomes = pool.run_trainer(fit_validate_and_fit, workers=RANKS)
     assert identical([outcome["between"] for outcome in outcomes])
     expected = loss_of(seeded(batch_norm=False), outcomes[0]["between"])

@@ -170,18 +170,18 @@ def test_period_that_is_to_change_changes_by_at_least_a_step():
     assert [proportional(1, 0.69), proportional(2, 0.69), proportional(2, 1.31), proportional(3, 1.31)] == [2, 3, 1, 2]
 
 
-def test_period_in_proportion_stays_between_low_and_high():
+def test_proportional_period_stays_between_low_and_high():
     assert [proportional(100, ratio) for ratio in (0.7, 1.0, 1.3)] == [100] * 3
     assert proportional(100, 0.5, low=0.4) == proportional(100, 2.0, high=2.5) == 100
 
 
-def test_period_in_proportion_stays_within_its_bounds():
+def test_proportional_period_stays_within_its_bounds():
     assert proportional(8, 0.0, maximum=11) == 11
     assert proportional(8, 100.0, minimum=6) == 6
     assert proportional(1, 100.0) == 1
 
 
-def test_period_that_doubles_for_ever_is_still_a_number_of_steps():
+def test_period_that_doubles_forever_is_still_a_number_of_steps():
     rule = after_sampling(growth="proportional")
     for step in range(11, 111):
         rule.update(step, ratio=0.0, learning_rate=0.1)
@@ -197,7 +197,7 @@ def test_drift_that_grows_with_the_square_of_the_period_meets_its_target_in_one_
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_rule_in_proportion_settles_where_the_rule_by_steps_does_and_sooner(power):
+def test_proportional_rule_settles_where_the_additive_one_does_and_sooner(power):
     took = {}
     for growth in ("additive", "proportional"):
         rule = after_sampling(growth=growth)
@@ -296,7 +296,7 @@ def test_warm_up_in_steps_that_outlasts_a_sampled_share_leaves_the_target_to_the
 # Rounds that say nothing
 
 
-def test_round_at_which_every_rate_is_zero_changes_nothing_but_the_clock():
+def test_round_at_which_every_rate_is_zero_changes_nothing_but_the_step():
     for step, ratio in product([4, 8, 12, 20], [0.0, 1.0, 1e9]):
         rule = AdaptivePeriod(sampling=12, warmup=4)
         rule.setup(None)
@@ -391,7 +391,7 @@ def test_numbers_of_steps_need_no_length_of_the_run():
     assert drive(rule, [1.0] * 4) == [(1, 1), (2, 4), (6, 4), (10, 4)]
 
 
-def test_longer_run_that_goes_on_from_a_checkpoint_does_not_sample_again():
+def test_longer_run_resumed_from_a_checkpoint_does_not_sample_again():
     first = AdaptivePeriod(sampling=0.25)
     first.setup(40)
     drive(first, [1.0, 3.0, 1.0, 1.0])
@@ -404,7 +404,7 @@ def test_longer_run_that_goes_on_from_a_checkpoint_does_not_sample_again():
     assert (longer.target, longer.value) == (2.0, 5)
 
 
-def test_longer_run_that_goes_on_from_a_checkpoint_does_not_warm_up_again():
+def test_longer_run_resumed_from_a_checkpoint_does_not_warm_up_again():
     first = AdaptivePeriod(warmup=0.1, sampling=0.2)
     first.setup(20)
     drive(first, [1.0, 1.0, 1.0])
@@ -520,7 +520,7 @@ def test_period_changes_by_at_most_one_per_round_after_the_warm_up(arguments, to
 
 @quick
 @given(configurations(), run_lengths, histories())
-def test_period_in_proportion_goes_where_that_by_steps_goes_and_at_least_as_far(arguments, total_steps, history):
+def test_proportional_period_moves_as_the_additive_one_does_and_at_least_as_far(arguments, total_steps, history):
     rule = made({**arguments, "growth": "proportional"}, total_steps)
     for step, ratio, rate in history:
         by_steps = made({**arguments, "growth": "additive"}, total_steps)
@@ -623,7 +623,7 @@ def through_torch(state):
 @pytest.mark.parametrize("transport", [copy.deepcopy, through_json, through_torch])
 @quick
 @given(configurations(), run_lengths, run_lengths, histories(), st.data())
-def test_restored_rule_goes_on_as_if_there_had_been_no_interruption(
+def test_restored_rule_continues_as_if_there_had_been_no_interruption(
     transport, arguments, total_steps, other_total_steps, history, data
 ):
     cut = data.draw(st.integers(0, len(history)))

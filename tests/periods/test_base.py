@@ -44,14 +44,14 @@ def test_rule_without_one_of_the_interfaces_members_cannot_be_made(missing):
         type("Incomplete", (AveragingPeriod,), members)()
 
 
-def test_rule_that_holds_no_target_and_no_share_needs_not_say_so():
+def test_rule_without_a_target_or_a_share_need_not_define_them():
     rule = Alternating()
     rule.setup(None)
     rule.setup(100)
     assert rule.target is None
 
 
-def test_rule_is_told_of_the_rounds_it_asked_for_and_of_no_other():
+def test_rule_sees_the_rounds_that_it_triggered_and_no_others():
     parameter = torch.nn.Parameter(torch.zeros(2))
     rule = Alternating()
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=0.5), rule)

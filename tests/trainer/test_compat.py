@@ -179,7 +179,7 @@ def test_the_one_file_has_some():
         ("def f(self):\n    self._x", ["self._x"]),
     ],
 )
-def test_private_name_of_somebody_else_is_found(source, found):
+def test_private_name_of_another_library_is_found(source, found):
     assert found_in(source) == found
 
 
@@ -197,7 +197,7 @@ def test_private_name_of_somebody_else_is_found(source, found):
         "getattr(trainer, 'x')\ngetattr(trainer, name)\nvars(trainer)[name]\n{}['_x']",
     ],
 )
-def test_own_and_public_names_raise_no_alarm(source):
+def test_own_and_public_names_are_not_reported(source):
     assert found_in(source) == []
 
 
@@ -233,7 +233,7 @@ def test_only_timers_with_a_limit_look_at_the_clock_at_every_step():
 
 
 @pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])
-def test_own_private_name_is_none_that_lightning_uses_for_itself(class_, names):
+def test_own_private_name_is_not_one_that_lightning_uses(class_, names):
     theirs = set()
     for base in class_.__mro__:
         if base.__module__.split(".")[0] in LIGHTNING:

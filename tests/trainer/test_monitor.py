@@ -189,7 +189,7 @@ def test_summary_is_the_one_computed_by_hand(rounds, expected):
     assert monitor.summary() == dict(zip(SUMMARY, approximately, strict=True))
 
 
-def test_dropped_workers_are_counted_logged_and_told_from_the_first_on(capsys):
+def test_dropped_workers_are_counted_logged_and_shown_from_the_first_on(capsys):
     monitor = CommunicationMonitor()
     rounds = (a_round(), a_round(step=8, dropped=2), a_round(step=12), a_round(step=16, dropped=1))
     trainer = run(monitor, *rounds)
@@ -242,7 +242,7 @@ def test_printed_bytes_have_a_unit_that_makes_them_readable(sent_bytes, world_si
     assert line in capsys.readouterr().out
 
 
-def test_summary_says_how_rounds_travelled_and_prints_it_where_it_is_not_at_once(capsys):
+def test_summary_has_the_transport_and_prints_it_unless_rounds_are_plain(capsys):
     monitor, listeners = CommunicationMonitor(), []
     strategy = SimpleNamespace(listeners=listeners, subscribe=listeners.append, transport="in bf16")
     monitor.on_fit_end(run(monitor, strategy=strategy), None)
@@ -286,7 +286,7 @@ def test_restored_monitor_has_the_same_rounds_and_summary(rounds):
     assert restored.summary() == monitor.summary()
 
 
-def test_counts_go_on_from_a_restored_state_which_replaces_what_was_recorded_before():
+def test_counts_continue_from_a_restored_state_which_replaces_what_was_recorded_before():
     monitor, restored = CommunicationMonitor(), CommunicationMonitor()
     run(monitor, *RUN[:2])
     run(restored)
@@ -445,7 +445,7 @@ def test_validation_and_checkpoint_rounds_of_a_fit_are_told_apart(tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
-def test_history_of_a_fit_goes_on_after_a_checkpoint(tmp_path):
+def test_history_of_a_fit_continues_after_a_checkpoint(tmp_path):
     first = CommunicationMonitor()
     trainer = trainer_of(tmp_path, first, max_steps=6, max_epochs=-1)
     trainer.fit(Tiny(), loader())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and that going on from it is the same as not having stopped; on real processes."""
+"""What a checkpoint holds, and that resuming from it is the same as not having stopped; on real processes."""
 
 import copy
 import inspect
@@ -63,6 +63,7 @@ def drill(optimizer: str, callbacks: list, ckpt_path: str | None = None, seed: i
     loaders = {"train_dataloaders": loader(800), "ckpt_path": ckpt_path}
     fitted, _ = fit(strategy, model, callbacks=[monitor, *callbacks], max_steps=STEPS, loaders=loaders)
     state = fitted.optimizers[0].state_dict()
+    assert monitor.summary()["steps"] == strategy.local_sgd[0].steps
     return {
         "weights": weights(model),
         "period": strategy.local_sgd[0].period.value,
@@ -86,7 +87,7 @@ def stop_and_go(optimizer: str, folder: str, offset: int, options: dict) -> dict
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("offset", range(INITIAL + 1))
-def test_going_on_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, optimizer, offset):
+def test_resuming_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, optimizer, offset):
     outcomes = pool.run_trainer(stop_and_go, optimizer, str(tmp_path), offset, {})
     for outcome in outcomes:
         assert outcome["differs"] == []
@@ -119,7 +120,7 @@ def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path
     ],
     ids=str,
 )
-def test_the_same_holds_in_the_middle_of_rounds_that_are_under_way(pool, tmp_path, options, offset):
+def test_the_same_holds_while_rounds_are_in_flight(pool, tmp_path, options, offset):
     outcomes = pool.run_trainer(stop_and_go, "adamw", str(tmp_path), offset, options)
     for outcome in outcomes:
         assert outcome["differs"] == []
@@ -167,6 +168,8 @@ def test_the_optimizer_state_in_the_file_is_the_mean_over_the_workers_and_they_a
     assert file["adpsgd"]["workers"] == 2
     last = next(r for r in reversed(first["rounds"]) if r.step <= step)
     assert (last.step, last.trigger, last.local_steps) == (step, "checkpoint", 2 if step == 12 else 0)
+    state = file["adpsgd"]["optimizers"][0]
+    assert (state["steps"], state["local_steps"], state["period"]["target"]) == (step, 0, last.target)
 
 
 def save_without_training_state(path: str) -> dict:
@@ -265,7 +268,7 @@ def stop_and_take_the_last(folder: str) -> list[dict]:
     return [checkpoints(folder, resume, **options) for resume in (False, True)]
 
 
-def test_the_last_checkpoint_is_found_and_gone_on_from(pool, tmp_path):
+def test_the_last_checkpoint_is_found_and_resumed_from(pool, tmp_path):
     outcomes = pool.run_trainer(stop_and_take_the_last, str(tmp_path))
     for before, after in outcomes:
         assert before["global_step"] == 32
@@ -352,7 +355,7 @@ def go_on_from_one_workers_file(folder: str) -> dict:
     }
 
 
-def test_all_workers_go_on_from_one_workers_file_and_it_is_said(pool, tmp_path):
+def test_all_workers_resume_from_one_workers_file_with_a_warning(pool, tmp_path):
     pool.outcomes(fail, str(tmp_path), 0, "OnExceptionCheckpoint", trainer=True)
     first, second = pool.run_trainer(go_on_from_one_workers_file, str(tmp_path))
     assert len(first["told"]) == 1
@@ -378,7 +381,7 @@ def go_on(path: str) -> dict:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_another_number_of_workers_goes_on_and_it_is_said(pool, tmp_path, workers):
+def test_another_number_of_workers_resumes_with_a_warning(pool, tmp_path, workers):
     path = str(tmp_path / "two.ckpt")
     pool.run_trainer(save, path)
     state = torch.load(path, weights_only=False)["adpsgd"]["optimizers"][0]
@@ -424,7 +427,7 @@ def there_and_back(folder: str) -> dict:
     return outcome
 
 
-def test_our_checkpoint_goes_on_under_ddp_and_ddps_under_ours(pool, tmp_path):
+def test_our_checkpoint_resumes_under_ddp_and_ddps_under_ours(pool, tmp_path):
     outcomes = pool.run_trainer(there_and_back, str(tmp_path))
     for outcome in outcomes:
         assert outcome["ours"]["same"]
@@ -441,7 +444,7 @@ def go_on_from_a_former_version(path: str) -> dict:
     return outcome
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_would_have_there(pool):
+def test_a_checkpoint_of_an_earlier_version_resumes_as_it_would_have_there(pool):
     """The file was written at step 22 by version 0.1.0, and says what its run came to (Linux, x86-64)."""
     path = Path(__file__).parents[1] / "data" / "version_0.1.0.ckpt"
     for outcome in pool.run_trainer(go_on_from_a_former_version, str(path)):

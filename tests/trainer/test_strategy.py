@@ -103,7 +103,7 @@ def compare_with_ddp() -> list:
 
 
 @pytest.mark.workers
-def test_period_one_with_plain_sgd_trains_what_ddp_trains(pool):
+def test_period_one_with_plain_sgd_ends_with_the_weights_of_ddp(pool):
     for ours, theirs in pool.run_trainer(compare_with_ddp, workers=3):
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
@@ -372,7 +372,7 @@ def rounds_read_later(later: bool) -> dict:
 
 
 @pytest.mark.workers
-def test_numbers_that_are_read_a_step_later_change_neither_rounds_nor_weights(pool):
+def test_measurements_that_are_read_a_step_later_change_neither_rounds_nor_weights(pool):
     for at_once, later in zip(
         pool.run_trainer(rounds_read_later, False), pool.run_trainer(rounds_read_later, True), strict=True
     ):

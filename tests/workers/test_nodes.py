@@ -110,7 +110,7 @@ def train(model: Fed, trainer: dict, **options: Any) -> dict:
     [{}, {"stagger": True, "overlap": 1}, {"optimizer_state": "average"}, {"reduce_dtype": "bf16"}],
     ids=str,
 )
-def test_nodes_train_what_single_devices_with_all_their_data_train(pool, options):
+def test_nodes_end_with_the_weights_of_single_devices_with_all_their_data(pool, options):
     nodes = pool.run_trainer(train_nodes, options, workers=4)
     devices = pool.run_trainer(train_devices, options, workers=2)
     assert identical([outcome["weights"] for outcome in nodes])

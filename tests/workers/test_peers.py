@@ -80,7 +80,7 @@ def wait_for_one_that_has_failed() -> tuple[str, float]:
     return str(caught.value), time.monotonic() - begun
 
 
-def test_those_who_wait_for_a_device_hear_of_failures_of_this_run_alone(pool):
+def test_a_wait_for_a_device_ends_for_failures_of_this_run_only(pool):
     (told, seconds), *_ = pool.run(wait_for_one_that_has_failed)
     assert told == "rank 1 has failed meanwhile"
     assert 3.5 < seconds < 30.0
@@ -217,7 +217,7 @@ def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
     return told
 
 
-def test_a_worker_that_goes_is_named_wherever_others_wait_for_it(pool, tmp_path):
+def test_a_worker_that_ends_is_named_wherever_others_wait_for_it(pool, tmp_path):
     told, gone = pool.run_trainer(go_at_each_place, str(tmp_path))
     assert gone == {}
     for place in PLACES:
@@ -236,7 +236,7 @@ def fit_with_one_that_goes_at_the_start() -> None:
     fit(ADPSGDStrategy(2), GoesAtTheStart(), max_steps=4)
 
 
-def test_a_worker_that_goes_before_the_rules_start_is_named(pool):
+def test_a_worker_that_ends_before_the_rules_start_is_named(pool):
     missed, gone = pool.outcomes(fit_with_one_that_goes_at_the_start, trainer=True)
     assert gone.kind == "ValueError"
     assert missed.kind == "WorkerLostError", missed.error

@@ -71,7 +71,7 @@ def test_powersgd_is_exact_at_first_and_what_it_cuts_off_is_sent_later(pool):
 
 
 @pytest.mark.workers
-def test_powersgd_leaves_matrices_alone_that_are_too_small_for_it(pool):
+def test_powersgd_does_not_compress_matrices_that_are_too_small(pool):
     results = pool.run(reduced_on_a_rank, new_power_of_all, 4, workers=2)
     mean = torch.stack([own for own, *_ in results]).mean(dim=0)
     assert torch.allclose(results[0][1][-1], mean, rtol=1e-4, atol=1e-4 * mean.abs().max())

@@ -26,7 +26,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.mark.workers
-def test_command_trains_all_contenders_writes_the_page_and_goes_on_where_it_was(tiny, tmp_path, capsys):
+def test_command_trains_all_contenders_writes_the_page_and_continues_where_it_was(tiny, tmp_path, capsys):
     assert command.main(tiny) == 0
     told = capsys.readouterr()
     assert "are not the published ones" in told.err
