@@ -1,4 +1,4 @@
-"""The package's rooms: who may import whom, and how large anything may grow."""
+"""The package's parts: which may import which, and how large files and classes may grow."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import lightning_adpsgd
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
-BELOW = {  # each room, and the rooms that it must not know
+BELOW = {  # each part, and those that it must not import
     "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", "trainer"),
     "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", "trainer"),
     "averaging": ("periods", "rounds", "options", "local_sgd", "session", "trainer"),

@@ -62,7 +62,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["adpsgd", ADAPTIVE, CONSTANT],
 
 @pytest.fixture
 def folder(alone, tmp_path, monkeypatch):
-    """A user's working directory with a model and data in it; nothing of it, or of a run, is left behind."""
+    """A user's working directory with a model and data; nothing of it, or of a run, is left behind."""
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -110,7 +110,7 @@ def test_module_trains_and_console_script_helps(folder):
     assert script is not None
     by_name = written(configuration("adpsgd"))
     commands = [[sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name], [script, "--help"]]
-    with ThreadPoolExecutor() as side_by_side:  # starting is most of what they do
+    with ThreadPoolExecutor() as side_by_side:  # most of their time is start-up
         run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
         trained, helped = side_by_side.map(run, commands)
     assert trained.returncode == 0, trained.stderr

@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md run as they stand, and do what the page says."""
+"""The examples of docs/extend.md run unchanged, and do what the page says."""
 
 import re
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_codec_sends_few_bytes_and_loses_nothing(pool, spread, workers):
 
 
 def with_an_update(beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parameters after three rounds, and what comes out by hand."""
+    """The parameters after three rounds, and those computed by hand."""
     local_sgd, parameter = started(period=3, update=example("SlowMomentum")(beta))
     anchor, velocity = parameter.detach().clone(), torch.zeros(1000)
     for count in range(9):

@@ -1,4 +1,4 @@
-"""What an ``AveragingOptions`` says; what it refuses is in ``test_bad_input.py``."""
+"""What an ``AveragingOptions`` holds; what it refuses is in ``test_bad_input.py``."""
 
 from dataclasses import FrozenInstanceError, fields
 

@@ -1,4 +1,4 @@
-"""A session without any door: several optimizers, their rounds, and what a checkpoint needs of them."""
+"""A session without Lightning: several optimizers, their rounds, and what a checkpoint needs of them."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every command names an option that it cannot take, and says what it expects; documented ones are accepted."""
+"""Every command names an invalid option and says what it expects; documented ones are accepted."""
 
 import re
 import shlex

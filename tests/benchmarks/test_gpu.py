@@ -43,7 +43,7 @@ def test_without_nccl_it_says_so(monkeypatch, capsys):
 
 
 def some_turns(*seconds):
-    """Two ranks, of which the second is slower by the half."""
+    """Two ranks, the second of which takes half as long again."""
     return [
         [
             Trained(Timing(5.0, 5.0 + factor * each, 0.1, None), 4, 1000, 10 + rank)
@@ -81,7 +81,7 @@ def test_calls_that_wait_or_read_back_are_counted_and_no_others():
 
 
 def some_rows(**answers):
-    """Of one rank; all is as it should be, unless told otherwise."""
+    """Of one rank; all is as it should be by default."""
     seen = {"counts": {"aten::_local_scalar_dense": 4, "cudaDeviceSynchronize": 1}, "warnings": ["a.py:1 f"] * 4}
     quiet = {"counts": {"cudaDeviceSynchronize": 1}, "warnings": []}
     all_answers = {"single": quiet, "adpsgd": quiet, "control": seen} | answers

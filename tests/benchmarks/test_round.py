@@ -135,7 +135,7 @@ def test_round_and_all_reduce_of_the_same_bytes_are_measured(tmp_path):
         assert {*row["unknown_parts"]} <= {"encode", "decode"}  # there is no codec
         assert "Spans of a round" in printed
         if sys.platform == "linux":
-            # Two buffers, gloo's, and, as the buckets are small here, what Python takes meanwhile.
+            # Two buffers, gloo's, and Python's own memory, which matters as the buckets are small here.
             assert 1 < row["extra_buckets"] < 40
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.workers
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    # Variables of a launcher around the tests would tell the script that its processes are there already.
+    # Variables of a launcher around the tests would tell the script that its processes exist already.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "NODE_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     return subprocess.run(

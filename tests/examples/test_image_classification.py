@@ -60,9 +60,9 @@ def test_network_takes_images_of_64_pixels(architecture):
 @pytest.mark.parametrize(
     ("architecture", "parameters"),
     [
-        ("resnet18", 11_173_962),  # torchvision's 11,689,512, less the stem's and the head's difference
+        ("resnet18", 11_173_962),  # torchvision's 11,689,512, minus the stem's and the head's difference
         ("vgg16", 14_714_688 + 8_448 + 262_656 + 5_130),  # convolutions, batch norm, hidden layer, output
-        ("googlenet", 6_624_904 - 7_680 - 1_014_750),  # torchvision's, less the stem's and the head's difference
+        ("googlenet", 6_624_904 - 7_680 - 1_014_750),  # torchvision's, minus the stem's and the head's difference
         ("resnet20", 272_474),  # the 0.27 M of He et al., table 6, plus the two projections
         ("resnet8", 78_042),
     ],
@@ -457,7 +457,7 @@ def write_pickle(path, content):
 
 
 def write_cifar10(root, batches=5):
-    """Training batches of four images each and a test batch, as CIFAR-10 has them; no checksum is right."""
+    """Training batches of four images each and a test batch, as CIFAR-10 has them; no checksum matches."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""How a script ends: with the exit code it should have, and when everybody has done what they do at exit."""
+"""How a script ends: with the right exit code, and after all exit handlers have run."""
 
 import json
 import os

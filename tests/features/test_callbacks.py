@@ -1,4 +1,4 @@
-"""Callbacks that stop training, change learning rates, unfreeze or prune layers, and those that only look."""
+"""Callbacks that stop training, change learning rates, unfreeze or prune layers, and those that only observe."""
 
 import os
 from typing import Any
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.workers
 
 
 class Scripted(Classifier):
-    """Its validation metric in every epoch is known beforehand, and is another on every rank."""
+    """Its validation metric in every epoch is set beforehand, and differs between ranks."""
 
     def __init__(self, by_rank: list[list[float]], sync: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ BOTH_LOADERS = {"train_dataloaders": loader(), "val_dataloaders": loader(32)}
 
 # Stopping
 
-FALLS = [9.0, 6.0, 3.0, 0.0, -3.0, -6.0]  # faster than the other one rises: their mean falls as well
+FALLS = [9.0, 6.0, 3.0, 0.0, -3.0, -6.0]  # faster than the other one rises: their mean falls too
 RISES = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 STAYS = [5.0, 5.0, 5.0, 5.0, 5.0, 5.0]
 
@@ -96,7 +96,7 @@ def test_early_stopping_stops_all_ranks_in_the_same_epoch(pool, by_rank, sync, s
 @pytest.mark.parametrize("by_rank", [[FALLS, RISES], [RISES, FALLS]], ids=["rank-1", "rank-0"])
 def test_early_stopping_in_mid_epoch_stops_all_ranks_after_the_same_validation(pool, by_rank):
     outcomes = pool.run_trainer(stop_early, by_rank, False, 0.5)
-    # a validation every four steps, and it is after the third that one rank has had enough
+    # a validation every four steps; after the third, one rank's metric says stop
     check(outcomes, [(0, 4, "validation"), (0, 8, "validation"), (0, 12, "validation")])
     for outcome in outcomes:
         assert outcome["stopped_epoch"] == 1
@@ -107,7 +107,7 @@ def test_early_stopping_in_mid_epoch_stops_all_ranks_after_the_same_validation(p
 
 
 class Plateau(Scripted):
-    """Every rank's scheduler goes by its own metric."""
+    """Every rank's scheduler uses its own metric."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
@@ -300,7 +300,7 @@ class MasksKept(L.Callback):
 
 
 class Judged(ModelPruning):
-    """Keeps what is judged at each pruning: weights, masked by what was pruned before."""
+    """Keeps what each pruning is based on: weights, masked by what was pruned before."""
 
     def setup(self, trainer: L.Trainer, pl_module: Classifier, stage: str) -> None:
         self.net, self.judged = pl_module.net, []

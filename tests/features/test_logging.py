@@ -14,7 +14,7 @@ pytestmark = pytest.mark.workers
 
 
 class Logs(Classifier):
-    """Logs its loss in a way of its own."""
+    """Logs its loss with the given options."""
 
     def __init__(self, **how: bool) -> None:
         super().__init__()

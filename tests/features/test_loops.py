@@ -1,4 +1,4 @@
-"""Lightning's loops: how much of the data they run over, when they validate, and what they show of the model."""
+"""Lightning's loops: how much of the data they run over, when they validate, and which weights they use."""
 
 import functools
 import itertools
@@ -90,7 +90,7 @@ def test_fast_dev_run_averages_like_a_run_of_that_many_steps(pool, batches):
 
 
 class CountsBatches(Classifier):
-    """Counts what it is shown."""
+    """Counts the samples that it sees."""
 
     seen = 0
 
@@ -100,7 +100,7 @@ class CountsBatches(Classifier):
 
 
 class Told(ConstantPeriod):
-    """Keeps what it is told of the run's length."""
+    """Keeps the run's length that it is given."""
 
     totals: tuple = ()
 
@@ -160,7 +160,7 @@ def test_a_run_of_no_steps_ends_without_a_round(pool, options):
 
 
 class Stream(IterableDataset):
-    """A rank's samples, for ever."""
+    """A rank's samples, forever."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -205,7 +205,7 @@ def test_an_iterable_dataset_that_is_the_same_on_all_ranks_is_warned_of_once(poo
 
 
 class Remembers:
-    """A rank's batches in order, from a loader that knows where it is, as those of torchdata do."""
+    """A rank's batches in order, from a loader with a state, like torchdata's."""
 
     def __init__(self, rank: int) -> None:
         self._batches = share(rank)
@@ -256,7 +256,7 @@ HOOKS = (
 
 
 class NotesHooks(Classifier):
-    """Writes down which of its hooks are called."""
+    """Records which of its hooks are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,13 +421,13 @@ FIRST_BEFORE_VALIDATION = [3, 6, 9, 12, 15, 19, 22, 25, 28, 31, 32]
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_the_first_round_may_be_the_one_before_a_validation(pool, inference_mode):
     outcomes = pool.run_trainer(first_round_before_validation, inference_mode)
-    # after the end of the epoch, at step 16, the count goes on
+    # after the end of the epoch, at step 16, the count continues
     check(outcomes, [(0, s, "train_end" if s == 32 else "validation") for s in FIRST_BEFORE_VALIDATION])
     check_by_hand(outcomes, by_hand(seeded(), steps_of(2), FIRST_BEFORE_VALIDATION))
 
 
 class ValidatesInInferenceMode(Classifier):
-    """Has validation within fit run in inference mode, which Lightning (up to 2.6) uses outside of fit only."""
+    """Makes validation within fit run in inference mode, which Lightning (up to 2.6) uses outside of fit only."""
 
     def on_train_start(self) -> None:
         self.modes = []
@@ -512,7 +512,7 @@ def test_a_first_round_in_inference_mode_leaves_tensors_that_training_can_write_
 
 
 class Evaluated(Classifier):
-    """Says under three names what it is worth."""
+    """Logs its score under three names."""
 
     def test_step(self, batch: Any) -> None:
         self.log("test_loss", self.loss(batch), sync_dist=True)
@@ -578,7 +578,7 @@ def test_without_fit_all_ranks_evaluate_the_first_ranks_weights(pool, first):
 
 
 class StateAtStart(L.Callback):
-    """Keeps, at the start of every fit, how far its count and its rule have come."""
+    """Keeps its count and its rule's state at the start of every fit."""
 
     def __init__(self) -> None:
         self.states: list[dict] = []

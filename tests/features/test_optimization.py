@@ -1,4 +1,4 @@
-"""Accumulation, clipping, several optimizers and unusual ones, against what comes out by hand."""
+"""Accumulation, clipping, several optimizers and unusual ones, compared with a run by hand."""
 
 import copy
 from typing import Any
@@ -33,7 +33,7 @@ def one_by_one(batches: int) -> list[list[int]]:
     return [[index] for index in range(batches)]
 
 
-# A plain run, without which the hand computation would prove nothing about the others
+# A plain run, without which the run by hand would prove nothing about the others
 
 
 def plain() -> dict:
@@ -269,7 +269,7 @@ def test_a_round_between_forward_and_backward_of_another_optimizer_is_harmless(p
 
 
 class FreezesInTurn(AdversariesWithoutStatistics):
-    """Freezes the discriminator while the generator is trained, as many a GAN does by hand, and leaves it so."""
+    """Freezes the discriminator while the generator is trained, as many GANs do by hand, and leaves it so."""
 
     def training_step(self, batch: Any) -> None:
         real, _ = batch
@@ -310,7 +310,7 @@ def test_parameters_that_are_frozen_in_turn_are_averaged_before_validations_chec
 
 
 class StepsBehindItsBack(Classifier):
-    """Steps a plain optimizer by hand, so that Lightning, and with it the strategy, hears nothing of it."""
+    """Steps a plain optimizer by hand, so that neither Lightning nor the strategy is called."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -410,7 +410,7 @@ def test_parameters_with_sparse_gradients_are_averaged_whole(pool, policy):
 
 
 class ScheduledGroups(Classifier):
-    """Two parameter groups, the rates of which go their own ways at every step."""
+    """Two parameter groups, whose rates change differently at every step."""
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": self.net[:3].parameters()}, {"params": self.net[3].parameters(), "lr": 0.01}]

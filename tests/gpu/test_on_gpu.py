@@ -112,7 +112,7 @@ def fail_on_the_device() -> tuple[str, str]:
 
 
 def test_an_error_of_this_workers_own_device_is_raised_unchanged():
-    # In a process of its own, whose device is of no use afterwards.
+    # In a process of its own, whose device is unusable afterwards.
     with torch.multiprocessing.get_context("spawn").Pool(1) as processes:
         kind, told = processes.apply(fail_on_the_device)
     assert kind != "CollectiveError"

@@ -34,7 +34,7 @@ def drive(rule, ratios, learning_rate=0.1, first_step=1, local_steps=0):
 
 
 def after_sampling(target=1.0, **arguments):
-    """A rule that has sampled ``target`` at step 10, and samples no more."""
+    """A rule that has sampled ``target`` at step 10 and has finished sampling."""
     rule = AdaptivePeriod(sampling=10, **arguments)
     rule.setup(None)
     rule.update(10, ratio=target, learning_rate=0.1)
@@ -141,7 +141,7 @@ def test_target_does_not_move_after_sampling():
     assert rule.target == 1.0
 
 
-# In proportion
+# Proportional growth
 
 
 def proportional(p, ratio, **arguments):
@@ -233,7 +233,7 @@ def test_samples_before_the_rate_has_risen_are_left_out_if_asked_for():
 def test_target_is_the_last_sample_while_the_rate_keeps_rising():
     rule = sampled([0.01, 0.02, 0.03], [1.0, 2.0, 3.0], skip_rising=True)
     assert rule.target == 3.0
-    rule.update(1001, ratio=30.0, learning_rate=0.1)  # sampling is over: what comes is acted on
+    rule.update(1001, ratio=30.0, learning_rate=0.1)  # sampling is over: the rule responds
     assert (rule.target, rule.value) == (3.0, 3)
 
 
@@ -293,7 +293,7 @@ def test_warm_up_in_steps_that_outlasts_a_sampled_share_leaves_the_target_to_the
     assert (rule.value, rule.target) == (5, 2.0)
 
 
-# Rounds that say nothing
+# Rounds without information
 
 
 def test_round_at_which_every_rate_is_zero_changes_nothing_but_the_step():
@@ -446,7 +446,7 @@ def configurations(draw):
     return {
         "initial": initial,
         "sampling": sampling,
-        # A product with a number next to nothing is rounded, and decides otherwise in other units.
+        # A product with a number close to zero is rounded, and may decide otherwise in other units.
         "low": draw(st.floats(0.0, 1.0).map(lambda low: low if low > 1e-6 else 0.0)),
         "high": draw(st.floats(1.0, 3.0)),
         "minimum": minimum,
@@ -489,7 +489,7 @@ def show(rule, history):
 
 
 def steps_of(amount, total_steps):
-    """As written: 0.29 of 100 steps are 29, although 0.29 * 100 < 29 in floating point."""
+    """As written: 0.29 of 100 steps is 29, although 0.29 * 100 < 29 in floating point."""
     return amount if isinstance(amount, int) else int(max(amount * total_steps, Fraction(repr(amount)) * total_steps))
 
 
@@ -601,7 +601,7 @@ def test_rule_takes_the_decisions_of_the_papers_pseudocode(ratios, p_init, sampl
     st.integers(-40, 40),
 )
 def test_ratios_in_other_units_give_the_same_periods(arguments, total_steps, history, exponent):
-    factor = 2.0**exponent  # exact, so that no rounding decides
+    factor = 2.0**exponent  # exact, so that rounding decides nothing
     scaled = [(step, ratio * factor, rate) for step, ratio, rate in history]
     ours = show(made(arguments, total_steps), history)
     theirs = show(made(arguments, total_steps), scaled)

@@ -13,7 +13,7 @@ quick = settings(deadline=None, max_examples=100)
 
 
 class Alternating(AveragingPeriod):
-    """The smallest rule there can be: 1, 2, 1, 2 ... It writes down what it is told."""
+    """The smallest possible rule: 1, 2, 1, 2 ... It records what it is given."""
 
     def __init__(self):
         self.told = []
@@ -82,7 +82,7 @@ def test_share_of_the_run_is_a_whole_number_of_its_steps(share, total_steps):
     steps = Steps("Owner", "name", share).of(total_steps)
     assert isinstance(steps, int)
     assert 0 <= steps <= total_steps
-    # 0.7 of 350 steps are 245, as written, although 0.7 * 350 < 245 in floating point.
+    # 0.7 of 350 steps is 245, as written, although 0.7 * 350 < 245 in floating point.
     most = max(share * total_steps, Fraction(repr(share)) * total_steps)
     assert most - 1 < steps <= most
 

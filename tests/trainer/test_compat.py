@@ -19,8 +19,8 @@ from lightning_adpsgd.trainer.compat import snapshot, time_checks
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 ONE_PLACE = "compat.py"
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
-TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
-OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
+TORCH = ("torch",)  # has private names of its own, which are not Lightning's
+OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, despite their underscore
 OF_TORCH = tuple(name for owner in (torch.nn.Module(), torch.ones(1)) for name in dir(owner) if name.startswith("_"))
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
 
@@ -34,7 +34,7 @@ def modules():
 
 
 def definitions(class_):
-    """The private names that a class gives itself: methods, class variables, and attributes of ``self``."""
+    """The private names that a class defines: methods, class variables, and attributes of ``self``."""
     names = set()
     for node in ast.walk(class_):
         if isinstance(node, ast.FunctionDef):
@@ -93,9 +93,9 @@ def imports(tree):
 
 
 def attributes(tree, known):
-    """Private attributes that a file reaches for and that are not its own, by attribute or by name.
+    """Private attributes that a file uses and that are not its own, by attribute or by name.
 
-    An attribute of anything but ``self`` is taken for one of the file's own if a class in the same file has its name.
+    An attribute of anything but ``self`` counts as the file's own if a class in the same file has its name.
     """
     torch_roots = roots(tree, TORCH)
     in_this_file = set().union(*(names for _, names in classes([tree]).values()))
@@ -114,7 +114,7 @@ def attributes(tree, known):
 
 
 def reached(node):
-    """The name of an attribute that a node reaches for, and whose it is."""
+    """The name of an attribute that a node uses, and whose it is."""
     if isinstance(node, ast.Attribute):
         return node.attr, node.value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_NAME:

@@ -1,4 +1,4 @@
-"""What is drawn of a run."""
+"""The plot of a run."""
 
 import struct
 import warnings

@@ -35,7 +35,7 @@ class Drilled(Classifier):
         return self.loss((inputs, inputs[:, :3].argmax(dim=1)))
 
     def configure_optimizers(self) -> Any:
-        # Two groups, and rates that fall, so that the period changes on the way.
+        # Two groups, and falling rates, so that the period changes during the run.
         groups = [{"params": self.net[0].parameters()}, {"params": self.net[1:].parameters(), "lr": 0.02}]
         optimizer = {
             "sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
@@ -91,7 +91,7 @@ def test_resuming_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, op
     outcomes = pool.run_trainer(stop_and_go, optimizer, str(tmp_path), offset, {})
     for outcome in outcomes:
         assert outcome["differs"] == []
-        assert len(outcome["periods"]) > 1  # the rule had something to remember
+        assert len(outcome["periods"]) > 1  # the rule had state that mattered
         assert outcome["whole"]["steps"] == STEPS
     assert (outcomes[0]["step"], "checkpoint") in [(r.step, r.trigger) for r in outcomes[0]["whole"]["rounds"]]
     # Momentum is local again after the checkpoint: without this, equality would show nothing about it.
@@ -195,7 +195,7 @@ def test_a_file_of_weights_only_holds_the_average_and_nothing_else(pool, tmp_pat
 
 
 class SlowIO(TorchCheckpointIO):
-    """Writes after training has gone on for a while."""
+    """Writes after training has continued for a while."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         time.sleep(0.5)
@@ -253,7 +253,7 @@ def test_model_checkpoint_keeps_the_best_files_and_all_hold_averages(pool, tmp_p
     options = {"monitor": monitor, "save_top_k": 2, "every_n_train_steps": 6 if monitor == "train_loss" else None}
     first, second = pool.run_trainer(_checkpoints, str(tmp_path), options)
     assert len(list(tmp_path.iterdir())) == len(first["best"]) == len(second["best"]) == 2
-    if monitor == "val_loss":  # otherwise ranks disagree on what is best, as they do under DDP, but nobody waits
+    if monitor == "val_loss":  # otherwise ranks disagree on what is best, as under DDP, but none waits
         assert set(first["best"]) == set(second["best"]) == {path.name for path in tmp_path.iterdir()}
     for path in tmp_path.iterdir():
         assert torch.load(path, weights_only=False)["adpsgd"]["averaged"]
@@ -300,7 +300,7 @@ def fail(folder: str, rank: int, how: str) -> dict:
         ),
     }[how]()
     if how == "OnExceptionCheckpoint":
-        save.teardown = lambda *_: None  # it would remove its file in this very process
+        save.teardown = lambda *_: None  # it would remove its file in this process
     model = seeded(momentum=0.9)
     fitted = trainer(
         ADPSGDStrategy(100), callbacks=[FailAt(rank, 3), save], max_steps=4, enable_checkpointing=True, max_epochs=1
@@ -332,7 +332,7 @@ def test_a_save_on_rank_zeros_exception_waits_for_nobody_and_is_marked_as_its_ow
     assert "WorkerLostError" in second.value["error"]
     assert "Rank 0 had failed at step 3" in second.value["error"]
     assert "ValueError: a bad sample" in second.value["error"]
-    assert first.value["seconds"] < 30  # the collectives' time-out is twice that
+    assert first.value["seconds"] < 30  # the collectives' timeout is twice that
 
 
 def test_a_failure_of_another_rank_lets_rank_zero_save_what_it_has(pool, tmp_path):
@@ -342,7 +342,7 @@ def test_a_failure_of_another_rank_lets_rank_zero_save_what_it_has(pool, tmp_pat
     assert torch.load(tmp_path / "exception.ckpt", weights_only=False)["adpsgd"]["averaged"] is False
 
 
-def go_on_from_one_workers_file(folder: str) -> dict:
+def resume_from_one_workers_file(folder: str) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = seeded(2, momentum=0.9)
@@ -357,11 +357,11 @@ def go_on_from_one_workers_file(folder: str) -> dict:
 
 def test_all_workers_resume_from_one_workers_file_with_a_warning(pool, tmp_path):
     pool.outcomes(fail, str(tmp_path), 0, "OnExceptionCheckpoint", trainer=True)
-    first, second = pool.run_trainer(go_on_from_one_workers_file, str(tmp_path))
+    first, second = pool.run_trainer(resume_from_one_workers_file, str(tmp_path))
     assert len(first["told"]) == 1
     assert "rank 0 of 2" in first["told"][0]
     assert second["told"] == []
-    assert first["rounds"][0] == (7, 4)  # nobody has drifted yet: the count begins with the file
+    assert first["rounds"][0] == (7, 4)  # no worker has drifted yet: the count starts with the file
     assert identical([first["weights"], second["weights"]])
 
 
@@ -372,7 +372,7 @@ def save(path: str) -> None:
     drill("adamw", [SaveAt(22, path)])
 
 
-def go_on(path: str) -> dict:
+def resume(path: str) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome = drill("adamw", [], path)
@@ -385,7 +385,7 @@ def test_another_number_of_workers_resumes_with_a_warning(pool, tmp_path, worker
     path = str(tmp_path / "two.ckpt")
     pool.run_trainer(save, path)
     state = torch.load(path, weights_only=False)["adpsgd"]["optimizers"][0]
-    outcomes = pool.run_trainer(go_on, path, workers=workers)
+    outcomes = pool.run_trainer(resume, path, workers=workers)
     assert identical([outcome["weights"] for outcome in outcomes])
     assert len(outcomes[0]["told"]) == 1
     assert f"written by 2 worker(s), and now there are {workers}" in outcomes[0]["told"][0]
@@ -438,23 +438,23 @@ def test_our_checkpoint_resumes_under_ddp_and_ddps_under_ours(pool, tmp_path):
     assert identical([outcome["theirs"]["weights"] for outcome in outcomes])
 
 
-def go_on_from_a_former_version(path: str) -> dict:
+def resume_from_a_former_version(path: str) -> dict:
     outcome = drill("adamw", [], path, seed=1)
     outcome["expected"] = torch.load(path, weights_only=True)["expected"]
     return outcome
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_as_it_would_have_there(pool):
-    """The file was written at step 22 by version 0.1.0, and says what its run came to (Linux, x86-64)."""
+    """The file was written at step 22 by version 0.1.0, and holds the outcome of that run (Linux, x86-64)."""
     path = Path(__file__).parents[1] / "data" / "version_0.1.0.ckpt"
-    for outcome in pool.run_trainer(go_on_from_a_former_version, str(path)):
+    for outcome in pool.run_trainer(resume_from_a_former_version, str(path)):
         expected = outcome["expected"]
         assert (outcome["period"], outcome["steps"], outcome["sent"]) == tuple(
             expected[name] for name in ("period", "steps", "sent")
         )
         for mine, theirs in zip(outcome["rounds"], expected["rounds"], strict=True):
             assert mine[:5] == theirs[:5]
-            # Other processors round otherwise, which Adam makes more of: up to 0.003; without the moments it is 0.03.
+            # Other processors round differently, which Adam amplifies to up to 0.003; without the moments it is 0.03.
             torch.testing.assert_close(mine[5:8], theirs[5:8], rtol=2e-2, atol=1e-9)
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(outcome["weights"][name], weight, rtol=0.0, atol=1e-2)

@@ -95,7 +95,7 @@ def test_all_ranks_start_from_the_same_weights(pool):
 def compare_with_ddp() -> list:
     results = []
     for strategy in (ADPSGDStrategy(1), "ddp"):
-        # Statistics of BatchNorm are broadcast by DDP and averaged here; without it the two are the same algorithm.
+        # DDP broadcasts BatchNorm's statistics, which are averaged here; without it the two are the same algorithm.
         model = seeded(batch_norm=False)
         fit(strategy, model, max_epochs=2)
         results.append(weights(model))
@@ -113,7 +113,7 @@ def test_period_one_with_plain_sgd_ends_with_the_weights_of_ddp(pool):
 
 
 class Collectives(TorchDispatchMode):
-    """Notes every operation of the c10d library, whoever issues it, by the number of steps taken before it."""
+    """Records every operation of the c10d library, by the number of steps taken before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class CountCalls(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.mode.step += 1
-        # What the process group itself has counted, in C++, however a collective got there.
+        # What the process group itself has counted, in C++, however a collective was issued.
         self.sequence.append(dist.group.WORLD._get_sequence_number_for_group())
 
     def on_train_epoch_end(self, *_: Any) -> None:
@@ -244,7 +244,7 @@ def test_lightning_is_given_no_hooks_to_call_at_every_step_that_do_nothing(pool)
 
 
 class RateOfItsOwn(Classifier):
-    """Every rank has another learning rate, as after a plateau that only one rank has seen."""
+    """Every rank has a different learning rate, as after a plateau that only one rank has seen."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr * (1 + self.global_rank))
@@ -265,7 +265,7 @@ def test_ranks_with_different_learning_rates_keep_the_same_period(pool):
     assert first[-1][1] > first[0][1]
 
 
-# Invariant 3: whoever looks, sees the average
+# Invariant 3: validation, checkpoints and the end of training see the average
 
 
 class Look(L.Callback):
@@ -348,7 +348,7 @@ def test_no_extra_round_is_made_where_no_step_was_taken(pool):
 
 def rounds_read_later(later: bool) -> dict:
     class ReadLater(L.Callback):
-        """Makes of the CPU what a GPU is: numbers of a round are read in the next step."""
+        """Makes the CPU behave like a GPU: a round's measurements are read in the next step."""
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             for local_sgd in trainer.strategy.local_sgd:
@@ -382,7 +382,7 @@ def test_measurements_that_are_read_a_step_later_change_neither_rounds_nor_weigh
         assert identical([at_once["weights"], later["weights"]])
 
 
-# Who listens
+# Listeners
 
 
 class Listens(L.Callback):

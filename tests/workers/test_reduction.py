@@ -39,7 +39,7 @@ def test_an_error_found_in_passing_is_raised_where_the_result_is_needed(monkeypa
 
 
 def exchange_rows(ranks_per_node: int, length: int) -> dict:
-    """Every rank sends bytes that tell who sends them, and to whom; what is combined has another length."""
+    """Every rank sends bytes that name sender and receiver; what is combined has another length."""
     workers = NodeWorkerGroup(ranks_per_node) if ranks_per_node > 1 else WorkerGroup()
     mine, residual = workers.worker_of(workers.rank), torch.zeros(length)
     shares, residuals = workers.shares(torch.arange(length)), workers.shares(residual)
@@ -91,11 +91,11 @@ def test_each_rank_combines_its_share_of_what_all_workers_send_and_all_get_all_s
         assert max(sent) - min(sent) <= 10
 
 
-# What a device does together with others: events, clock and words are played here
+# Waiting for a device and for peers: events, clock and statuses are simulated
 
 
 class Device:
-    """Comes to its events at a time, and has a clock."""
+    """Reaches its events at a set time, and has a clock."""
 
     def __init__(self, done_at: float = math.inf, fails_at: float = math.inf) -> None:
         self.now, self.done_at, self.fails_at = 0.0, done_at, fails_at

@@ -1,4 +1,4 @@
-"""PowerSGD and bf16: what arrives, and that bytes are counted."""
+"""PowerSGD and bf16: what arrives, and what is counted."""
 
 import pickle
 
@@ -17,7 +17,7 @@ WIDTH, LAYERS = 40, 6
 
 
 def reduced_on_a_rank(new_reducer, steps):
-    """The rank's own gradient, and what a reducer makes of it in each of several steps."""
+    """The rank's own gradient, and a reducer's result in each of several steps."""
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     inputs = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))

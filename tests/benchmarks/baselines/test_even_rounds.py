@@ -10,7 +10,7 @@ from tests.training import fit, seeded
 
 
 def rounds_of(period, total_steps, start=0):
-    """The steps at which a strategy averages, if nobody else asks for a round."""
+    """The steps at which a strategy averages, if nothing else triggers a round."""
     steps, step = [], start
     while step + period.value <= total_steps:
         step += period.value
@@ -64,7 +64,7 @@ def test_round_that_comes_late_does_not_shift_those_after_it():
     period = EvenRounds(5)
     period.setup(50)
     period.update(10, ratio=1.0, learning_rate=0.1)
-    # A validation at step 13 starts the count anew, so that the round of step 20 takes place at 23.
+    # A validation at step 13 restarts the count, so that the round of step 20 takes place at 23.
     period.update(23, ratio=1.0, learning_rate=0.1)
     assert rounds_of(period, 50, start=23) == [30, 40, 50]
 

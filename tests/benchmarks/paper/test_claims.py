@@ -30,7 +30,7 @@ def test_adpsgd_is_judged_against_cpsgd_with_at_least_as_many_rounds(tmp_path):
     results = {
         ADPSGD: [a_result(1.0, 0.7, had=10)],
         MATCHED: [a_result(1.1, 0.6, had=10)],
-        CPSGD_8: [a_result(0.9, 0.8, had=5)],  # better, but with half of the rounds: it says nothing about the claim
+        CPSGD_8: [a_result(0.9, 0.8, had=5)],  # better, but with half of the rounds, so it does not count for the claim
     }
     claim = claims(outcomes_of(tmp_path, results), [TASK], {})[0]
     assert claim.verdict == "reproduced"

@@ -18,7 +18,7 @@ INT8_LIKE = replace(INT8, name="adpsgd-bf16", title="ADPSGD, bf16", reduce_dtype
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A scale that takes seconds, with images made up; arguments for it."""
+    """A scale that takes seconds, with made-up images; its arguments."""
     write_cifar10(tmp_path)
     study = Study("paper", "The comparison", [TASK], PAPER, 1)
     monkeypatch.setitem(command.SCALES, "short", (study,))

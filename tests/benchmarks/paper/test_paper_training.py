@@ -126,7 +126,7 @@ class Repeats(nn.Module):
 
 def test_language_model_is_judged_by_the_text_that_it_is_not_trained_on():
     tail = torch.arange(CONTEXT + 1).repeat(2)[: 2 * CONTEXT + 1]
-    tail[-1] = 0  # the last one comes as a surprise
+    tail[-1] = 0  # it predicts the last one wrongly
     data = SimpleNamespace(val_set=Windows(tail))
     answers = [judge_text(Repeats(), data, SimpleNamespace(global_rank=rank, world_size=2)) for rank in (0, 1)]
     assert {answer["test_images"] for answer in answers} == {answer["train_images"] for answer in answers}

@@ -45,7 +45,7 @@ def test_answers_of_ranks_are_combined_and_the_last_epoch_includes_the_last_roun
 
 
 def new_ranks(fails_at=None):
-    """Ranks whose runs have one round more each time."""
+    """Ranks each of whose runs has one round more."""
     return FakeRanks(lambda count: [an_answer(rounds=count)] * 2, fails_at)
 
 
@@ -80,7 +80,7 @@ def test_run_with_other_settings_is_done_again(tmp_path):
 def test_matched_run_is_told_the_rounds_of_the_adaptive_one_with_its_seed(tmp_path):
     store = Store(tmp_path)
     runs = some_runs(ADPSGD, MATCHED, seeds=(0, 1))
-    assert store.result(runs[1]) is None  # nobody knows yet how many rounds it is to have
+    assert store.result(runs[1]) is None  # its number of rounds is not known yet
     ranks, _ = done(store, runs)
     assert [order["settings"].get("rounds") for order in ranks.orders] == [None, 1, None, 3]
 
