@@ -35,7 +35,7 @@ def outcome_of(model: L.LightningModule, strategy: Any = None, **options: Any) -
 
 
 def check(outcomes: list[dict], rounds: list[Round] | None = None) -> None:
-    """The ranks agree on everything, had drifted apart in between, have learned something, and averaged when expected."""
+    """The ranks agree on everything, had drifted apart in between, have learned something, and averaged as expected."""
     assert identical([outcome["weights"] for outcome in outcomes])
     assert len({tuple(outcome["rounds"]) for outcome in outcomes}) == 1
     assert all(variance > 0 for variance in outcomes[0]["variances"])
@@ -51,7 +51,7 @@ def periods(steps: int, period: int = 4, optimizer: int = 0) -> list[Round]:
 
 
 def in_order(size: int = 256, batch_size: int = 8, dtype: torch.dtype = torch.float32) -> DataLoader:
-    """This rank's loader, which does not shuffle (Lightning's own sampler would), so that each rank's batches are known."""
+    """This rank's loader, without shuffling (Lightning's own sampler shuffles), so that each rank's batches are known."""
     dataset = data(size, dtype)
     workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     sampler = DistributedSampler(dataset, workers, rank, shuffle=False)
