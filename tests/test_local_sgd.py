@@ -590,7 +590,7 @@ def test_a_checkpoint_that_drops_a_worker_gives_it_the_others_state(pool):
             torch.testing.assert_close(value, befores.mean(dim=0))
 
 
-def test_dropping_costs_no_collective_where_nobody_has_diverged(pool):
+def test_dropping_costs_no_collective_where_no_worker_has_diverged(pool):
     payloads = [
         [outcome["later"][0].payload_bytes for outcome in pool.run(drop, "local", ranks, "period", workers=3)]
         for ranks in ((), (1,))

@@ -42,7 +42,7 @@ COLOURS = {
 """Of each contender, everywhere; mostly safe for colour-blind readers (P. Tol's "bright")."""
 OTHERS = "#aa3377"
 LEGEND_COLUMNS = 3
-PANELS = 2  # beside each other, where points have names
+PANELS = 2  # side by side, where points have names
 DISTANCES = (6, 14, 22, 30, 40, 50, 60, 75, 90, 110, 130)  # of a name from its point, in typographic points
 ANGLES = tuple(math.radians(degrees) for degrees in (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240))
 POINT_PIXELS = 4

@@ -112,7 +112,7 @@ class ImageData(_ImageDataModule):
         batch_size: images per step **and worker**: n workers see n · batch_size images in a step.
         num_workers: processes per worker that prepare batches; 0 is fine, as it takes little of a training step.
         augment: cut training images at random after padding 4 pixels, and mirror half of them.
-        train_images: use only the first so many training images; None takes all.
+        train_images: use only this many training images, the first ones; None takes all.
         download: fetch what is missing, once per node.
         verify: compare the files with torchvision's checksums. False reads CIFAR batches that hold the same images but
             were repacked; then nothing is downloaded, and training batches may be missing if ``train_images`` is given.

@@ -51,7 +51,7 @@ def periods(steps: int, period: int = 4, optimizer: int = 0) -> list[Round]:
 
 
 def in_order(size: int = 256, batch_size: int = 8, dtype: torch.dtype = torch.float32) -> DataLoader:
-    """This rank's loader, without shuffling (Lightning's own sampler shuffles), so that each rank's batches are known."""
+    """This rank's loader, without shuffling (Lightning's own sampler shuffles): each rank's batches are known."""
     dataset = data(size, dtype)
     workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     sampler = DistributedSampler(dataset, workers, rank, shuffle=False)

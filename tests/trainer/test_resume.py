@@ -320,7 +320,7 @@ needs_save_on_exception = pytest.mark.skipif(not SAVES_ON_EXCEPTION, reason="thi
 @pytest.mark.parametrize(
     "how", ["OnExceptionCheckpoint", pytest.param("ModelCheckpoint", marks=needs_save_on_exception)]
 )
-def test_a_save_on_rank_zeros_exception_waits_for_nobody_and_is_marked_as_its_own(pool, tmp_path, how):
+def test_a_save_on_rank_zeros_exception_does_not_wait_and_is_marked_as_its_own(pool, tmp_path, how):
     first, second = pool.outcomes(fail, str(tmp_path), 0, how, trainer=True)
     assert first.value["error"] == "ValueError: a bad sample"
     (path,) = (path for path in tmp_path.iterdir() if "exception" in path.name)

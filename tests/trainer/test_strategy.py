@@ -200,7 +200,7 @@ def count_collectives(period: Any) -> dict:
 
 @pytest.mark.workers
 @pytest.mark.parametrize("period", [5, AdaptivePeriod(initial=3, sampling=6)], ids=["constant", "adaptive"])
-def test_between_two_rounds_no_collective_is_issued_by_anybody(pool, period):
+def test_between_two_rounds_no_collective_is_issued(pool, period):
     for outcome in pool.run_trainer(count_collectives, period):
         batches = len(outcome["sequence"])
         assert batches == 16
@@ -522,7 +522,7 @@ def save_on_exception(folder: str) -> dict:
 
 
 @pytest.mark.workers
-def test_a_save_on_one_ranks_exception_waits_for_nobody(pool, tmp_path):
+def test_a_save_on_one_ranks_exception_does_not_wait(pool, tmp_path):
     outcomes = pool.outcomes(save_on_exception, str(tmp_path), trainer=True)
     assert outcomes[0].value == {"raised": "a bad sample", "local_steps": 3}
     assert "state_dict" in torch.load(tmp_path / "exception.ckpt", weights_only=False)

@@ -40,7 +40,7 @@ def statuses_left_behind() -> dict:
     return {"statuses": statuses, "answered": answered, "lingered": lingered}
 
 
-def test_statuses_are_found_once_connections_are_closed_and_nobody_waits_for_those_who_linger(pool):
+def test_statuses_are_found_once_connections_are_closed_and_ranks_that_linger_are_not_waited_for(pool):
     outcomes = pool.run(statuses_left_behind, workers=3)
     first, second, third = (outcome["statuses"] for outcome in outcomes)
     assert first == {1: "had enough of rank 1", 2: "had enough of rank 2"}
@@ -59,7 +59,7 @@ def silence_of_the_others() -> list[float]:
     return lingered
 
 
-def test_first_rank_lingers_once_for_those_who_post_nothing(pool):
+def test_first_rank_lingers_once_for_ranks_that_post_nothing(pool):
     lingered, _ = pool.run(silence_of_the_others)
     assert lingered[0] >= 0.4 > lingered[1]
 
