@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 
 .PHONY: demo test test-bench test-oldest bench paper lint docs clean
 
-## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from nothing)
+## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from a fresh clone)
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-examples
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --ignore=tests/benchmarks
 
-## Run the tests of the benchmarks (those on links need Linux and root, and are skipped elsewhere)
+## Run the tests of the benchmarks (those on links need Linux and root, and are skipped otherwise)
 test-bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/benchmarks
 
@@ -21,11 +21,11 @@ test-bench: $(VENV)/.installed-dev
 test-oldest: $(OLDEST)/.installed-dev
 	$(OLDEST)/bin/python -m pytest
 
-## Run short benchmarks that need no GPU and print one page (about five minutes; as root also those on links)
+## Run short benchmarks that need no GPU and print one page (about five minutes; those on links run only as root)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
 
-## Repeat the paper's comparison in short: one network, one seed, a part of CIFAR-10 (which is downloaded, unless DATA has it)
+## Repeat the paper's comparison in short: one network, one seed, part of CIFAR-10 (downloaded, unless it is in DATA)
 DATA ?= data
 paper: $(VENV)/.installed-examples
 	$(BIN)/python -m benchmarks.paper --scale short --data $(DATA)

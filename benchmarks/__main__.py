@@ -3,13 +3,13 @@
     .venv/bin/python -m benchmarks [--json DIR]
     sudo .venv/bin/python -m benchmarks
 
-It takes about five minutes on two cores. Settings are short, so the numbers are for orientation: each section names the
-command that measures in full, whose module says how. Three of them lay out hosts that are joined by links (network
+It takes about five minutes on two cores. Runs are short, so the numbers are only a guide: each section names the
+command of the full measurement, whose module says how. Three of them lay out hosts that are joined by links (network
 namespaces, see `frame/hosts.py`). Where that is not possible (it needs Linux and root), their sections say what is
 missing and the others run. Progress goes to standard error, the page to standard output.
 
-The exit code is 0 if everything was measured that can be measured here, 1 if bytes were found not to be as the package
-claims, 2 if something failed, and 130 after Ctrl-C, which leaves the sections that were complete.
+The exit code is 0 if everything that can be measured here was measured, 1 if bytes differ from what the package claims,
+2 if something failed, and 130 after Ctrl-C, which keeps the sections that were complete.
 """
 
 import argparse
@@ -59,8 +59,8 @@ class Benchmark(NamedTuple):
 BENCHMARKS = (
     Benchmark(
         "Local step",
-        "What a step between two averaging rounds costs beyond Lightning's step on a single device: a ratio of 1 means"
-        " nothing.",
+        "What a step between two averaging rounds costs compared with Lightning's step on a single device: a ratio of 1"
+        " means nothing extra.",
         local_step,
         short="--fits 3 --turns 5 --stretch-seconds 0.2",
         full="",
@@ -76,7 +76,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         f"Averaging round, links of {RATE_MBIT} Mbit/s",
-        "The same between hosts, where the all-reduce takes longer and everything else the same time.",
+        "The same between hosts, where only the all-reduce takes longer.",
         averaging_round,
         short=f"--rate-mbit {RATE_MBIT} --parameters 25 --tensors 8 --turns 5",
         full=f"--rate-mbit {RATE_MBIT}",
@@ -85,7 +85,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "Training on slow links",
-        "The same training under many strategies, where communication takes about half of DDP's time.",
+        "The same training with many strategies, where communication takes about half of DDP's time.",
         link,
         short=f"{SLOW_LINKS} --steps 32 --turns 2",
         full=SLOW_LINKS,
@@ -112,7 +112,7 @@ class Result(NamedTuple):
 
 
 def run(benchmark: Benchmark, results: Path | None = None) -> Result:
-    """Measure, if that is possible here, and write the numbers to the folder of results if there is one."""
+    """Measure, if that is possible here, and write the numbers to the folder of results, if there is one."""
     missing = _missing(benchmark)
     if missing is not None:
         return Result(f"Not measured here. {missing}")
@@ -146,7 +146,7 @@ def _missing(benchmark: Benchmark) -> str | None:
 
 @contextlib.contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Have a benchmark write its own command to its file of results, not the one that was given here."""
+    """Make a benchmark record its own command in its file of results, not the one that was given here."""
     given, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         yield
@@ -187,7 +187,7 @@ def headline() -> str:
         "system": here["platform"],
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number is not None),
         "load": _load(here["cpus_usable"]),
-        "numbers": "for orientation; below each title is the command that measures in full",
+        "numbers": "only a guide; below each title is the command of the full measurement",
     }
     return "\n".join([title, "=" * len(title), *(f"{name:<10}{text}" for name, text in lines.items())])
 
@@ -196,7 +196,7 @@ def _load(cores: int) -> str:
     if not hasattr(os, "getloadavg"):
         return "unknown"
     load = os.getloadavg()[0]
-    disturbed = "; something else is running and disturbs the times below" if load > cores / 2 else ""
+    disturbed = "; something else is running and affects the times below" if load > cores / 2 else ""
     return f"{load:.2f} before{disturbed}"
 
 

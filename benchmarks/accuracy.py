@@ -1,11 +1,11 @@
-"""Do the options for how rounds travel cost accuracy? The same training under several options and seeds, on CIFAR-10.
+"""Do the options for how rounds are sent cost accuracy? The same training with several options and seeds, on CIFAR-10.
 
     .venv/bin/python -m benchmarks.accuracy --data DIR [--contenders plain,stagger-overlap] [--seeds 3] [--json FILE]
 
 Every run trains the same small ResNet with the image example's schedule (SGD with momentum, a linear warm-up, two step
 decays) on `--workers` CPU processes of one thread, with `AdaptivePeriod(initial=--initial)`, or with a constant period
 if `--period` is given. Runs of one seed start from the same weights and see the same batches. There is no validation in
-between, so the period asks for every round but the last one. Needs torchvision.
+between, so the period triggers every round but the last one. Needs torchvision.
 
 The table shows, as mean ± standard deviation over the seeds:
 
@@ -14,9 +14,9 @@ The table shows, as mean ± standard deviation over the seeds:
   workers and the steps of the last epoch.
 - final loss: cross-entropy of the averaged model on all training images, not augmented.
 - accuracy: of the averaged model on the 10,000 test images.
-- vs plain: accuracy less that of `plain` with the same seed; the mean over the seeds.
+- vs plain: accuracy minus that of `plain` with the same seed; the mean over the seeds.
 
-With `--runs DIR` each run is written there when it ends, and a run that is there with the same settings is not
+With `--runs DIR` each run is written there when it ends, and a run found there with the same settings is not
 repeated.
 
 The exit code is 0, or 2 if a run could not be finished.
@@ -139,7 +139,7 @@ def ddp_sent(model: nn.Module, trainer: L.Trainer) -> Sent:
 
 
 def judge(network: nn.Module, data: Any, trainer: L.Trainer) -> dict[str, Any]:
-    """The loss on this rank's share of all training images, and the right answers on its share of the test images."""
+    """The loss on this rank's share of all training images, and the correct answers on its share of the test images."""
     share = slice(trainer.global_rank, None, trainer.world_size)
     data.train_set.augment = False
     return {
@@ -160,7 +160,7 @@ def judgement(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Any, share: slice) -> tuple[float, int]:
-    """The sum of the losses and the number of right answers on a share of the images."""
+    """The sum of the losses and the number of correct answers on a share of the images."""
     network.eval()
     device = next(network.parameters()).device
     loss, right = 0.0, 0
@@ -179,7 +179,7 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Put the answers of all ranks about one run together."""
+    """Combine the answers of all ranks about one run."""
     first = answers[0]
     last = [loss for answer in answers for loss in answer["last_losses"]]
     return {
@@ -270,7 +270,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
 def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser(
-        "benchmarks.accuracy", "Compare the accuracy at the end of training under options for how rounds travel."
+        "benchmarks.accuracy", "Compare the accuracy at the end of training with options for how rounds are sent."
     )
     add, names = parser.add_argument, several(one_of(CONTENDERS))
     of = f"of {', '.join(CONTENDERS)} (all but ddp)"

@@ -1,25 +1,25 @@
-"""What does it cost to encode and decode a round, against a plain copy and against the time that it travels?
+"""What does it cost to encode and decode a round, compared with a plain copy and with the time it travels?
 
     .venv/bin/python -m benchmarks.codec [--numel 25000000] [--workers 2] [--gbit 1] [--turns 9] [--json FILE]
 
 How it is measured
 ------------------
 In one process on one core (`torch.set_num_threads(1)`), without a network: rounds of `--numel` fp32 parameters, bucket
-by bucket (16 MiB), as a worker of `--workers` has them. There are five times per codec:
+by bucket (16 MiB), as one of `--workers` workers would run them. There are five times per codec:
 
 - encode, decode: `encode_` of everything, which also finds what rounding cuts off, and `add_decoded_` of it, in pieces
   that fit into a cache, as a round does them.
-- send, combine, receive: all that `DeltaCodec` does in a round of one worker, the bytes' journey left out: differences
-  from the last average, encoded; this worker's share of all workers' decoded, averaged and encoded again; the new
-  average decoded. What other workers would have sent is what this one has sent.
+- send, combine, receive: all that `DeltaCodec` does in one worker's round, without the transfer: differences from the
+  last average, encoded; this worker's share of all workers' decoded, averaged and encoded again; the new average
+  decoded. This worker's own bytes stand for those of the others.
 
 `copy` is `Tensor.copy_` of as many fp32 numbers. GB/s are those of fp32 elements, 4 bytes each; of the whole round,
 4 bytes times `--numel` divided by the sum of the three times. The travel time is what a ring takes at `--gbit`:
 2 (n − 1) / n times the encoded bytes. Where `work / travel` is below 1, encoding and decoding take less time than
 sending, and a pipeline can hide them behind it.
 
-Contenders take turns (`--turns`), and each number is the median over the turns. Times are those of the processor, which
-on an idle machine are what a clock shows; on a busy one they leave out the time that other processes take.
+Contenders take turns (`--turns`), and each number is the median over the turns. Times are processor times, which
+on an idle machine equal wall time; on a busy one they leave out the time that other processes take.
 
 With `--device cuda` the same is measured on a GPU, between two events in its queue, without pieces. The exit code is 0.
 """
@@ -65,7 +65,7 @@ COLUMNS = (
 
 
 class Alone(WorkerGroup):
-    """One rank of several workers, none of which exists: what they would send is what this one sends."""
+    """One rank of several workers, the others of which do not exist: its own bytes stand for theirs."""
 
     def __init__(self, workers: int, device: torch.device) -> None:
         super().__init__(device=device)
@@ -158,7 +158,7 @@ def _timed(device: Device, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def travel_seconds(numel: int, workers: int, bytes_per_element: float, gbit: float) -> float:
-    """How long a ring all-reduce of so many encoded elements takes on links of so many Gbit/s."""
+    """How long a ring all-reduce of this many encoded elements takes on links of this speed."""
     return 8 * numel * bytes_per_element * 2 * (workers - 1) / workers / (gbit * 1e9)
 
 
@@ -213,7 +213,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
 def parse(arguments: Arguments) -> argparse.Namespace:
     """The options."""
     parser = new_parser(
-        "benchmarks.codec", "Compare encoding and decoding of a round with a copy, and with its travel."
+        "benchmarks.codec", "Compare encoding and decoding of a round with a copy, and with its travel time."
     )
     add = parser.add_argument
     add(

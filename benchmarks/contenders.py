@@ -4,25 +4,25 @@ Those that average parameters do so every `period` steps, so that all of them ha
 that a contender reports are its own count where it has one (``adpsgd``, bf16, PowerSGD, QSGD); for the others they are
 what a ring all-reduce sends for the tensors that were reduced.
 
-Where the comparison is unfair for reasons that are not this package's merit:
+Where the comparison is unfair in ways that are not to this package's credit:
 
 - Lightning broadcasts a tensor at every batch in every strategy of several processes (whether SIGTERM has come), so
-  ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. Their users pay it too, so it is kept.
+  ``ddp``, its hooks and ``post-local-sgd`` pay a round trip per step. Their users pay for it too, so it is kept.
 - Lightning registers no communication hook on a CPU. Here it is done for the contenders that have one; otherwise
   ``post-local-sgd`` would send both gradients and parameters.
-- Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, also in post-local
-  SGD. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nothing averages them.
+- Under DDP the buffers of a model (statistics of BatchNorm) are broadcast at every forward pass, in post-local SGD
+  too. They are not in the bytes reported. With ``accelerate`` and ``torchft`` nothing averages them.
 - ``accelerate`` and ``torchft`` are plain loops without the cost of a Trainer, but everything is compared with
-  ``none``, which has one: with short steps they look better than they communicate. Compare them with ``none-loop``, and
-  with ``adpsgd-loop``, which is this package's `LocalSGD` in the same loop.
+  ``none``, which has one: with short steps they look better than their communication is. Compare them with
+  ``none-loop``, and with ``adpsgd-loop``, which is this package's `LocalSGD` in the same loop.
 - ``accelerate`` makes one all-reduce per parameter, each waited for, after a barrier.
 - ``torchft`` tolerates failures, which the others do not: a round begins with a quorum. Its lighthouse checks for one
   every 100 ms by default; here every 10 ms, because otherwise only that wait would be measured.
 - ``adpsgd-bf16``, ``adpsgd-int4`` and ``qsgd`` send directly from each rank to each other rank, not in a ring: with
   several ranks per host, more than what is reported for a rank leaves the host.
-- PowerSGD gets all gradients in one bucket, after the backward pass. Its hook waits for collectives inside of
+- PowerSGD gets all gradients in one bucket, after the backward pass. Its hook waits for collectives in its
   callbacks, which gloo runs on two threads, so that it hangs with more buckets. It compresses matrices, so the saving
-  depends on the shapes of the model, and its loss of accuracy does not show in the time per step: look at the loss.
+  depends on the shapes of the model, and the accuracy it loses does not show in the time per step: look at the loss.
 - ``qsgd`` quantizes on the cores that train, with PyTorch's operations and without a special kernel, and only the first
   of its two phases can hide behind the backward pass, while all of ``ddp`` can. With a fast link or few cores this
   takes longer than it saves. The effect of its noise is in the loss, as with PowerSGD.

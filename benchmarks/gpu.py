@@ -12,17 +12,19 @@ The parts
 - local-step: as in `local_step.py`, with the model on the GPU.
 - round: as in `round.py`, with the model on the GPU. Extra memory is PyTorch's on the GPU; what the host takes as well
   (gloo's copies) is in the JSON file.
-- training: the multilayer perceptron of `link.py` under no communication, DDP, a constant period, and `adpsgd` with its
-  options. Shown are medians over `--turns` turns (A B C A B C): the time per step, and the speed relative to `none` and
-  `ddp` in the same turn; rounds and bytes sent in the timed steps; and PyTorch's peak of memory in them.
+- training: the multilayer perceptron of `link.py` without communication, with DDP, with a constant period, and with
+  `adpsgd` and its options. Shown are medians over `--turns` turns (A B C A B C): the time per step, and the speed
+  relative to `none` and `ddp` in the same turn; rounds and bytes sent in the timed steps; and PyTorch's peak of memory
+  in them.
 - trace: whether the host waits for the device in a local step. PyTorch's profiler records `--steps` of them, and all
   calls that synchronize or read a value back (cudaStreamSynchronize, copies to the host, aten::item and so on) are
   counted. In the same steps PyTorch itself reports each synchronizing operation and its caller
   (`torch.cuda.set_sync_debug_mode`). There must be no more of them than with Lightning's single device; `control` reads
-  a loss back at each step, which has to be seen. With `--traces` the first rank's traces are kept for chrome://tracing.
+  a loss back at each step, which has to be detected. With `--traces` the first rank's traces are kept for
+  chrome://tracing.
 
 Times are the host's, which waits for the device before and after; the JSON file also has the times between two CUDA
-events. `--rehearse` runs everything on the CPU, to see whether it works; its numbers mean nothing.
+events. `--rehearse` runs everything on the CPU, to see whether it works; the numbers are meaningless.
 
 The exit code is 0; 1 if a local step makes the host wait; 2 if nothing could be measured.
 """
@@ -350,7 +352,7 @@ def complaints(rows: Sequence[Mapping[str, Any]], on_cuda: bool) -> list[str]:
 
 
 def measure_training(started: Ranks, common: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let the contenders train in turn."""
+    """Train with the contenders in turn."""
     steps = math.ceil(options.steps / options.period) * options.period
     recipe = Recipe(
         model="mlp",
@@ -438,7 +440,7 @@ def _require(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise NotMeasuredError(
             f"PyTorch {torch.__version__} sees no CUDA device. This needs an NVIDIA GPU, its driver, and a PyTorch that"
-            " is built for CUDA. To check without a GPU that everything works: --rehearse."
+            " is built for CUDA. To check without a GPU whether everything works: --rehearse."
         )
     if options.backend == "nccl" and not dist.is_nccl_available():
         raise NotMeasuredError(f"PyTorch {torch.__version__} is built without NCCL. Leave out --backend nccl.")

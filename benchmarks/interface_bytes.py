@@ -9,14 +9,14 @@ Every rank runs on its own host (a network namespace, see `frame/hosts.py`), sta
   collective crosses the network, and (b) that the bytes reported (`AveragingRound.sent_bytes`) are those that the
   interface has counted, within 5 %.
 - `ddp`: Lightning's DDP, without its broadcast of buffers. It shows (c) that the gradients of a step take the bytes
-  that `CommunicationMonitor` claims for DDP, within 5 %. Lightning's own broadcast at every batch (whether SIGTERM has
+  that `CommunicationMonitor` reports for DDP, within 5 %. Lightning's own broadcast at every batch (whether SIGTERM has
   come) is in the column "between".
 - `qsgd`: `QSGDStrategy`, without DDP's broadcast of buffers. It shows (d) that the quantized gradients of a step take
   the bytes that it reports, within 5 %, without the headers of packets.
 - `control`: as `adpsgd`, but with a barrier, the smallest collective, at every step. It shows (e) that (a) can fail:
   every barrier is seen.
 
-The exit code is 0 if all of it is shown, 1 if not, and 2 if nothing could be measured.
+The exit code is 0 if all five are shown, 1 if not, and 2 if nothing could be measured.
 
 How it is measured
 ------------------
@@ -39,12 +39,12 @@ payload are 4.6 %, and acknowledgements, most of which travel with data in the o
 ratio is 1.047 to 1.0495, just within the 5 %, and again 1.0004 without headers.
 
 Quantized gradients are a quarter of the bytes in more messages per byte, each exchanged directly by two ranks: the
-ratio of `qsgd` is 1.003 to 1.005 with offload and, as more acknowledgements travel alone, 1.05 to 1.06 without. So it
+ratio of `qsgd` is 1.003 to 1.005 with offload and, as more acknowledgements are sent alone, 1.05 to 1.06 without. So it
 is judged without headers, where it is 1.0006 (two hosts) to 1.0015 (four) in either case.
 
-A round takes 3.5 kB of messages and acknowledgements however little it averages (with two hosts), so the ratio of a
-payload below some 70 kB is above 1.05 (`--width 50`). Segments that were sent again are counted again; the last column
-has their number.
+A round takes 3.5 kB of messages and acknowledgements however little it averages (with two hosts), so the ratio is above
+1.05 for a payload below some 70 kB (`--width 50`). Segments that were sent again are counted again; the last column has
+their number.
 """
 
 import argparse
@@ -233,7 +233,7 @@ class BarrierAtEveryStep(Callback):
 
 
 def carry_out(order: Mapping[str, Any], parent: Parent) -> Account:
-    """Fit on the calling rank, and account for what its interface has sent meanwhile."""
+    """Fit on the calling rank, and account for what its interface sends during the fit."""
     torch.manual_seed(0)
     reader, monitor = InterfaceReader(parent.meet, order["settle"]), CommunicationMonitor()
     strategy = _strategy(order["run"])
@@ -249,7 +249,7 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> Account:
     trainer.fit(network, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
 
     total = Traffic(*map(sum, zip(*reader.rounds, strict=True)))
-    # The monitor records nothing where gradients are averaged: its formula, for the gradients that there are.
+    # The monitor records nothing where gradients are averaged, so its formula is applied to the gradients here.
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in network.parameters() if p.grad is not None)
     reported = by_ddp = ring_bytes(trainer.global_step * gradients, trainer.world_size)
     if isinstance(strategy, ADPSGDStrategy):

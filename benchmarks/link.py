@@ -1,4 +1,4 @@
-"""What does a slow link cost? The same training under many strategies, on hosts joined by links of a given speed.
+"""What does a slow link cost? The same training with many strategies, on hosts joined by links of a given speed.
 
     sudo .venv/bin/python -m benchmarks.link --hosts 4 --rate-mbit 300 [--contenders none,ddp,adpsgd] [--json FILE]
 
@@ -10,7 +10,7 @@ they are installed (`pip install accelerate torchft`).
 
 The share of communication in a step depends on the rate, on `--parameters` (what is sent) and on `--batch-size` (what
 is computed). Ranks and network share the cores of this machine: if there are as many ranks as cores, or more,
-communication that hides behind computation still takes a core's time. `--pause-ms` stands for an accelerator: the
+communication hidden behind computation still takes a core's time. `--pause-ms` stands for an accelerator: the
 perceptron's layers sleep for that long per step, a third in the forward pass and the rest in the backward pass.
 
 How it is measured
@@ -18,7 +18,7 @@ How it is measured
 Ranks are processes with one thread that start once. All contenders run in turn, several times (A B C A B C), so that
 slow drifts of the machine affect all of them alike. A run has a few steps that are not timed (two periods) and then
 `--steps` steps (whole periods). All ranks begin the first step together; from then on only the contender itself makes
-them wait for each other. Communication that is still under way when the timed steps end was also under way when they
+them wait for each other. Communication that is still in flight when the timed steps end was also in flight when they
 began. The table shows medians over the turns:
 
 - step: wall time of the timed steps on the slowest rank, per step, averaging rounds included.
@@ -29,13 +29,13 @@ began. The table shows medians over the turns:
   neighbours and one of them sends to the next host, so these are the bytes of one rank; where each rank of a host
   averages a slice with those of other hosts, they are the sum over the host's ranks.
 - counted: the bytes that a host's interface has sent in the same steps, headers included; the mean over the hosts.
-- ratio: counted to reported bytes; without headers: the same less 66 bytes per packet. At a low rate the queue cuts
+- ratio: counted to reported bytes; without headers: the same minus 66 bytes per packet. At a low rate the queue cuts
   TCP's data into packets of 1500 bytes, whose headers are 4.6 %; at higher rates segments of up to 64 KiB are counted
   with one header. Bytes that TCP sends again are in both.
 - loss: training loss, each rank's on its own model and batch, the mean over the ranks and the last `--smooth` steps.
 
 With `--until-loss X` also: time and bytes (per host, counted) from the first step until this loss is at most X.
-`--until-loss ddp` takes for X the loss of DDP after two thirds of its steps. Each rank records its losses, which are
+With `--until-loss ddp`, X is the loss of DDP after two thirds of its steps. Each rank records its losses, which are
 combined afterwards, so nothing is sent for them.
 
 The exit code is 0, or 2 if nothing could be measured.
@@ -110,7 +110,7 @@ class Reached(NamedTuple):
 
 
 def combine(records: Sequence[Mapping[str, list]], plan: Plan, warmup: int, sends_in_slices: bool = False) -> Run:
-    """Put the records of all ranks (see :meth:`Record.as_json`) together, in order of rank."""
+    """Combine the records of all ranks (see :meth:`Record.as_json`), in order of rank."""
     timed = len(records[0]["losses"]) - warmup
     first_of_hosts = records[:: plan.ranks_per_host]
     reported = [record["sent_bytes"][-1] - record["sent_bytes"][warmup] for record in records]
@@ -205,7 +205,7 @@ def _until(turns: Sequence[Run], loss: float, window: int) -> dict[str, Any]:
 
 
 def measure(started: Ranks, names: Sequence[str], plan: Plan, warmup: int, count: int) -> dict[str, list[Run]]:
-    """Let the contenders run in turn."""
+    """Run the contenders in turn."""
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for turn, name in turns(names, count):
         records = started.run({"contender": name, "plan": plan.as_json()})
@@ -322,7 +322,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--repacked", action="store_true", help="its files hold the same images, repacked")
     add("--images", type=number(1), metavar="N", help="take only the first N of its training images")
     add("--until-loss", type=lambda x: x if x == "ddp" else positive(x), metavar="X", help=until_loss)
-    add("--smooth", type=number(1), default=32, metavar="N", help="steps that a loss is the mean of, at most all (32)")
+    add("--smooth", type=number(1), default=32, metavar="N", help="steps to average a loss over, at most all (32)")
     options = parser.parse_args(arguments)
     complaint = _contradiction(options)
     if complaint is not None:
@@ -331,7 +331,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
 
 
 def _contradiction(options: argparse.Namespace) -> str | None:
-    """What is wrong with arguments that are right one by one."""
+    """What is wrong with arguments that are valid one by one."""
     unable = _cannot([CONTENDERS[name] for name in options.contenders], new_plan(options)[0])
     if unable:
         return f"--contenders: {'; '.join(f'{name}: {reason}' for name, reason in unable.items())}."
@@ -340,7 +340,7 @@ def _contradiction(options: argparse.Namespace) -> str | None:
     if options.pause_ms > 0 and options.model != "mlp":
         return f"--pause-ms {options.pause_ms:g}: only --model mlp can sleep; leave it out for {options.model}."
     if options.data is None and (options.repacked or options.images is not None):
-        return "--repacked and --images are about the images in --data: give it too."
+        return "--repacked and --images describe the images in --data: give it too."
     if options.data is not None and not options.data.is_dir():
         return f"--data {options.data}: there is no such folder."
     if (options.data is not None or options.model != "mlp") and find_spec("torchvision") is None:

@@ -7,11 +7,11 @@ How it is measured
 There are three contenders, each with `--ranks` processes of one thread:
 
 - single: each process is a `Trainer(strategy=SingleDeviceStrategy(...))` that knows of no other process.
-- adpsgd: they are the ranks of one `Trainer(strategy=ADPSGDStrategy(period=...))` with a period that does not end.
+- adpsgd: they are the ranks of one `Trainer(strategy=ADPSGDStrategy(period=...))` with a period that never ends.
 - control: `single` once more. Its difference from `single` is the noise of the measurement.
 
 All of them are in the middle of a `fit`, but only one contender's processes run at a time, for about
-`--stretch-seconds`; then they wait and the next contender's continue (A B C A B C, `--turns` times). The first step of
+`--stretch-seconds`; then they wait, and the next contender's continue (A B C A B C, `--turns` times). The first step of
 a stretch is not timed. What is timed is whole steps, from the end of one to the end of a later one as a callback sees
 them, with everything that the Trainer and the strategy do; batches are in memory. All this is repeated `--fits` times
 with other weights and batches, and each time the contenders change processes.
@@ -23,7 +23,7 @@ The ratio of a turn is what a contender took per step in it, the mean over the r
 table shows the median of the ratios with its 95 % confidence interval; overhead is the median of the differences. If
 1.01 lies within the interval, the machine is too noisy for so few turns: take more. If the control's interval does not
 contain 1, something else disturbs the measurement. Processes are not equally fast, because of where their memory is:
-with 3, 6 or more fits each contender has had all of them equally often.
+with 3, 6, 9, … fits each contender has run on all of them equally often.
 
 The same is shown for the processor time of all threads. A local step waits for nothing, so on an idle machine that is
 the same; on a busy one it leaves out the time that other processes take.
@@ -227,7 +227,7 @@ class PerStep(NamedTuple):
 
 
 def combine(answers: Sequence[Sequence[Sequence[Any]]], steps: int) -> list[PerStep]:
-    """Put the timings of a contender's ranks together, turn by turn; ``steps`` are those of a stretch."""
+    """Combine the timings of a contender's ranks, turn by turn; ``steps`` are those of a stretch."""
     return [_per_step([Timing(*answer) for answer in turn], steps) for turn in zip(*answers, strict=True)]
 
 

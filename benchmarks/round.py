@@ -10,25 +10,25 @@ computes with one thread. There is no other work: this is the cost of a round wh
 How it is measured
 ------------------
 - all-reduce: a bare `torch.distributed.all_reduce` of one flat fp32 tensor with as many elements as the model has
-  parameters. It is the lower bound: what has to cross the network, in one piece, with nothing copied or computed.
+  parameters. It is the lower bound: what has to cross the network, in one piece, without copying or computing.
 - round: `LocalSGD.average()` as at the end of a period, after a local step that has moved every parameter by a
   different amount on each rank, from the call to its return: handshake, copies, reductions, variance, record. The model
   has `--tensors` parameters of nearly equal size.
 
 They alternate (A B A B), `--turns` times after two untimed turns. Before each, all ranks wait for each other without
 using the network; a turn takes from the last rank's start to the last rank's end. The ratio is that of the medians, and
-the range the 95 % confidence interval of the median ratio within a turn; a goal inside of it is neither reached nor
+the range the 95 % confidence interval of the median ratio within a turn; a goal within it is neither reached nor
 missed.
 
 - CPU: processor time of all threads of a rank, the backend's included; the mean over the ranks. Where there are no more
   processors than ranks, a round on loopback cannot be shorter: the network itself costs processor time.
-- extra memory: the peak of the process during a model's first round, beyond what it had before (model and optimizer),
-  after it was made to return all freed memory to the system; the largest of the ranks. Linux only. Next to it what is
+- extra memory: the peak of the process during a model's first round, beyond what it used before (model and optimizer),
+  after it has returned all freed memory to the system; the largest of the ranks. Linux only. Next to it what is
   kept after the round, and what the bare all-reduce takes for gloo's buffers.
 
-With `--breakdown` as many rounds again run under PyTorch's profiler, which records the package's spans (`adpsgd::pack`
-and so on). Their times include the profiler's own. "reduce" is the time that the round waited for the network. A span
-that did not occur is named below the table.
+With `--breakdown` the same number of rounds run again under PyTorch's profiler, which records the package's spans
+(`adpsgd::pack` and so on). Their times include the profiler's own. "reduce" is the time that the round waited for the
+network. A span that did not occur is named below the table.
 
 The exit code is 0, or 2 if nothing could be measured.
 """
@@ -189,7 +189,7 @@ def carry_out(order: Mapping[str, Any], parent: Parent) -> Any:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> tuple[Durations, Durations]:
-    """Put the answers of all ranks by :func:`take_turns` together.
+    """Combine the answers of all ranks by :func:`take_turns`.
 
     Returns:
         Of each turn, the time from the last rank's start to the last rank's end; and the processor time, the mean over
@@ -361,7 +361,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--rate-mbit", type=several(rate), default=[None], metavar="R,R", help="of each link; none is loopback (none)")
     add_case_arguments(parser)
     add("--turns", type=number(1), default=15, metavar="N", help="of each contender, timed (15)")
-    add("--breakdown", action="store_true", help="show what each stage of a round takes")
+    add("--breakdown", action="store_true", help="show how long each stage of a round takes")
     options = parser.parse_args(arguments)
     check_cases(parser, options)
     return options

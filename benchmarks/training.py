@@ -38,7 +38,7 @@ class Recipe:
     seed: int
     steps: int
     pause_ms: float = 0.0
-    """Time per step for which forward and backward pass sleep, in place of an accelerator that computes."""
+    """Time per step for which forward and backward pass sleep, in place of computation on an accelerator."""
     data: str | None = None  # the folder with CIFAR-10; None is random images
     verify: bool = True  # whether the files have to be the published ones, not the same images repacked
     images: int | None = None  # the number of training images, the first ones; None is all
@@ -47,7 +47,7 @@ class Recipe:
 class Pause(nn.Module):
     """Sleeps ``seconds``, a third of it in the forward pass and the rest in the backward pass.
 
-    It stands for an accelerator that computes: the process waits and its cores are free.
+    It stands for computation on an accelerator: the process waits, and its cores are free.
     """
 
     def __init__(self, seconds: float) -> None:

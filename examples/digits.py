@@ -2,7 +2,7 @@
 
 The data are scikit-learn's 1,797 images of 8x8 pixels, which come with the package. Compare with
 `--strategy ddp` (full communication), with `--strategy 8` (a constant averaging period), and with
-`--strategy proportional` (a period that follows in proportion, rather than by a step per round).
+`--strategy proportional` (a period that adapts in proportion, rather than by one step per round).
 """
 
 import argparse
@@ -54,7 +54,7 @@ class DigitClassifier(L.LightningModule):
         self.log("test_accuracy", self.test_accuracy, on_epoch=True)
 
     def configure_optimizers(self) -> dict:
-        """SGD with momentum; the learning rate warms up and decays twice, and the averaging period follows."""
+        """SGD with momentum; the learning rate warms up and decays twice, and the averaging period adapts to it."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.hparams["learning_rate"], momentum=0.9, weight_decay=5e-4
         )
@@ -116,7 +116,7 @@ def main() -> None:
         callbacks=[
             CommunicationMonitor(plot=True),
             LearningRateMonitor("step"),
-            ModelCheckpoint(every_n_epochs=10),  # rarely: workers average for every checkpoint too
+            ModelCheckpoint(every_n_epochs=10),  # not often: workers average for every checkpoint too
         ],
         log_every_n_steps=5,
     )

@@ -45,7 +45,7 @@ def main(epochs: int = 10) -> None:
             local_sgd.step()
         scheduler.step()
 
-    local_sgd.average()  # whoever looks at the model now, sees the average
+    local_sgd.average()  # from here on the model is the average
     accuracy = (model(test[0]).argmax(dim=1) == test[1]).float().mean().item()
     print(f"rank {dist.get_rank()}: test accuracy {accuracy:.4f}")
     dist.destroy_process_group()

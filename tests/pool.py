@@ -23,7 +23,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_TO_CLOSE = 2.0
 CLOSED = "closed"
 PRELOADED = ["tests.faults.job"]
-"""What processes that are forked have imported; for all tests the same, as there is one process to fork from."""
+"""What forked processes have imported; the same for all tests, as they are forked from one process."""
 
 
 class Outcome(NamedTuple):
@@ -38,7 +38,7 @@ class WorkerPool:
     """Processes that wait for functions to run."""
 
     def __init__(self) -> None:
-        # Forked from a process that has imported everything: importing it again and again would take most of the time.
+        # Forked from a process that has imported everything: importing it each time would take most of the time.
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._processes: list[Any] = []
@@ -95,7 +95,7 @@ class WorkerPool:
         return outcomes
 
     def _replace_those_that_are_stuck(self, workers: int) -> None:
-        """Where a collective was under way when a test ended, gloo waits for its timeout before it closes."""
+        """Where a collective was in flight when a test ended, gloo waits for its timeout before it closes."""
         deadline = time.monotonic() + SECONDS_TO_CLOSE
         for rank in range(workers):
             closed = self._connections[rank].poll(max(0.0, deadline - time.monotonic()))
@@ -144,18 +144,18 @@ def _serve(connection: Connection) -> None:
             outcome = Outcome(None, traceback.format_exc(), type(error).__name__)
         connection.send(outcome)
         if dist.is_initialized():
-            # A gloo group that is destroyed right after its last collective can wait for its own threads for ever
+            # A gloo group that is destroyed right after its last collective can wait for its own threads forever
             # (seen with torch 2.4).
             time.sleep(0.05)
             dist.destroy_process_group()
         del outcome
-        gc.collect()  # otherwise groups that an error has left open would be closed in the middle of another test
+        gc.collect()  # otherwise groups that an error has left open would be closed during another test
         connection.send(CLOSED)
-    os._exit(0)  # an interpreter with PyTorch in it takes seconds to end, and nothing is left to be done
+    os._exit(0)  # an interpreter with PyTorch takes seconds to shut down, and nothing is left to do
 
 
 def announce(rank: int, workers: int, port: int, job: str) -> None:
-    """Tell this process its rank in the way of torchrun."""
+    """Tell this process its rank as torchrun does."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -169,7 +169,7 @@ def announce(rank: int, workers: int, port: int, job: str) -> None:
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """A port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The package's rooms: who may import whom, and how large anything may grow."""
+"""The package's parts: which may import which, and how large files and classes may grow."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ import lightning_adpsgd
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 DOORS = ("trainer", "fabric")
-BELOW = {  # each room, and the rooms that it must not know
+BELOW = {  # each part, and those that it must not import
     "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", *DOORS),
     "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", *DOORS),
     "averaging": ("periods", "rounds", "options", "local_sgd", "session", *DOORS),
@@ -75,7 +75,7 @@ def forbidden_in(files, forbidden):
 
 
 @pytest.mark.parametrize("part", BELOW)
-def test_a_room_imports_nothing_it_must_not_know(part):
+def test_a_part_imports_nothing_it_must_not_know(part):
     assert forbidden_in(files_of(part), [f"lightning_adpsgd.{room}" for room in BELOW[part]]) == []
 
 
@@ -85,7 +85,7 @@ def test_one_file_imports_each_family_of_lightning():
     assert importing == {"trainer/__init__.py", *families}
 
 
-def test_the_workers_are_the_one_room_that_uses_torch_distributed():
+def test_only_workers_uses_torch_distributed():
     users = {file.parent.name for file in files_of(".") if forbidden_in([file], ("torch.distributed",))}
     assert users == {"workers"}
 

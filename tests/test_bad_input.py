@@ -1,4 +1,4 @@
-"""Whatever is passed to a public constructor, either makes something that works or is named in an error that helps."""
+"""What is passed to a public constructor either makes something that works or is named in a helpful error."""
 
 import inspect
 import json
@@ -60,7 +60,7 @@ class Undecided:
         raise RuntimeError("neither true nor false")
 
 
-# What no argument takes; and what none takes that is a number, a whole number, a string
+# Values that no argument takes; and those that no number, whole number or string argument takes
 NEVER = (
     *(Unshowable(), Incomparable(), Undecided(), object(), 1j, b"local", Decimal("0.25"), Path("adpsgd"), range(4)),
     *(np.bool_(True), np.complex64(1), np.array(1), np.arange(5000).reshape(100, 50), np.array(["local", "raise"])),
@@ -74,7 +74,7 @@ NOT_FINITE = (math.nan, math.inf, -math.inf, np.float64("nan"), 10**400, Fractio
 
 
 class Argument(NamedTuple):
-    """What an argument takes, and what is said about anything else."""
+    """What an argument takes, and the message for anything else."""
 
     expected: str  # found in the message; a regular expression
     wrong_types: tuple[Any, ...]
@@ -148,7 +148,7 @@ AVERAGING = {
 PREFIX = Argument(
     "expected a (str|name for log entries and the plot's file, such as 'adpsgd')",
     (*NO_STRING, None),
-    # Out of the log directory, of no file, and of none that every file system takes
+    # Outside the log directory, no file name, or not one for every file system
     (
         *("../adpsgd", "/adpsgd", "a/../../b", "adpsgd/", "a//b", ".", "..", "a/.", "", " "),
         *("C:adpsgd", "a\\b", "a\0", "a\nb", "\ud800", "x" * 201, "γ" * 101, "begin" + "x" * 100_000),
@@ -165,7 +165,7 @@ TIMEOUT = Argument(
 )
 
 
-# What holds of everything that could be made
+# What holds for every valid value
 
 
 def rule_works(rule):
@@ -249,7 +249,7 @@ LEFT_TO_LIGHTNING = ("accelerator", "parallel_devices", "cluster_environment", "
 
 
 class Door(NamedTuple):
-    """Something public that takes arguments."""
+    """A public entry point that takes arguments."""
 
     make: Callable[..., Any]
     works: Callable[[Any], None]
@@ -269,7 +269,7 @@ EVERY_DOOR = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
 def is_named(message, argument, value):
-    """Whether a message shows an argument with its value, or with as much of it as can be shown."""
+    """Whether a message shows an argument with its value, or as much of the value as can be shown."""
     if isinstance(value, np.integer) and f"{argument}={int(value)}" in message:
         return True
     try:
@@ -279,14 +279,14 @@ def is_named(message, argument, value):
     return f"{argument}={text}" in message or (len(text) > 500 and f"{argument}={text[:100]}" in message)
 
 
-def test_every_argument_of_a_door_is_in_the_table():
+def test_every_argument_of_an_entry_point_is_in_the_table():
     for name, door in DOORS.items():
         make = LocalSGD if name == "LocalSGD" else door.make
         assert {*door.arguments} == {*inspect.signature(make).parameters} - {*LEFT_TO_LIGHTNING, "former"}
 
 
 @EVERY_DOOR
-def test_right_value_makes_something_that_works(door):
+def test_valid_value_makes_something_that_works(door):
     for argument, row in door.arguments.items():
         for value in row.right:
             door.works(door.make(**{**door.required(), argument: value}))
@@ -353,7 +353,7 @@ def test_error_says_what_to_write_instead():
             make()
 
 
-def test_what_lightning_names_itself_is_not_checked_before():
+def test_arguments_that_lightning_checks_are_not_checked_before():
     for arguments, error, message in (
         ({"start_method": "thread", "accelerator": CPUAccelerator()}, ValueError, "start method 'thread' is not avail"),
         ({"accelerator": 3}, KeyError, "'3' not found in registry"),
@@ -370,7 +370,7 @@ def test_listener_that_cannot_be_called_is_refused_when_it_subscribes():
         check_refused(subscribe, "listener", row)
 
 
-# What rules are told later: the length of the run, a saved state
+# What rules are given later: the length of the run, a saved state
 
 
 RULES = {"AdaptivePeriod": lambda: AdaptivePeriod(sampling=10), "ConstantPeriod": lambda: ConstantPeriod(8)}
@@ -436,7 +436,7 @@ def test_nothing_to_draw_or_nowhere_to_draw_it_is_refused(tmp_path):
     ):
         with pytest.raises(error, match=message):
             draw(rounds, path)
-    for prefix in ("train/adpsgd", "x" * 200, "[a]{b}%s$x$ γ"):  # what is taken names a file that can be written
+    for prefix in ("train/adpsgd", "x" * 200, "[a]{b}%s$x$ γ"):  # an accepted prefix names a file that can be written
         path = tmp_path / f"{CommunicationMonitor(prefix).prefix}.png"
         draw([round_], path)
         assert path.stat().st_size > 0
@@ -463,7 +463,7 @@ def folder(alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["adpsgd"])
-    # The command has three more, whose parsers take most of a case's time; test_cli.py has them all.
+    # The command has three more subcommands, whose parsers take most of a case's time; test_cli.py covers them.
     fit = LightningCLI.subcommands()["fit"]
     monkeypatch.setattr(LightningCLI, "subcommands", staticmethod(lambda: {"fit": fit}))
     yield tmp_path
@@ -493,7 +493,7 @@ def check_blamed(capsys, argument, value, *command):
     else:
         message = str(caught.value)
         assert "expected" in message
-    # The parser repeats all that it was given: what is said there blames nobody.
+    # The parser repeats all that it was given, which blames no argument.
     blamed = [line for line in message.splitlines() if not line.strip().startswith("Given value:")]
     assert any(re.search(rf"""["']{argument}["']|\b{argument}=""", line) for line in blamed), (argument, value, message)
     assert {"0:00:00": "timedelta(0)", "-1 days, 0:00:00": "timedelta(days=-1)"}.get(str(value), str(value)) in message

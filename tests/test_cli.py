@@ -62,7 +62,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["adpsgd", ADAPTIVE, CONSTANT],
 
 @pytest.fixture
 def folder(alone, tmp_path, monkeypatch):
-    """A user's working directory with a model and data in it; nothing of it, or of a run, is left behind."""
+    """A user's working directory with a model and data; nothing of it, or of a run, is left behind."""
     (tmp_path / "tiny_experiment.py").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -110,7 +110,7 @@ def test_module_trains_and_console_script_helps(folder):
     assert script is not None
     by_name = written(configuration("adpsgd"))
     commands = [[sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name], [script, "--help"]]
-    with ThreadPoolExecutor() as side_by_side:  # starting is most of what they do
+    with ThreadPoolExecutor() as side_by_side:  # most of their time is start-up
         run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
         trained, helped = side_by_side.map(run, commands)
     assert trained.returncode == 0, trained.stderr
@@ -185,7 +185,7 @@ def test_configuration_makes_the_trainer_it_describes(folder, strategy):
     ],
     ids=["int4", "int8", "class"],
 )
-def test_configuration_says_in_how_many_bits_rounds_travel(folder, given, expected):
+def test_configuration_sets_in_how_many_bits_rounds_are_sent(folder, given, expected):
     init_args = {"reduce_dtype": given}
     strategy = made({"class_path": "lightning_adpsgd.ADPSGDStrategy", "init_args": init_args}).trainer.strategy
     assert repr(strategy._options.codec) == expected

@@ -1,4 +1,4 @@
-"""Corners of rounds: one definition of r, what the rule sees, what is dropped, who has met, what is averaged at all."""
+"""Corner cases of rounds: the definition of r, what the rule sees, dropped workers, handshakes, what is averaged."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def steady(
     validate_every: int = 0,
     rates: tuple[tuple[float, float], ...] = ((0.1, 0.2), (0.1, 0.2)),
 ) -> LocalSGD:
-    """Every worker goes the same way at every step: rank + 1 times its rate, in each of 24 elements of two groups."""
+    """Every worker takes the same step each time: rank + 1 times its rate, in each of 24 elements of two groups."""
     rank = dist.get_rank()
     groups = [{"params": [nn.Parameter(torch.zeros(24))], "lr": rate} for rate in rates[rank]]
     local_sgd = LocalSGD(torch.optim.SGD(groups, lr=1.0), rule, **TRANSPORTS[transport])
@@ -54,7 +54,7 @@ def ratios(transport: str) -> list[float]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_ratio_is_that_of_means_for_every_way_that_rounds_travel(pool, transport):
+def test_the_ratio_is_that_of_means_however_rounds_are_sent(pool, transport):
     # Three steps of 0.1 and 0.6, then of 0.3 and 0.2: each group's S_g over the mean of the workers' rates.
     expected = 24 * (3 * 0.25) ** 2 / 0.2 + 24 * (3 * 0.05) ** 2 / 0.2
     for seen in pool.run(ratios, transport):
@@ -71,7 +71,7 @@ def watched(transport: str, validate_every: int, steps: int) -> list[tuple[int, 
 
 
 def drift_of(*steps: int) -> float:
-    """r where each quarter of all elements has drifted for so many steps; each group is half of them."""
+    """r where each quarter of all elements has drifted for the given number of steps; each group is half of them."""
     apart, rates = (0.05, 0.05, 0.1, 0.1), (0.1, 0.1, 0.2, 0.2)
     return sum(12 * (k * a) ** 2 / rate for k, a, rate in zip(steps, apart, rates, strict=True))
 
@@ -104,7 +104,7 @@ def test_a_target_is_found_where_validations_are_close(pool):
     assert pool.run(adapt) == [pytest.approx(drift_of(4, 5, 6, 7))] * 2
 
 
-# What diverges
+# Divergence
 
 
 def drop(transport: str) -> dict:
@@ -125,16 +125,16 @@ def drop(transport: str) -> dict:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_what_diverges_spoils_nothing_where_it_is_dropped(pool, transport):
+def test_a_worker_that_is_dropped_spoils_nothing(pool, transport):
     first, *others = pool.run(drop, transport, workers=3)
     assert first["dropped"] == [1]
     assert first["value"].isfinite().all()
-    assert first["value"].max() - first["value"].min() < 7.0  # parts may have been sent at different steps
+    assert first["value"].max() - first["value"].min() < 7.0  # fragments may have been sent at different steps
     for other in others:
         assert torch.equal(other["value"], first["value"])
 
 
-# Who has met
+# Handshakes
 
 
 def read_late() -> list[int]:
@@ -155,7 +155,7 @@ def read_late() -> list[int]:
     return met
 
 
-def test_a_record_that_is_read_late_is_not_a_meeting(pool):
+def test_a_record_that_is_read_late_is_not_a_handshake(pool):
     assert pool.run(read_late) == [[0, 0, 1, 0]] * 2
 
 
@@ -215,7 +215,7 @@ def remove_group(options: dict) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"overlap": 1}, {"stagger": True, "overlap": 1}], ids=str)
-def test_what_is_removed_from_an_optimizer_is_averaged_once_more(pool, options):
+def test_a_parameter_removed_from_an_optimizer_is_averaged_once_more(pool, options):
     for kept, removed in pool.run(remove_group, options):
         assert kept == pytest.approx([1.5 * 9] * 6)
         assert removed == pytest.approx([1.5 * 6] * 6)
@@ -237,7 +237,7 @@ def remove_owing() -> list[float]:
     return [kept[0].item(), removed[0].item()]
 
 
-def test_what_rounding_has_cut_off_of_what_is_removed_travels_once_more(pool):
+def test_the_residual_of_a_removed_parameter_is_sent_once_more(pool):
     exact = 1.5 * (1.0 + 2.0**-10)
     for outcome in pool.run(remove_owing):
         assert outcome == pytest.approx([100.0 + 6 * exact, 100.0 + 4 * exact], abs=1e-4)
@@ -260,7 +260,7 @@ def add_and_freeze() -> list[float]:
     return added.tolist()
 
 
-def test_what_is_added_and_frozen_before_the_next_round_is_averaged(pool):
+def test_a_parameter_added_and_frozen_before_the_next_round_is_averaged(pool):
     assert pool.run(add_and_freeze) == [[3.0] * 6] * 2
 
 
@@ -290,12 +290,12 @@ def test_a_parameter_of_two_optimizers_is_corrected_once(pool, options):
     assert pool.run(share_one, options) == [pytest.approx([1.5 * 20] * 6)] * 2
     assert pool.run(share_one, options, (1,)) == [pytest.approx([1.5 * 10] * 6)] * 2
     assert pool.run(share_one, options, (1,), True) == [pytest.approx([1.5 * 10] * 6)] * 2
-    outcomes = pool.run(share_one, options, (0, 1), True)  # optimizer 0 has it no more, and goes on stepping
+    outcomes = pool.run(share_one, options, (0, 1), True)  # optimizer 0 no longer has it, and keeps stepping
     assert outcomes[0] == outcomes[1] == pytest.approx([1.5 * 15] * 6, abs=7.5)
 
 
-def go_on(resumed: bool) -> list[float]:
-    """Momenta are reset at every round; what is looked ahead goes by when that was, before a checkpoint and after."""
+def resume(resumed: bool) -> list[float]:
+    """Momenta are reset at every round; looking ahead depends on when that was, before a checkpoint and after it."""
     rank = dist.get_rank()
 
     def build(start: torch.Tensor) -> LocalSGD:
@@ -322,5 +322,5 @@ def go_on(resumed: bool) -> list[float]:
     return train(local_sgd, range(7, 16)).tolist()
 
 
-def test_going_on_looks_ahead_like_a_run_that_had_not_stopped(pool):
-    assert pool.run(go_on, True) == pool.run(go_on, False)
+def test_a_resumed_run_looks_ahead_like_one_that_has_not_stopped(pool):
+    assert pool.run(resume, True) == pool.run(resume, False)

@@ -1,4 +1,4 @@
-"""What the documentation says of the tests is true: those that it names exist."""
+"""The tests that the documentation names exist."""
 
 import ast
 import re

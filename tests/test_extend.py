@@ -1,4 +1,4 @@
-"""The examples of docs/extend.md run as they stand, and do what the page says."""
+"""The examples of docs/extend.md run unchanged, and do what the page says."""
 
 import re
 from pathlib import Path
@@ -58,7 +58,7 @@ def with_a_rule() -> list[tuple[int, float]]:
 
 
 @pytest.mark.workers
-def test_a_rule_decides_by_the_mean_of_what_it_has_sent_along(pool):
+def test_a_rule_decides_by_the_mean_of_its_scalars(pool):
     first, second = pool.run(with_a_rule)
     assert first == second
     inf = float("inf")
@@ -94,7 +94,7 @@ def test_a_codec_sends_few_bytes_and_loses_nothing(pool, spread, workers):
 
 
 def with_an_update(beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parameters after three rounds, and what comes out by hand."""
+    """The parameters after three rounds, and those computed by hand."""
     local_sgd, parameter = started(period=3, update=example("SlowMomentum")(beta))
     anchor, velocity = parameter.detach().clone(), torch.zeros(1000)
     for count in range(9):
@@ -137,12 +137,12 @@ def test_fragments_in_flight_are_updated_too(pool):
 
 
 @pytest.mark.parametrize("value", ["int3", torch.bfloat16, example("SignCodec")])
-def test_what_is_no_codec_is_refused(value):
+def test_a_value_that_is_no_codec_is_refused(value):
     with pytest.raises((TypeError, ValueError), match="reduce_dtype="):
         AveragingOptions(reduce_dtype=value)
 
 
 @pytest.mark.parametrize("value", ["adopt", example("SlowMomentum")])
-def test_what_is_no_update_is_refused(value):
+def test_a_value_that_is_no_update_is_refused(value):
     with pytest.raises(TypeError, match="update="):
         AveragingOptions(update=value)

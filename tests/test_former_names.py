@@ -1,4 +1,4 @@
-"""Names of version 0.1 still work, and say what they are called now."""
+"""Names of version 0.1 still work, with a warning that gives the new one."""
 
 import pytest
 import torch

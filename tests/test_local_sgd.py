@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 class RecordingPeriod(AveragingPeriod):
-    """A constant period that keeps what it was told."""
+    """A constant period that keeps what it was given."""
 
     def __init__(self, period: int) -> None:
         self.period = period
@@ -65,7 +65,7 @@ def net(seed: int = 0) -> Net:
 
 
 def batches(count: int, seed: int | None = None) -> Iterator[torch.Tensor]:
-    """A worker's own share of the data, unless it is told another seed."""
+    """A worker's own share of the data, unless another seed is given."""
     generator = torch.Generator().manual_seed(dist.get_rank() if seed is None else seed)
     for _ in range(count):
         yield torch.randn(8, 4, generator=generator)
@@ -94,7 +94,7 @@ def one_round(bucket_size_mb: float, average_buffers: bool) -> dict:
     local_sgd = LocalSGD(optimizer, 3, module=model, bucket_size_mb=bucket_size_mb, average_buffers=average_buffers)
     pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     assert train(local_sgd, model, 2) == [None, None]
-    local_sgd._engine.local_steps = 3  # look before the round
+    local_sgd._engine.local_steps = 3  # as if the round were due
     model.norm.num_batches_tracked += dist.get_rank()
     before = snapshot(model)
     round_ = local_sgd.average("period")
@@ -210,11 +210,11 @@ def test_averaging_the_state_is_paid_for_in_bytes(pool):
     local, average = (
         pool.run(momentum_round, policy, "sgd", workers=2)[0]["payload"] for policy in ("local", "average")
     )
-    # one momentum buffer per parameter, and the agreement on who has what
+    # one momentum buffer per parameter, and the comparison of which workers have which state
     assert average - local == 4 * 44 + 2 * 3 * 8
 
 
-# When, and what the rule is told
+# When rounds take place, and what the rule sees
 
 
 def two_groups(rates: list) -> dict:
@@ -322,14 +322,14 @@ def test_broadcast_starts_all_workers_from_the_first(pool):
     assert (first["norm.running_mean"] == 0).all()
 
 
-# Changes on the way
+# Changes during training
 
 
 def read_later_or_at_once(later: bool) -> dict:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     local_sgd = LocalSGD(optimizer, AdaptivePeriod(initial=2, sampling=0.25), module=model, total_steps=40)
-    local_sgd._engine._reads_later = later  # what a GPU would make of it
+    local_sgd._engine._reads_later = later  # as on a GPU
     told, returned = [], train(local_sgd, model, 21)
     local_sgd.subscribe(told.append)
     forced = local_sgd.average("validation")
@@ -345,14 +345,14 @@ def read_later_or_at_once(later: bool) -> dict:
     }
 
 
-def test_measures_that_are_read_a_step_later_lead_to_the_same_run(pool):
+def test_measurements_that_are_read_a_step_later_lead_to_the_same_run(pool):
     for at_once, later in zip(
         pool.run(read_later_or_at_once, False), pool.run(read_later_or_at_once, True), strict=True
     ):
         assert later["period"] == at_once["period"]
         assert later["records"] == at_once["records"]
         assert later["forced"] == at_once["forced"] == (21, "validation")
-        # A round at the very last step has been there, but nobody had read it.
+        # The round at the very last step took place, but had not been read.
         assert (at_once["returned"][-1], at_once["last"]) == (36, None)
         assert (later["returned"][-1], later["last"]) == (None, (36, "period"))
         steps = [step for step in at_once["returned"] if step]
@@ -419,7 +419,7 @@ def resume(policy: str) -> dict:
     return {"rounds": [run[0] for run in runs], "weights": [run[1] for run in runs]}
 
 
-def test_going_on_from_the_state_of_every_worker_equals_not_having_stopped(pool):
+def test_resuming_from_the_state_of_every_worker_equals_not_having_stopped(pool):
     for outcome in pool.run(resume, "local", workers=2):
         assert outcome["rounds"][0] == outcome["rounds"][1]
         assert len(outcome["rounds"][0]) > 5
@@ -546,7 +546,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("policy", ["local", "average", "reset"])
 @pytest.mark.parametrize("ranks", [(1,), (0, 2)])
-def test_diverged_workers_are_left_out_and_go_on_from_the_others_average(pool, policy, ranks):
+def test_diverged_workers_are_left_out_and_continue_from_the_others_average(pool, policy, ranks):
     outcomes = pool.run(drop, policy, ranks, "period", workers=3)
     healthy = [rank for rank in range(3) if rank not in ranks]
     for rank, outcome in enumerate(outcomes):
@@ -557,7 +557,7 @@ def test_diverged_workers_are_left_out_and_go_on_from_the_others_average(pool, p
             torch.testing.assert_close(after, befores.mean(dim=0))
             assert torch.equal(after, outcomes[0]["after"][name])
         assert outcome["round"].dropped == len(ranks)
-        assert outcome["seen"] == []  # the rule is not told of a variance among fewer workers
+        assert outcome["seen"] == []  # the rule does not see a variance among fewer workers
         assert len(outcome["told"]) == (1 if rank == 0 else 0)
         if policy == "average":
             for name, after in outcome["state"].items():
@@ -590,7 +590,7 @@ def test_a_checkpoint_that_drops_a_worker_gives_it_the_others_state(pool):
             torch.testing.assert_close(value, befores.mean(dim=0))
 
 
-def test_dropping_costs_no_collective_where_nobody_has_diverged(pool):
+def test_dropping_costs_no_collective_where_no_worker_has_diverged(pool):
     payloads = [
         [outcome["later"][0].payload_bytes for outcome in pool.run(drop, "local", ranks, "period", workers=3)]
         for ranks in ((), (1,))
@@ -599,7 +599,7 @@ def test_dropping_costs_no_collective_where_nobody_has_diverged(pool):
     assert payloads == [[raised] * 3] * 2
 
 
-def test_if_all_workers_have_diverged_there_is_nothing_to_go_on_from(pool):
+def test_if_all_workers_have_diverged_there_is_nothing_to_continue_from(pool):
     for outcome in pool.outcomes(drop, "local", (0, 1), "period", workers=2):
         assert outcome.kind == "WorkersDivergedError"
         assert "rank(s) 0, 1 are not finite" in outcome.error
@@ -612,7 +612,7 @@ def one_is_gone(word: bool) -> None:
     if dist.get_rank() == 1:
         if word:
             local_sgd.workers.peers.post_status("had failed at step 2: ValueError: boom")
-        return  # and its connections are closed
+        return  # which closes its connections
     train(local_sgd, model, 4)
 
 
@@ -673,22 +673,22 @@ def test_workers_that_see_the_same_data_are_warned_once_on_the_first_rank(pool):
     assert second == []
 
 
-def raise_notices() -> list[int]:
-    model, rank, notice = net(), dist.get_rank(), SignalFlags()
-    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 2, module=model, flags=notice)
+def raise_flags() -> list[int]:
+    model, rank, flags = net(), dist.get_rank(), SignalFlags()
+    local_sgd = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 2, module=model, flags=flags)
     agreed = []
     for step, _ in enumerate(range(6)):
         if step == 2 and rank == 1:
-            notice.raised = 1
+            flags.raised = 1
         if step == 3 and rank == 2:
-            notice.raised = 2
+            flags.raised = 2
         train(local_sgd, model, 1)
-        agreed.append(notice.agreed)
+        agreed.append(flags.agreed)
     return agreed
 
 
-def test_a_notice_of_any_worker_reaches_all_with_the_next_round(pool):
-    assert pool.run(raise_notices, workers=3) == [[0, 0, 0, 3, 3, 3]] * 3
+def test_a_flag_of_any_worker_reaches_all_with_the_next_round(pool):
+    assert pool.run(raise_flags, workers=3) == [[0, 0, 0, 3, 3, 3]] * 3
 
 
 # One process
@@ -735,12 +735,12 @@ def diverged_beside_the_optimizer() -> dict:
     return {"before": before, "after": beside.detach()}
 
 
-def test_what_is_averaged_along_is_looked_at_too_before_anything_is_overwritten(pool):
+def test_tensors_that_are_averaged_along_are_checked_before_anything_is_overwritten(pool):
     for outcome in pool.run(diverged_beside_the_optimizer):
         torch.testing.assert_close(outcome["after"], outcome["before"], rtol=0, atol=0, equal_nan=True)
 
 
-def going_on_from_a_saved_state() -> dict:
+def restored_counts() -> dict:
     runs = {}
     for saved_after in (2, 3):
         optimizer = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9)
@@ -763,5 +763,5 @@ def going_on_from_a_saved_state() -> dict:
 
 
 def test_a_restored_count_knows_whether_a_checkpoint_has_yet_to_average(pool):
-    for outcome in pool.run(going_on_from_a_saved_state):
+    for outcome in pool.run(restored_counts):
         assert outcome == {2: (False, False), 3: (True, True)}

@@ -1,6 +1,6 @@
-"""`make test-oldest` runs the suite with the versions that pyproject.toml promises, and with no newer ones.
+"""`make test-oldest` runs the suite with the lowest versions that pyproject.toml allows, and with no newer ones.
 
-`make test` and `make test-bench` divide it: the package's tests, and those of the benchmarks.
+`make test` and `make test-bench` split it into the package's tests and the benchmarks'.
 """
 
 import os
@@ -20,7 +20,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parent.parent
-# What only those need who work on the package, or who compare it with others
+# Needed only to work on the package, or to compare it with others
 OWN_TOOLS = (
     "pytest",
     "hypothesis",
@@ -32,7 +32,7 @@ OWN_TOOLS = (
     "accelerate",
     "torchft",
 )
-# What the package has no bound for
+# Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing"}
 
 

@@ -1,4 +1,4 @@
-"""What an ``AveragingOptions`` says; what it refuses is in ``test_bad_input.py``."""
+"""What an ``AveragingOptions`` holds; what it refuses is in ``test_bad_input.py``."""
 
 from dataclasses import FrozenInstanceError, fields
 
@@ -47,7 +47,7 @@ def test_buckets_are_counted_in_whole_bytes():
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(None, None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_reduce_dtype_names_what_travels(name, dtype):
+def test_reduce_dtype_names_the_type_that_is_sent(name, dtype):
     assert getattr(AveragingOptions(reduce_dtype=name).codec, "dtype", None) is dtype
 
 
@@ -72,7 +72,7 @@ def test_reduce_dtype_names_integers_in_blocks_of_128(name, bits):
         ),
     ],
 )
-def test_how_rounds_travel_is_told_in_words(options, is_spread, transport):
+def test_transport_describes_how_rounds_are_sent(options, is_spread, transport):
     assert AveragingOptions(**options).is_spread is is_spread
     assert AveragingOptions(**options).transport == transport
     assert ADPSGDStrategy(**options).transport == transport

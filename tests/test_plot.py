@@ -1,4 +1,4 @@
-"""What is drawn of a run."""
+"""The plot of a run."""
 
 import struct
 import warnings
@@ -106,7 +106,7 @@ def test_plot_of_two_optimizers_keeps_their_rounds_apart(monkeypatch):
 
 
 @pytest.mark.parametrize(("transport", "suffix"), [("at once", ""), ("in bf16", ", in bf16")])
-def test_title_counts_the_rounds_and_says_how_they_travelled(monkeypatch, transport, suffix):
+def test_title_has_the_number_of_rounds_and_how_they_were_sent(monkeypatch, transport, suffix):
     (first, *_), _ = drawn(monkeypatch, RUN, transport=transport)
     assert first.get_title() == f"4 averaging rounds in 15 steps{suffix}"
 

@@ -1,4 +1,4 @@
-"""A session without any door: several optimizers, their rounds, and what a checkpoint needs of them."""
+"""A session without Lightning: several optimizers, their rounds, and what a checkpoint needs of them."""
 
 import copy
 from typing import Any
@@ -74,7 +74,7 @@ def test_optimizers_share_connections_where_a_mix_up_would_not_end_the_process(p
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True, "overlap": 1}])
-def test_each_optimizer_has_rounds_of_its_own_and_whoever_looks_sees_the_average(pool, options):
+def test_each_optimizer_has_its_own_rounds_and_a_validation_sees_the_average(pool, options):
     outcomes = pool.run(run, options)
     for outcome in outcomes:
         own = [index for index, trigger in outcome["heard"] if trigger == "period"]
@@ -110,7 +110,7 @@ def stop_and_go() -> list[bool]:
     return [*same, state["averaged"], resumed.state_dict() == whole.state_dict()]
 
 
-def test_going_on_from_its_state_equals_not_having_stopped(pool):
+def test_resuming_from_its_state_equals_not_having_stopped(pool):
     for same in pool.run(stop_and_go):
         assert all(same)
 

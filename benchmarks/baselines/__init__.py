@@ -2,14 +2,14 @@
 
 - Full communication, FULLSGD: gradients are averaged at every step, which is Lightning's own DDP (``full.yaml``).
 - CPSGD: parameters are averaged at a constant period, which is ``ADPSGDStrategy`` with ``ConstantPeriod``
-  (``cpsgd.yaml``); with `EvenRounds` it has a given number of rounds, such as an adaptive run has had.
+  (``cpsgd.yaml``); with `EvenRounds` it has a given number of rounds, such as that of an adaptive run.
 - QSGD: gradients are averaged at every step, quantized to 8 bits, which is `QSGDStrategy` (``qsgd.yaml``).
 - PowerSGD: gradients are averaged at every step, as products of thin matrices, which is `PowerSGDStrategy`
   (``powersgd.yaml``). The paper does not compare with it, nor with the next one.
 - Gradients in bf16: `BF16Strategy` (``bf16.yaml``).
 
-`HookedDDP` is what those that average gradients are made from: DDP with a communication hook, on any device.
-`CountedDDP` also says how much its hook has sent.
+`HookedDDP` is the base of those that average gradients: DDP with a communication hook, on any device. `CountedDDP`
+also says how much its hook has sent.
 """
 
 from benchmarks.baselines.bf16 import BF16Strategy

@@ -27,7 +27,7 @@ class BF16Reducer:
 
 
 class BF16Strategy(CountedDDP):
-    """DDP whose gradients travel, and are summed, in bf16.
+    """DDP whose gradients are sent and summed in bf16.
 
     Args:
         options: of ``DDPStrategy``, ``bucket_cap_mb`` and ``process_group_backend`` for example.

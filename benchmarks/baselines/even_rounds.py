@@ -12,12 +12,12 @@ class EvenRounds(AveragingPeriod):
     """Spread a number of averaging rounds evenly over the K steps of the run.
 
     The n-th round is due at step ⌊n·K/rounds⌋, so that periods differ by one step at most and the last round is at step
-    K. It is CPSGD as ``ConstantPeriod`` is, at a mean period that need not be whole: for comparison with an adaptive
-    run that has had as many rounds.
+    K. Like ``ConstantPeriod`` it is CPSGD, but with a mean period that need not be whole: for comparison with an
+    adaptive run of as many rounds.
 
-    A round that something else asks for (validation, a checkpoint) restarts the strategy's count of local steps, so the
+    A round that something else triggers (validation, a checkpoint) restarts the strategy's count of local steps, so the
     next round of the schedule is late by the steps counted until then; the one after it is on schedule again. Such a
-    run has those extra rounds, and may have fewer than ``rounds`` that the period asked for.
+    run has those extra rounds, and the period may trigger fewer than ``rounds``.
 
     Args:
         rounds: averaging rounds in the whole run.

@@ -18,7 +18,7 @@ MEGABYTE = 2**20
 class PowerSGDReducer:
     """PyTorch's own hook, with error feedback and a warm start, counted.
 
-    Tensors of one dimension, and matrices that are too small for it to pay, travel as they are; they are counted too.
+    One-dimensional tensors, and matrices too small for compression to pay, are sent as they are; they are counted too.
     """
 
     def __init__(self, rank: int) -> None:
@@ -53,7 +53,7 @@ class PowerSGDReducer:
 class PowerSGDStrategy(CountedDDP):
     """DDP that averages low-rank approximations of its gradients (PowerSGD, arXiv:1905.13727).
 
-    All gradients are in one bucket, unless ``bucket_cap_mb`` is given: PyTorch's hook waits for collectives inside of
+    All gradients are in one bucket, unless ``bucket_cap_mb`` is given: PyTorch's hook waits for collectives in its
     callbacks, which gloo runs on two threads, so that it hangs with more buckets. A run that continues from a
     checkpoint starts with neither errors nor matrices.
 

@@ -20,13 +20,13 @@ class QSGDCodec(NamedTuple):
     """Quantizes to 8 bits at random, without bias: Q_s of the paper's section 3.1, with s = 127.
 
     A value v of a bucket whose Euclidean norm is ‖b‖ becomes the code sgn(v)·ξ, where ξ is one of the two whole numbers
-    next to s·|v|/‖b‖, drawn so that its mean is just that; it is decoded to ‖b‖·code/s. For buckets of d elements
+    next to s·|v|/‖b‖, drawn so that its mean is exact; it is decoded to ‖b‖·code/s. For buckets of d elements
     E‖Q(b) − b‖² ≤ min(d/s², √d/s)·‖b‖² (lemma 3.1), and each element is off by less than ‖b‖/s.
 
     In a message every bucket is a row of bytes: a code per element, as int8, and the norm, as fp32.
     """
 
-    bucket_size: int = 512  # d; elements that share a norm. A larger one takes fewer bytes and errs more
+    bucket_size: int = 512  # d; elements that share a norm. A larger one takes fewer bytes, and its error is larger
 
     def rows(self, numel: int) -> int:
         """Buckets for ``numel`` elements; the last one may not be full, and takes as many bytes as the others."""
@@ -69,7 +69,7 @@ class _Exchange:
     gradient: Tensor  # as DDP has it, shape (numel,); holds the mean in the end
     future: "torch.futures.Future[Tensor]"  # what DDP waits for
     slices: Sequence[int]  # rows of each rank's slice; as even as possible, without padding
-    sent: Any = None  # kept while it travels
+    sent: Any = None  # kept while in flight
     received: Any = None
     work: Any = None
 
@@ -108,7 +108,7 @@ class QSGDReducer:
         self._under_way: list[_Exchange] = []
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """DDP's communication hook: begin with a bucket; with the last one, end all.
+        """DDP's communication hook: begin a bucket's exchange; with the last one, finish all.
 
         Other hooks wait in callbacks of their futures, which gloo runs on two threads: with many buckets in flight no
         thread is left to complete them. Here the backward pass's own thread waits, in the same order on each rank.
@@ -141,12 +141,12 @@ class QSGDReducer:
         for exchange in exchanges:
             self._average(exchange)
         for exchange in exchanges:
-            # What a gradient that is not full leaves of its last row is cut off.
+            # The last row is padded where the gradient does not fill it.
             mean = self._codec.decode(exchange.wait())[: len(exchange.gradient)]
             exchange.future.set_result(exchange.gradient.copy_(mean))
 
     def _average(self, exchange: _Exchange) -> None:
-        """The second phase: this rank's slice is sent to everybody."""
+        """The second phase: this rank's slice is sent to all."""
         size, mine = dist.get_world_size(), exchange.slices[dist.get_rank()]
         parts = self._codec.decode(exchange.wait()).view(size, mine * self._codec.bucket_size)
         wire = self._encode(parts.mean(dim=0))

@@ -26,7 +26,7 @@ class Timing(NamedTuple):
 class Extra(NamedTuple):
     """Memory that something takes beyond what was in use before."""
 
-    host_bytes: int | None  # peak of this process; None where it cannot be known, that is anywhere but on Linux
+    host_bytes: int | None  # peak of this process; None where it cannot be measured (only Linux can)
     device_bytes: int | None  # peak of PyTorch on the accelerator; None on a CPU
     kept_bytes: int | None  # still in use afterwards, where the model is
 
@@ -49,7 +49,7 @@ class Device:
             torch.cuda.synchronize(self.torch)
 
     def time(self, function: Callable[[], object]) -> Timing:
-        """When a function, with all that it queued on the device, began and ended."""
+        """When a function, with all work that it queued on the device, began and ended."""
         watch = Stopwatch(self)
         watch.start()
         function()
@@ -72,7 +72,7 @@ class Device:
 
 
 class Stopwatch:
-    """Measures the time between two places in a program, on the host and on the device, which it waits for at both."""
+    """Measures the time between two points of a program, on host and device; it waits for the device at both."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -126,7 +126,7 @@ def _status(name: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc keep no freed buffers, which the function could reuse unseen; only glibc can do that."""
+    """Make glibc return freed buffers, which the function could otherwise reuse unnoticed; other libraries cannot."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         mmap_threshold, bytes_ = -3, 1 << 16

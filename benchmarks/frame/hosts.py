@@ -142,7 +142,7 @@ def hosts(count: int, *, rate_mbit: float | None = None, offload: bool = True) -
             with _undisturbed():
                 for host in cluster:
                     host.stop()
-                # With a namespace go its interfaces, with one end of a pair the other.
+                # Deleting a namespace deletes its interfaces, and with one end of a pair the other.
                 for name in names:
                     if (_NAMESPACES / name).exists():
                         _ip("netns", "delete", name)
@@ -173,13 +173,13 @@ def _lay_out(switch: str, cluster: Sequence[Host]) -> None:
 
 
 def _without_ipv6(name: str) -> None:
-    # Before there is an interface: new ones get the default. The files are absent if the kernel has no IPv6.
+    # Before there is any interface: new ones get the default. The files are absent if the kernel has no IPv6.
     _write(name, "/proc/sys/net/ipv6/conf/*/disable_ipv6", "1")
 
 
 def _in_order(name: str) -> None:
     # A veth pair delivers a packet on the sender's CPU, so packets overtake each other when the sender moves to another
-    # CPU. TCP takes them for lost and sends them again, up to 2 % of all bytes. Receive packet steering gives every
+    # CPU. TCP assumes they are lost and sends them again, up to 2 % of all bytes. Receive packet steering gives every
     # connection one CPU. The files are absent if the kernel cannot do it.
     cpus = (1 << min(os.cpu_count() or 1, 32)) - 1
     _write(name, "/sys/class/net/*/queues/rx-0/rps_cpus", f"{cpus:x}")

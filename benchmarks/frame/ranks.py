@@ -3,7 +3,7 @@
     with hosts(2) as cluster, ranks(cluster, 1, "benchmarks.link") as started:
         answers = started.run({"contender": "ddp"})
 
-Orders and answers pass through pipes, so nothing of this crosses the network between the hosts. What a rank prints goes
+Orders and answers pass through pipes, so none of this crosses the network between the hosts. What a rank prints goes
 to a log, the end of which is part of the message if the rank fails. See `rank.py` for the other side.
 """
 
@@ -64,7 +64,7 @@ class Ranks:
     Args:
         processes: one per rank, in order, with pipes as standard input and output.
         logs: the file that each prints to.
-        ports: for orders in turn; free ones of this machine by default.
+        ports: one for each order in turn; free ones of this machine by default.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Ranks:
             threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
 
     def run(self, order: dict[str, Any]) -> list[Any]:
-        """Have all ranks carry out an order.
+        """Tell all ranks to carry out an order.
 
         Returns:
             The answer of each, in order of rank.
@@ -129,7 +129,7 @@ class Ranks:
 
 @contextmanager
 def ranks(cluster: Sequence[Host], per_host: int, module: str) -> Iterator[Ranks]:
-    """Start the ranks, announced as torchrun does; they end when the hosts are removed.
+    """Start the ranks, with torchrun's environment variables; they end when the hosts are removed.
 
     Args:
         cluster: the hosts; ranks 0 to ``per_host`` - 1 are on the first, and so on.

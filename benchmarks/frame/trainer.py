@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.frame.device import Device
 from lightning_adpsgd import ADPSGDStrategy, AveragingRound
 
-NEVER = 10**9  # an averaging period that does not end
+NEVER = 10**9  # an averaging period that never ends
 
 
 def new_trainer(strategy: Strategy, *callbacks: Callback, **options: Any) -> L.Trainer:
@@ -88,7 +88,7 @@ class Rounds(Callback):
             trainer.strategy.subscribe(self.kept.append)
 
     def between(self, first: int, last: int) -> list[AveragingRound]:
-        """Those that the period asked for after steps ``first`` + 1 to ``last``."""
+        """Those that the period triggered after steps ``first`` + 1 to ``last``."""
         return [each for each in self.kept if each.trigger == "period" and first < each.step <= last]
 
     def sent(self) -> Sent:
@@ -97,7 +97,7 @@ class Rounds(Callback):
 
 
 class Losses(Callback):
-    """Keeps the training losses, as tensors that nothing waits for."""
+    """Keeps the training losses, as tensors, so that nothing waits for them."""
 
     def __init__(self) -> None:
         self.of_steps: list[Tensor] = []

@@ -33,7 +33,7 @@ def quartiles(values: Iterable[float]) -> tuple[float, float]:
 def median_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
     """Confidence interval of the median by the sign test, which assumes nothing about the distribution.
 
-    The values have to be independent. With fewer than six of them the interval goes from the smallest to the largest,
+    The values have to be independent. With fewer than six the interval goes from the smallest to the largest,
     and its confidence is below 95 %.
     """
     known = sorted(_known(values, "median_interval"))

@@ -46,7 +46,7 @@ def _train_and_write(options: argparse.Namespace) -> int:
         train(options)
     page = new_page(options)
     if page is None:
-        say(f"There is nothing to write: no run of this kind is finished in {_folder(options)}.")
+        say(f"There is nothing to write: no such run is finished in {_folder(options)}.")
         return FAILED
     options.page.write_text(page.text())
     page.draw()
@@ -59,7 +59,7 @@ class DataMissingError(NotMeasuredError):
 
 
 def train(options: argparse.Namespace) -> None:
-    """Do what is not done yet.
+    """Do the missing runs.
 
     Raises:
         DataMissingError: if there are no images.
@@ -77,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
         find_text(options.data)
     order["verify"] = find_images(options.data) if False in of_text else True
     workers = missing[0].task.workers
-    say(f"{len(missing)} to do with {workers} processes each; the first one tells how long a run takes.")
+    say(f"{len(missing)} to do with {workers} processes each; the first one shows how long a run takes.")
     # One host per rank: NCCL refuses two ranks of one host on one GPU.
     with this_machine() as (machine,), ranks([machine] * workers, 1, "benchmarks.paper.training") as started:
         for _ in do(missing, started, store, order, lambda run: _command(run, options), say):
@@ -104,7 +104,7 @@ def find_images(folder: Path) -> bool:
         Whether the files are those that were published.
 
     Raises:
-        DataMissingError: if it cannot be had.
+        DataMissingError: if it cannot be downloaded.
     """
     facts = DATASETS["cifar10"]
     for published, kind in ((True, facts.original), (False, facts.repacked)):
@@ -136,7 +136,7 @@ def _base_command(options: argparse.Namespace) -> str:
 
 
 def new_page(options: argparse.Namespace) -> Page | None:
-    """The page of what is done; None if nothing is."""
+    """The page about the runs that are done; None if there are none."""
     studies = _studies(options)
     runs = runs_of(studies, options.seeds)
     outcomes = Outcomes(Store(_folder(options)), runs)
@@ -181,7 +181,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--page", type=output_file, metavar="FILE", help="what to write (results.md beside the runs)")
     add("--page-only", action="store_true", help="train nothing, write the page from the runs that exist")
     add("--device", choices=("cpu", "cuda"), help="cuda: all ranks share one GPU (cuda for --scale gpu, or else cpu)")
-    add("--backend", choices=("gloo", "nccl"), default="gloo", help="what ranks talk with (gloo)")
+    add("--backend", choices=("gloo", "nccl"), default="gloo", help="how ranks communicate (gloo)")
     options = parser.parse_args(arguments)
     if not options.page_only and not selected(options):
         parser.error(
@@ -193,7 +193,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     if options.device == "cuda" and not options.page_only and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; expected one, or --scale cpu.")
     if options.backend == "nccl" and options.device == "cpu":
-        parser.error("--backend nccl: expected --device cuda with it; on a CPU ranks talk with gloo.")
+        parser.error("--backend nccl: expected --device cuda with it; on a CPU ranks use gloo.")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against bytes: who ends where full communication does, for how much less, and whether goals are reached."""
+"""Accuracy against bytes: which contenders match full communication, with how many bytes, and which goals are met."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 def rows(part: Part, task: Task) -> list[list[str]]:
-    """A row per contender that has results, see `COLUMNS`; differences are to full communication, within a seed."""
+    """A row per contender that has results, see `COLUMNS`; differences are from full communication, within a seed."""
     study, outcomes = part
     return [
         [
@@ -71,7 +71,7 @@ def _difference(
 
 
 def byte_share(outcomes: Outcomes, task: Task, contender: Contender, other: Contender = FULL) -> float | None:
-    """Bytes sent ÷ those that another contender sends, means over the seeds; None if one of them was not measured."""
+    """Bytes sent ÷ those that another contender sends, means over the seeds; None if one was not measured."""
     if not all(outcomes.known(task, [each]) for each in (contender, other)):
         return None
     mine, others = (outcomes.of(task, each, sent_bytes).mean for each in (contender, other))
@@ -91,7 +91,7 @@ def points(part: Part, task: Task) -> list[Point]:
 
 
 def frontier(of: Sequence[Point]) -> list[Point]:
-    """Those that none with as few bytes is more accurate than, from the fewest bytes on."""
+    """Points that no other one with as few bytes exceeds in accuracy, in order of bytes."""
     found: list[Point] = []
     for point in sorted(of, key=lambda each: (each.share, -each.accuracy)):
         if not found or point.accuracy > found[-1].accuracy:
@@ -119,7 +119,7 @@ def missing(parts: Sequence[Part]) -> str:
 
 
 def goals(parts: Sequence[Part]) -> list[Claim]:
-    """What ADPSGD in 4 bits with an estimate is to reach, and whether it does."""
+    """The goals for ADPSGD in 4 bits with an estimate, and whether it reaches them."""
     every = [(part, task) for part in parts for task in part.study.tasks]
     pairs = [pair for part, task in every if (pair := _Pair.of(part, task)) is not None]
     return [_within_spread(pairs), _on_average(pairs), _bytes(every), _against_powersgd(every)]
@@ -130,8 +130,8 @@ class _Pair(NamedTuple):
 
     task: Task
     title: str
-    losses: list[float]  # of ADPSGD less that of full communication
-    gains: list[float]  # the same of accuracy, in points
+    losses: list[float]  # ADPSGD's minus full communication's
+    gains: list[float]  # the same for accuracy, in points
     loss_spread: float | None  # of full communication
     accuracy_spread: float | None  # in points
 

@@ -46,7 +46,7 @@ def claims(
         outcomes: of the paper's comparison.
         tasks: its tasks.
         links: the measurements, by the paper's network.
-        beside: of the same tasks, with contenders that the paper does not have.
+        beside: outcomes of the same tasks with contenders that the paper does not have.
     """
     against_qsgd = _against_qsgd(outcomes, tasks, links)
     if beside is not None:
@@ -107,7 +107,7 @@ def _also_against_qsgd(outcomes: Outcomes, tasks: Sequence[Task]) -> list[str]:
 
 
 def _beside_qsgd(outcomes: Outcomes, task: Task, contender: Contender) -> str:
-    """A contender's bytes, loss and accuracy beside QSGD's; they need a seed in common."""
+    """A contender's bytes, loss and accuracy compared with QSGD's; they need a seed in common."""
     mine, others = (outcomes.of(task, each, sent_bytes).mean for each in (contender, QSGD))
     against = outcomes.against(task, contender, QSGD)
     return f"{task.title}, {contender.title}, with {mine / others:.2f} of QSGD's bytes: {against}"
@@ -126,7 +126,7 @@ def _until(outcomes: Outcomes, task: Task, contender: Contender, links: Mapping[
         shares.append((reached.epochs / point["epoch"], reached.sent_bytes / point["sent_bytes"]))
     epochs, sent = (statistics.fmean(each) for each in zip(*shares, strict=True))
     text = (
-        f"the training loss that QSGD has after two thirds of its epochs is there after {epochs:.2f} times its epochs"
+        f"the training loss that QSGD has after two thirds of its epochs is reached after {epochs:.2f} times its epochs"
         f" and {sent:.2f} times its bytes"
     )
     if not links or contender is not ADPSGD:

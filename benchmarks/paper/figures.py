@@ -1,4 +1,4 @@
-"""The figures of the results page: means over seeds, with a band from the least to the greatest."""
+"""The figures of the results page: means over seeds, with a band from the lowest to the highest."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,10 @@ COLOURS = {
     "adpsgd-p2-int4": "#4477aa",
     "adpsgd-int4": "#cc3311",
 }
-"""Of each contender, everywhere; told apart by most people who see colours differently (P. Tol's "bright")."""
+"""Of each contender, everywhere; mostly safe for colour-blind readers (P. Tol's "bright")."""
 OTHERS = "#aa3377"
 LEGEND_COLUMNS = 3
-PANELS = 2  # beside each other, where points have names
+PANELS = 2  # side by side, where points have names
 DISTANCES = (6, 14, 22, 30, 40, 50, 60, 75, 90, 110, 130)  # of a name from its point, in typographic points
 ANGLES = tuple(math.radians(degrees) for degrees in (0, 180, 90, 270, 30, 330, 150, 210, 60, 300, 120, 240))
 POINT_PIXELS = 4
@@ -139,7 +139,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
                 break
             text.remove()
         else:
-            text = _name(axes, point, DISTANCES[0], ANGLES[0])  # no room: better over something than not at all
+            text = _name(axes, point, DISTANCES[0], ANGLES[0])  # no room: better on top of something than missing
         taken.append(_extent(text))
 
 
@@ -207,7 +207,7 @@ def variance(outcomes: Outcomes, tasks: Sequence[Task], contenders: Sequence[Con
 
 
 def _rate(axes: Axes, outcomes: Outcomes, task: Task, contenders: Sequence[Contender]) -> None:
-    """The learning rate in the background, which is what the period is to follow."""
+    """The learning rate in the background, which the period responds to."""
     known = [result for contender in contenders if (result := _first(outcomes, task, contender)) is not None]
     if not known:
         return
@@ -224,7 +224,7 @@ def _first(outcomes: Outcomes, task: Task, contender: Contender) -> Result | Non
 
 
 def _by_period(result: Result) -> tuple[list[int], Mapping[str, list[Any]]]:
-    """Rounds that the period asked for: their steps, and their other properties."""
+    """Rounds that the period triggered: their steps, and their other properties."""
     averaging = result["averaging"]
     kept = [index for index, trigger in enumerate(averaging["trigger"]) if trigger == "period"]
     columns = {name: [values[index] for index in kept] for name, values in averaging.items()}

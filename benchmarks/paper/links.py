@@ -10,11 +10,11 @@ from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, Contende
 
 PAPER_SPEEDUPS = {"100 Gbps": (1.14, 1.27), "10 Gbps": (1.46, 1.95)}
 """Of ADPSGD over full communication (arXiv:2007.06134, abstract)."""
-PAPER_PERIOD = 8  # averaging period of the paper's CPSGD, whose communication ADPSGD's is not to exceed
+PAPER_PERIOD = 8  # averaging period of the paper's CPSGD; ADPSGD's communication must not exceed it
 FILES = {"100 Gbps": "link_100gbps.json", "10 Gbps": "link_10gbps.json"}
 """The measurements on links that stand for the paper's two networks."""
 _ON_LINKS = {FULL.name: "ddp", CPSGD_8.name: "constant", MATCHED.name: "even", ADPSGD.name: "even", QSGD.name: "qsgd"}
-"""What has a contender's times there: where a round is takes no time, only how many there are."""
+"""What stands for a contender there: the number of rounds takes time, not where they are."""
 
 
 class Link(NamedTuple):

@@ -1,4 +1,4 @@
-"""Networks of the paper's families, as narrow as eight workers on two cores need them, and those of full size."""
+"""Networks of the paper's families: narrow ones, for eight workers on two cores, and those of full size."""
 
 from collections.abc import Callable
 
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Characters (N, T) to logits (N, characters, T), where a logit knows of no later character than its own."""
+        """Characters (N, T) to logits (N, characters, T), where a logit depends on no later character than its own."""
         length = characters.shape[1]
         hidden = self.embed(characters) + self.position[:length]
         hidden = self.decoder(hidden, mask=self.mask[:length, :length], is_causal=True)
@@ -111,6 +111,6 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "vit_tiny": VisionTransformer,
     "vit_small": lambda: VisionTransformer(width=192, depth=9, heads=3),
 }
-"""Of images, by name; those that a CPU trains, but for ``vit_small``."""
+"""Of images, by name; all but ``vit_small`` are small enough for a CPU."""
 OF_TEXT: dict[str, Callable[[], nn.Module]] = {"gpt_tiny": LanguageModel}
 """Of text, by name."""

@@ -45,7 +45,7 @@ MEGABYTE = 1e6
 LOSS, ACCURACY, VARIANCE, HABITS, BYTES = (
     f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits", "bytes")
 )
-OBSERVED = (CPSGD_8, ADPSGD)  # of which figures show what the rule sees
+OBSERVED = (CPSGD_8, ADPSGD)  # for which figures show what the rule sees
 
 Cells = Sequence[str]
 Values = Mapping[str, str]
@@ -67,7 +67,7 @@ class Page:
     images: Path  # folder for the figures, beside the page
 
     def __post_init__(self) -> None:
-        # Studies of bytes have more seeds than others, whose results are not to change with them.
+        # Studies of bytes have more seeds than others, whose results must not change with them.
         of_bytes = [study for study in self.studies if study.name in AGAINST_BYTES]
         self._parts = [Part(study, self.outcomes.of_runs(runs_of([study]))) for study in of_bytes]
         self.studies = [study for study in self.studies if study.name not in AGAINST_BYTES]
@@ -82,7 +82,7 @@ class Page:
         self.claims = claims(self.outcomes, paper.tasks if paper else [], self.links, beside)
 
     def text(self) -> str:
-        """All of it, in Markdown: the sections of `page.md` that there is something to say in."""
+        """All of it, in Markdown: the sections of `page.md` that are not empty."""
         of = {
             "head": self._head(),
             "claims": self._claims(),
@@ -336,7 +336,7 @@ def _one_digit(value: float | None) -> str:
 
 
 def _table(columns: Cells, rows: Iterable[Cells]) -> str:
-    """A table in Markdown; columns of numbers stand to the right."""
+    """A table in Markdown; columns of numbers are aligned to the right."""
     lines = [list(row) for row in rows]
     right = [all(line[place][:1] in "0123456789+-–" for line in lines if line[place]) for place in range(len(columns))]
     right[0] = False

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 Method = Literal["full", "bf16", "qsgd", "powersgd", "constant", "matched", "adaptive"]
 LATER = {"later": True}
-"""Marks fields that runs done before they existed do not have: at their defaults they are not among the settings."""
+"""Marks fields that older runs do not have: at their defaults they are left out of the settings."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
 
 def _untitled(described: Contender | Task) -> dict[str, Any]:
-    """All fields but the title, and but those that were added later and are at their default."""
+    """All fields but the title and those that were added later and are at their default."""
     unset = {each.name for each in fields(described) if each.metadata == LATER and _is_default(described, each.name)}
     return {name: value for name, value in asdict(described).items() if name not in {"title", *unset}}
 
@@ -93,7 +93,7 @@ class Study(NamedTuple):
     more: Mapping[str, Sequence[Contender]] = {}
     """Contenders that only some tasks have, by the task's name."""
     first: Sequence[Contender] = ()
-    """Contenders that are done with all tasks before the others: where runs end early, these can be compared."""
+    """Contenders that are run on all tasks before the others, so that they can be compared if the rest is missing."""
 
     def of(self, task: Task) -> tuple[Contender, ...]:
         """The contenders of a task."""
@@ -102,7 +102,7 @@ class Study(NamedTuple):
     def runs(self, seed: int) -> Iterator[Run]:
         """Those of one seed; ``adpsgd`` comes before what is matched to it."""
         every = [Run(task, contender, seed) for task in self.tasks for contender in self.of(task)]
-        yield from sorted(every, key=lambda run: run.contender not in self.first)  # a sort that is stable
+        yield from sorted(every, key=lambda run: run.contender not in self.first)  # a stable sort
 
 
 # The contenders
@@ -140,7 +140,7 @@ INT8, INT4 = (
     for bits in (8, 4)
 )
 ADPSGD_INT4 = replace(INT4, name="adpsgd-int4", title="adpsgd_int4", optimizer_state="estimate", growth="proportional")
-"""What the strategy's name of this kind stands for."""
+"""What the strategy's name ``adpsgd_int4`` stands for."""
 INT4_OFTEN = replace(ADPSGD_INT4, name="adpsgd-int4-p1", title="adpsgd_int4, p_init = 1", period=1)
 """It averages at every step while the learning rate is at its highest: nearly twice the bytes, and hardly any drift."""
 BF16 = Contender("ddp-bf16", "DDP, bf16", "bf16")
@@ -152,7 +152,7 @@ FASTER = {
     contender: tuple(contender.at_rate(factor) for factor in factors)
     for contender, factors in ((FULL, (2, 2.8)), *((each, (2,)) for each in POWERSGD), (ADPSGD_INT4, (2, 2.8)))
 }
-"""With AdamW each of these is tuned: the best rate of one is not that of another."""
+"""With AdamW each of these is tuned, as their best learning rates differ."""
 
 SHORTLIST = (FULL, POWERSGD[1], ADPSGD, ADPSGD_INT4)
 
@@ -164,7 +164,7 @@ MOMENTS = (CPSGD_8, _constant(24, "average"), _constant(8, "average"))
 
 AGAINST_BYTES = ("bytes", "language", "long")
 """The studies of accuracy against bytes."""
-SEEDS = 5  # of what is compared with full communication to within its own spread
+SEEDS = 5  # of contenders that are compared with full communication relative to its spread
 
 
 def _tasks(networks: Sequence[tuple[str, str, str]], **common: Any) -> tuple[Task, ...]:

@@ -114,7 +114,7 @@ class Outcomes:
         return [value(first[seed]) - value(second[seed]) for seed in sorted(first.keys() & second.keys())]
 
     def against(self, task: Task, contender: Contender, other: Contender) -> str:
-        """Differences of loss and accuracy to another contender, as text; they need a seed in common."""
+        """Differences of loss and accuracy from another contender, as text; they need a seed in common."""
         losses = self.differences(task, contender, other, final_loss)
         gains = self.differences(task, contender, other, accuracy)
         return f"final loss {in_words(losses, 4)}, accuracy {in_words(gains, 2, POINTS, ' points')}"
@@ -143,7 +143,7 @@ def until(result: Result, loss: float) -> Reached | None:
 def by_quarter(result: Result, name: str) -> list[float | None]:
     """The median of a property of the rounds in each quarter of the run; None where there was no round.
 
-    Rounds that the period did not ask for are left out, as they belong to a shorter drift.
+    Rounds that the period did not trigger are left out, as workers have drifted for fewer steps before them.
     """
     averaging, steps = result["averaging"], result["steps"]
     quarters: list[list[float]] = [[] for _ in range(QUARTERS)]

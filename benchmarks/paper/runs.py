@@ -1,4 +1,4 @@
-"""The runs: done one after the other by ranks that stay, kept as JSON, and not done again."""
+"""The runs: done one after the other by the same ranks, kept as JSON, and not repeated."""
 
 import json
 import math
@@ -35,14 +35,14 @@ class Store:
         return content["result"] if content["settings"] == settings else None
 
     def settings(self, run: Run) -> dict[str, Any] | None:
-        """All that a run depends on; None if another one that it depends on is not done."""
+        """All that a run depends on; None if a run that it depends on is not done."""
         if run.contender.method != "matched":
             return run.settings(None)
         model = self.result(run._replace(contender=ADPSGD))
         return None if model is None else run.settings(model["rounds"])
 
     def keep(self, run: Run, result: Result, command: str, data: Mapping[str, Any]) -> None:
-        """Write a run's file, completely or not at all, with the command that does this run only."""
+        """Write a run's file, completely or not at all, with the command that repeats this run only."""
         file = self.folder / run.file
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -58,7 +58,7 @@ class Store:
 
 
 def _compact(content: Mapping[str, Any]) -> str:
-    """JSON with a line per entry of the two upper levels: short, and a change of it can be read."""
+    """JSON with a line per entry of the two upper levels: short, with readable diffs."""
     lines = []
     for name, value in content.items():
         if name == "result":
@@ -70,7 +70,7 @@ def _compact(content: Mapping[str, Any]) -> str:
 
 
 def combine(answers: Sequence[Mapping[str, Any]]) -> Result:
-    """Put the answers of all ranks about one run together.
+    """Combine the answers of all ranks about one run.
 
     Returns:
         ``steps``, ``parameters``, ``rounds`` (averages over all workers, of parameters or of gradients), ``sent_bytes``
@@ -119,15 +119,15 @@ def do(
     command_of: Callable[[Run], str],
     say: Callable[[str], None],
 ) -> Iterator[Run]:
-    """Do the missing runs, those first that others depend on; keep each, and yield it when it is done.
+    """Do the missing runs, first those that others depend on; keep each, and yield it when it is done.
 
     Args:
         missing: the runs.
         started: the ranks.
         store: where to keep them.
         order: what all orders to the ranks have in common: data, verify, device, backend.
-        command_of: the command that does a run and no other.
-        say: is told the result of each, and how long the rest will take.
+        command_of: the command that repeats this run only.
+        say: prints the result of each, and how long the rest will take.
     """
     seconds: dict[str, list[float]] = {}
     for place, run in enumerate(missing):

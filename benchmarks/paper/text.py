@@ -28,8 +28,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         characters: the text as int64 of shape (characters,).
-        count: the number of sequences; they begin at even distances. None takes as many as fit without overlap.
-        augment: begin each sequence at random before the next one begins, anew each time.
+        count: the number of sequences; they begin at equal distances. None takes as many as fit without overlap.
+        augment: begin each sequence at a random place before the next one, drawn anew each time.
 
     Raises:
         ValueError: if the text is shorter than a sequence.
@@ -101,7 +101,7 @@ def find_text(folder: Path) -> None:
     """Download the text unless it is there.
 
     Raises:
-        TextMissingError: if it cannot be had.
+        TextMissingError: if it cannot be downloaded.
     """
     file = folder / NAME
     if not file.is_file():

@@ -29,7 +29,7 @@ from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, AveragingPeriod, Av
 
 MOMENTUM = 0.9
 EVALUATED_EVERY = 2  # epochs
-DIGITS = 6  # that are kept of a number
+DIGITS = 6  # of a number that are kept
 
 
 class Classifier(L.LightningModule):
@@ -79,7 +79,7 @@ def rate_factor(step: int, total: int, task: Mapping[str, Any]) -> float:
 
 @dataclass(eq=False)
 class Observer(Callback):
-    """Sums up each epoch, and evaluates the averaged model now and then without changing what is trained."""
+    """Sums up each epoch, and evaluates the averaged model every few epochs without changing what is trained."""
 
     test: TensorImages | Windows  # to evaluate the averaged model with
     seed: int  # of the augmentation, which differs from rank to rank
@@ -184,7 +184,7 @@ def judge_text(network: nn.Module, data: TextData, trainer: L.Trainer) -> dict[s
 
 
 def train(order: Mapping[str, Any]) -> dict[str, Any]:
-    """Train on the calling rank; `runs.combine` puts the results of all ranks together."""
+    """Train on the calling rank; `runs.combine` combines the results of all ranks."""
     settings, device = order["settings"], order["device"]
     task, seed = settings["task"], settings["seed"]
     of_text = task.get("data") == "text"

@@ -18,7 +18,7 @@ DatasetName = Literal["cifar10", "cifar100", "fashion_mnist"]
 
 
 class _Repacked:
-    """Before torchvision's CIFAR: takes the batches that are there, whatever their checksums."""
+    """Mixed into torchvision's CIFAR: takes the batches that exist, whatever their checksums."""
 
     def _check_integrity(self) -> bool:
         folder = Path(self.root, self.base_folder)
@@ -50,7 +50,7 @@ class _Facts(NamedTuple):
 DATASETS: dict[str, _Facts] = {
     "cifar10": _Facts(CIFAR10, _RepackedCIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _Facts(CIFAR100, _RepackedCIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    # torchvision compares no checksums of unpacked Fashion-MNIST files, so that there is nothing to skip.
+    # torchvision compares no checksums of unpacked Fashion-MNIST files, so there is nothing to skip.
     "fashion_mnist": _Facts(FashionMNIST, FashionMNIST, 10, (0.2860,), (0.3530,)),
 }
 # Of ImageNet, as torchvision's own recipes use them: good enough for any photographs.
@@ -112,10 +112,10 @@ class ImageData(_ImageDataModule):
         batch_size: images per step **and worker**: n workers see n · batch_size images in a step.
         num_workers: processes per worker that prepare batches; 0 is fine, as it takes little of a training step.
         augment: cut training images at random after padding 4 pixels, and mirror half of them.
-        train_images: use only the first so many training images; None takes all.
+        train_images: use only this many training images, the first ones; None takes all.
         download: fetch what is missing, once per node.
         verify: compare the files with torchvision's checksums. False reads CIFAR batches that hold the same images but
-            were packed anew, then downloads nothing, and training batches may be missing if ``train_images`` is given.
+            were repacked; then nothing is downloaded, and training batches may be missing if ``train_images`` is given.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -186,9 +186,9 @@ class ImageData(_ImageDataModule):
             source = (facts.original if self.verify else facts.repacked)(self.root, train=train, download=False)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.dataset} is missing under root={self.root!r}, or its files are not those that were published. "
+                f"{self.dataset} is missing under root={self.root!r}, or its files are not the published ones.  "
                 "Set root to the folder that holds it, or download=True to fetch it"
-                + ("; verify=False reads CIFAR batches that were packed anew" if self.verify else " with verify=True")
+                + ("; verify=False reads CIFAR batches that were repacked" if self.verify else " with verify=True")
             ) from error
         self._check_complete(source, train)
         images = torch.as_tensor(source.data)
@@ -196,13 +196,13 @@ class ImageData(_ImageDataModule):
         return images.contiguous(), torch.as_tensor(source.targets)
 
     def _check_complete(self, source: Dataset, train: bool) -> None:
-        """A part of the training set is read only if the reader asked for a part."""
+        """Part of the training set is read only if ``train_images`` asks for a part."""
         if train and isinstance(source, _Repacked) and self.train_images is None:
             missing = [name for name, _ in type(source).train_list if name not in dict(source.train_list)]
             if missing:
                 raise RuntimeError(
                     f"{self.dataset} under root={self.root!r} lacks {', '.join(missing)}: add what is missing, or set "
-                    "train_images to the number of images to use of those that are there"
+                    "train_images to the number of existing images to use"
                 )
 
 
@@ -211,7 +211,7 @@ class FolderData(_ImageDataModule):
 
     Args:
         root: folder that holds both.
-        image_size: height and width that images are brought to, in pixels.
+        image_size: height and width that images are resized to, in pixels.
         batch_size: images per step **and worker**: n workers see n · batch_size images in a step.
         num_workers: processes per worker that decode images.
         augment: cut training images at random to 35 to 100 % of their area, and mirror half of them.
@@ -309,7 +309,7 @@ class TensorImages(Dataset):
         return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch; the DataLoader prefers this method to asking for its images one by one."""
+        """A batch; the DataLoader calls this rather than fetching images one by one."""
         images = self.images[indices]
         if self.augment:
             images = random_crop_and_flip(images)
@@ -323,7 +323,7 @@ def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     batch.
     """
     number, _, height, width = images.shape
-    # A view of every window there is: (N, C, top, left, H, W)
+    # A view of every possible window: (N, C, top, left, H, W)
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(2 * padding + 1, (2, number))
     cut = windows[torch.arange(number), :, top, left]

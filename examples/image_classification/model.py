@@ -20,11 +20,11 @@ Architecture = Literal["resnet18", "vgg16", "googlenet", "resnet8", "resnet20", 
 class ImageClassifier(pl.LightningModule):
     """A classifier of small images, trained by SGD with momentum: a linear warm-up, then step decays.
 
-    Nothing in here knows about workers or averaging: it trains on one device, under DDP and under ADPSGD as it is.
+    Nothing here knows about workers or averaging: it trains unchanged on one device, under DDP and under ADPSGD.
 
     Args:
         architecture: the network, see `ARCHITECTURES`. ``resnet8``, ``resnet20``, ``vgg_small`` and ``googlenet_small``
-            train on a CPU in reasonable time; ``resnet18``, ``vgg16`` and ``googlenet`` want a GPU.
+            train on a CPU in reasonable time; ``resnet18``, ``vgg16`` and ``googlenet`` need a GPU.
         num_classes: number of classes.
         in_channels: colour channels of the images, 3 for RGB and 1 for grey.
         learning_rate: the peak of the schedule.
@@ -68,7 +68,7 @@ class ImageClassifier(pl.LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Compare what the network expects with what the data module offers, before a tensor says it less clearly."""
+        """Compare what the network expects with what the data module offers, for a clearer error than a tensor's."""
         data = getattr(self.trainer, "datamodule", None)
         for name in ("num_classes", "in_channels"):
             offered = getattr(data, name, self.hparams[name])
@@ -86,7 +86,7 @@ class ImageClassifier(pl.LightningModule):
         """Cross-entropy of one batch (N, C, H, W) with labels (N)."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
-        # The step's loss stays this worker's own: sync_dist here would communicate at every step, the very thing that
+        # The step's loss stays this worker's own: sync_dist here would communicate at every step, which
         # periodic averaging avoids. The epoch's mean is summed up locally and reduced once, when the epoch ends.
         # Neither is on the progress bar, which would fetch a number from the device at every step.
         self.log("train_loss_step", loss, on_step=True, on_epoch=False, batch_size=len(labels))
@@ -137,7 +137,7 @@ class ImageClassifier(pl.LightningModule):
         if self.hparams.warmup_epochs == 0:
             return int(total_steps), 0
         if self.trainer.train_dataloader is None:
-            # With max_steps alone Lightning has not had to look at the data yet; an epoch's length is known after this.
+            # With max_steps alone Lightning has not looked at the data yet; after this an epoch's length is known.
             self.trainer.fit_loop.setup_data()
         epoch_batches = self.trainer.num_training_batches
         if epoch_batches == math.inf:
@@ -167,7 +167,7 @@ def build_network(architecture: Architecture, num_classes: int, in_channels: int
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    # Activations follow the weights' order in memory, and on a CPU convolutions are markedly faster in this one.
+    # Activations take the weights' memory format, and on a CPU convolutions are markedly faster in this one.
     return network.to(memory_format=torch.channels_last)
 
 

@@ -6,7 +6,7 @@ from benchmarks.frame.hosts import hosts
 
 @pytest.fixture(scope="session")
 def namespaces():
-    """Skips, and says why, where there can be no hosts."""
+    """Skips, with the reason, where no hosts can be made."""
     try:
         with hosts(2, rate_mbit=1000):
             pass

@@ -38,7 +38,7 @@ def wait_until(condition):
 
 
 class FakeRanks:
-    """Ranks that keep their orders, and whose answers are made by a function of the number of orders so far."""
+    """Ranks that keep their orders, and whose answers are a function of the number of orders so far."""
 
     def __init__(self, answers, fails_at=None):
         self.orders = []

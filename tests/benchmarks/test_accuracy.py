@@ -112,7 +112,7 @@ def test_options_of_contenders_that_share_a_part_are_told_apart():
 
 
 class Images:
-    """As many as asked for, which are taken several at a time."""
+    """As many as requested, fetched several at a time."""
 
     def __init__(self, count):
         self.inputs = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_shares_of_all_ranks_add_up_to_all_images_in_evaluation_mode():
 
 
 def run_all(folder, names=("plain", "stagger"), seeds=(0, 1), settings=SETTINGS):
-    """The contenders and seeds that ranks were asked for, their orders, and the runs."""
+    """The contenders and seeds that were requested, the ranks' orders, and the runs."""
     ranks = FakeRanks(lambda count: [an_answer(right=count), an_answer(right=0)])
     runs = measure(ranks, names, seeds, settings, Path("data"), folder)
     return [(order["contender"], order["seed"]) for order in ranks.orders], ranks.orders, runs
@@ -211,8 +211,8 @@ def test_contenders_are_trained_and_compared_and_their_runs_are_kept(tmp_path):
         assert content["run"] == row["runs"][0]
         assert content["settings"] | {"seeds": 1} == numbers["arguments"]
     plain, other = numbers["rows"]
-    model = 4 * 78_042  # bytes of resnet8, whose parameters its own test counts; statistics of BatchNorm come on top
+    model = 4 * 78_042  # bytes of resnet8, whose parameters its own test counts, without BatchNorm's statistics
     assert plain["sent_bytes"] == pytest.approx(plain["rounds"] * model, rel=0.05)
-    # What was under way at the end has been sent too: a part of one more.
+    # What was in flight at the end has been sent too: a part of one more.
     assert other["rounds"] * model < other["sent_bytes"] < (other["rounds"] + 1) * model
     assert other["accuracy_vs_plain"] == pytest.approx(other["accuracy"] - plain["accuracy"])

@@ -1,4 +1,4 @@
-"""Every command names an option that it cannot take, and says what it expects; documented ones are accepted."""
+"""Every command names an invalid option and says what it expects; documented ones are accepted."""
 
 import re
 import shlex
@@ -59,7 +59,7 @@ WRONG = {
         (["--mean-period", "0.5"], "argument --mean-period: expected float of at least 1, got '0.5'"),
         (["--contenders", "none", "--until-loss", "ddp"], "expected ddp to be among the --contenders"),
         (["--model", "resnet8", "--pause-ms", "5"], "only --model mlp can sleep"),
-        (["--images", "100"], "are about the images in --data"),
+        (["--images", "100"], "describe the images in --data"),
         (["--data", "no_such_folder"], "--data no_such_folder: there is no such folder"),
         (["--json", "no_such_folder/file.json"], "there is no folder"),
     ],

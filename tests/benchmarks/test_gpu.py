@@ -43,7 +43,7 @@ def test_without_nccl_it_says_so(monkeypatch, capsys):
 
 
 def some_turns(*seconds):
-    """Two ranks, of which the second is slower by the half."""
+    """Two ranks, the second of which takes half as long again."""
     return [
         [
             Trained(Timing(5.0, 5.0 + factor * each, 0.1, None), 4, 1000, 10 + rank)
@@ -81,31 +81,31 @@ def test_calls_that_wait_or_read_back_are_counted_and_no_others():
 
 
 def some_rows(**answers):
-    """Of one rank; all is as it should be, unless told otherwise."""
+    """Of one rank; all is as it should be by default."""
     seen = {"counts": {"aten::_local_scalar_dense": 4, "cudaDeviceSynchronize": 1}, "warnings": ["a.py:1 f"] * 4}
     quiet = {"counts": {"cudaDeviceSynchronize": 1}, "warnings": []}
     all_answers = {"single": quiet, "adpsgd": quiet, "control": seen} | answers
     return trace_rows({contender: [all_answers[contender]] for contender in TRACED}, steps=4)
 
 
-def test_no_complaint_if_a_local_step_waits_no_more_than_a_single_device():
+def test_nothing_is_reported_if_a_local_step_waits_no_more_than_a_single_device():
     assert complaints(some_rows(), on_cuda=True) == []
 
 
-def test_call_that_a_local_step_makes_beyond_a_single_device_is_complained_about():
+def test_call_that_a_local_step_makes_beyond_a_single_device_is_reported():
     waiting = {"counts": {"cudaStreamSynchronize": 4}, "warnings": []}
     (complaint,) = complaints(some_rows(adpsgd=waiting), on_cuda=True)
     assert "cudaStreamSynchronize was called 4 times in 4 local steps, and 0 times" in complaint
 
 
-def test_place_that_synchronizes_is_complained_about():
+def test_place_that_synchronizes_is_reported():
     waiting = {"counts": {}, "warnings": ["lightning_adpsgd/local_sgd.py:9 step"] * 4}
     (complaint,) = complaints(some_rows(adpsgd=waiting), on_cuda=True)
     assert "make the host wait for the device: 4 x lightning_adpsgd/local_sgd.py:9 step." in complaint
 
 
 @pytest.mark.parametrize(("counted", "told"), [(3, 4), (4, 3)])
-def test_control_that_goes_unseen_is_complained_about(counted, told):
+def test_control_that_goes_undetected_is_reported(counted, told):
     unseen = {"counts": {"aten::_local_scalar_dense": counted}, "warnings": ["a.py:1 f"] * told}
     (complaint,) = complaints(some_rows(control=unseen), on_cuda=True)
     assert "The measurement is blind" in complaint
@@ -128,7 +128,7 @@ def test_synchronization_is_attributed_to_the_innermost_frame_of_the_package():
     assert gpu._called_from(stack[:4]).startswith("lightning_adpsgd/strategy.py:1 f > lightning_adpsgd/local_sgd.py:2")
 
 
-def test_what_pytorch_tells_is_noted_with_its_place(monkeypatch):
+def test_what_pytorch_reports_is_kept_with_its_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     watch = gpu.SyncWatch(Device())

@@ -73,7 +73,7 @@ def an_account(**changes):
     return account._replace(**changes)
 
 
-def test_no_complaint_if_all_is_as_claimed():
+def test_nothing_is_reported_if_all_is_as_claimed():
     loud = an_account(between_bytes=[114] * 4)
     runs = {
         "adpsgd": [an_account()],
@@ -84,24 +84,24 @@ def test_no_complaint_if_all_is_as_claimed():
 
 
 @pytest.mark.parametrize("between", [[0, 0, 114, 0], [0, 0, 180, 342]])
-def test_bytes_between_rounds_are_complained_about_with_the_first_step(between):
+def test_bytes_between_rounds_are_reported_with_the_first_step(between):
     (complaint,) = complaints({"adpsgd": [an_account(between_bytes=between)]})
     assert "the first is step 3" in complaint
 
 
 @pytest.mark.parametrize("reported", [1900, 2140])
 @pytest.mark.parametrize("run", ["adpsgd", "ddp"])
-def test_bytes_that_differ_by_more_than_five_per_cent_are_complained_about(run, reported):
+def test_bytes_that_differ_by_more_than_five_per_cent_are_reported(run, reported):
     (complaint,) = complaints({run: [an_account(rank=1, reported_bytes=reported)]})
     assert f"rank 1 has sent 2,030 bytes where {reported:,} are reported" in complaint
 
 
-def test_barrier_that_goes_unseen_is_complained_about():
+def test_barrier_that_goes_undetected_is_reported():
     (complaint,) = complaints({"control": [an_account(between_bytes=[342, 66, 342, 342])]})
     assert "in each of 4 steps, but only in 3 of them" in complaint
 
 
-def test_wrong_claim_about_ddp_is_complained_about():
+def test_wrong_claim_about_ddp_is_reported():
     ddp = an_account(round_bytes=[8000], reported_bytes=8000)
     (complaint,) = complaints({"adpsgd": [an_account()], "ddp": [ddp]})
     assert "2,000 bytes of gradients per step under DDP, but CommunicationMonitor claims 1,000" in complaint

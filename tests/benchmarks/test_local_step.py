@@ -66,7 +66,7 @@ def test_model_has_few_or_many_tensors_and_trains_them_all(model, tensors):
 
 
 class Recorded(Stretches):
-    """Notes down what happens when."""
+    """Records what happens when."""
 
     def __init__(self, events, *args, **options):
         super().__init__(Device(), *args, lambda: events.append("meet"), **options)
@@ -103,7 +103,7 @@ def test_processes_that_take_turns_run_one_after_the_other():
         for event in Recorded([], 1, 4, warmup=1, place=place, places=3).fit():
             met += event == "meet"
             if event == "start":
-                happened[met] = place  # after so many meetings, nobody else starts
+                happened[met] = place  # after this many meetings, no other one starts
         assert met == 4 * 3 + 1
     assert [happened[met] for met in sorted(happened)] == [0, 1, 2] * 4
 

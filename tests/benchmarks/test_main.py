@@ -23,13 +23,13 @@ def found_by(benchmark):
 
 
 class Benchmarks:
-    """Take the place of those that measure."""
+    """Replace the functions that measure."""
 
     def __init__(self):
         self.given = {}
         self.hosts = []
         self.instead = {}
-        """By title, what is to be done instead of measuring."""
+        """By title, what to do instead of measuring."""
 
     def replace(self, benchmark):
         def main(arguments):
@@ -170,7 +170,7 @@ def test_benchmark_that_fails_does_not_keep_the_others_from_running(fails, bench
         assert found_by(benchmark) in sections[benchmark.title]
 
 
-def test_error_that_no_benchmark_expects_is_said_in_full(benchmarks, capsys):
+def test_unexpected_error_is_printed_in_full(benchmarks, capsys):
     benchmarks.instead[TITLES[-1]] = failing
     bench.main([])
     assert "OSError: on purpose" in capsys.readouterr().err
@@ -212,7 +212,7 @@ def test_each_benchmark_writes_a_file_of_its_own_into_the_folder(benchmarks, tmp
         benchmark.file: benchmark.title for benchmark in bench.BENCHMARKS
     }
     assert len(written) == len(TITLES)
-    for benchmark in bench.BENCHMARKS:  # what is written down is what repeats it
+    for benchmark in bench.BENCHMARKS:  # the recorded command repeats it
         command = [*benchmark.short.split(), "--json", str(tmp_path / benchmark.file)]
         assert written[benchmark.file]["command"][3:] == command
 

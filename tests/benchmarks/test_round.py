@@ -64,7 +64,7 @@ def test_extra_memory_is_that_of_the_rank_with_most():
     assert row["kept_bytes"] == 5
 
 
-def test_extra_memory_that_cannot_be_known_is_said_to_be_unknown():
+def test_extra_memory_that_cannot_be_measured_is_unknown():
     row = a_row(extra=[{"all-reduce": [None] * 3, "round": [None] * 3}])
     assert row["extra_bytes"] is row["extra_buckets"] is None
     assert "unknown" in page([row])
@@ -87,7 +87,7 @@ def test_time_that_no_part_has_taken_is_the_rest():
     ]
 
 
-def test_span_that_did_not_occur_counts_as_nothing_and_is_named_on_the_page():
+def test_span_that_did_not_occur_counts_as_zero_and_is_named_on_the_page():
     rows = breakdown([{"total": 1.0, "parts": {"pack": [0.5, 2]}}])
     assert [row["part"] for row in rows] == [*SPANS, "the rest", "all"]
     assert {row["part"] for row in rows if row["calls"] == 0} == {*SPANS} - {"pack"}
@@ -135,7 +135,7 @@ def test_round_and_all_reduce_of_the_same_bytes_are_measured(tmp_path):
         assert {*row["unknown_parts"]} <= {"encode", "decode"}  # there is no codec
         assert "Spans of a round" in printed
         if sys.platform == "linux":
-            # Two buffers, gloo's, and, as the buckets are small here, what Python takes meanwhile.
+            # Two buffers, gloo's, and Python's own memory, which matters as the buckets are small here.
             assert 1 < row["extra_buckets"] < 40
 
 

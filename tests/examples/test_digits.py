@@ -15,7 +15,7 @@ pytestmark = pytest.mark.workers
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    # Variables of a launcher around the tests would tell the script that its processes are there already.
+    # Variables of a launcher around the tests would tell the script that its processes exist already.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "NODE_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     return subprocess.run(
@@ -23,7 +23,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_demo_learns_the_digits_sums_up_and_draws(tmp_path):
+def test_the_demo_learns_the_digits_prints_a_summary_and_draws(tmp_path):
     done = run(EXAMPLES / "digits.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test_accuracy\D*([\d.]+)", done.stdout)[1]) > 0.95
@@ -76,7 +76,7 @@ def test_a_loop_in_fabrics_style_learns_saves_and_goes_on(tmp_path):
     assert after < before < 4.6  # which is that of guessing, among a hundred characters
 
 
-def test_the_demo_says_what_is_wrong_with_its_arguments(monkeypatch, capsys):
+def test_the_demo_names_wrong_arguments(monkeypatch, capsys):
     for arguments, message in (
         (["--strategy", "0"], "'0': expected adpsgd, ddp, proportional, or an averaging period such as 8"),
         (["--workers", "none"], "'none': expected an int of at least 1"),

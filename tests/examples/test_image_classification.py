@@ -60,9 +60,9 @@ def test_network_takes_images_of_64_pixels(architecture):
 @pytest.mark.parametrize(
     ("architecture", "parameters"),
     [
-        ("resnet18", 11_173_962),  # torchvision's 11,689,512, less the stem's and the head's difference
+        ("resnet18", 11_173_962),  # torchvision's 11,689,512, minus the stem's and the head's difference
         ("vgg16", 14_714_688 + 8_448 + 262_656 + 5_130),  # convolutions, batch norm, hidden layer, output
-        ("googlenet", 6_624_904 - 7_680 - 1_014_750),  # torchvision's, less the stem's and the head's difference
+        ("googlenet", 6_624_904 - 7_680 - 1_014_750),  # torchvision's, minus the stem's and the head's difference
         ("resnet20", 272_474),  # the 0.27 M of He et al., table 6, plus the two projections
         ("resnet8", 78_042),
     ],
@@ -160,7 +160,7 @@ def test_model_trains_for_an_epoch_and_logs_finite_losses(tmp_path):
     assert tested == pytest.approx({"test_acc": fitted["val_acc"].item(), "test_loss": fitted["val_loss"].item()})
 
 
-def test_workers_talk_about_the_loss_once_per_epoch_and_not_at_a_step(monkeypatch, tmp_path):
+def test_the_loss_is_reduced_once_per_epoch_and_not_at_each_step(monkeypatch, tmp_path):
     class Counting(ADPSGDStrategy):
         reduced = 0
 
@@ -294,7 +294,7 @@ def test_fashion_mnist_has_one_channel(tmp_path):
 def test_repacked_batches_are_refused_unless_verify_is_false(tmp_path):
     write_cifar10(tmp_path)
     data = ImageData(root=str(tmp_path), download=False)
-    with pytest.raises(RuntimeError, match=r"not those that were published.*verify=False"):
+    with pytest.raises(RuntimeError, match=r"not the published ones.*verify=False"):
         data.setup("fit")
 
 
@@ -306,7 +306,7 @@ def test_missing_data_says_where_it_was_sought_and_how_to_get_it(tmp_path, datas
         data.setup("fit")
 
 
-def test_first_training_images_are_taken_if_so_many_are_wanted(tmp_path):
+def test_train_images_takes_that_many_of_the_first_images(tmp_path):
     images, _ = write_cifar10(tmp_path)
     data = ImageData(root=str(tmp_path), batch_size=2, train_images=6, verify=False, download=False)
     data.setup("fit")
@@ -457,7 +457,7 @@ def write_pickle(path, content):
 
 
 def write_cifar10(root, batches=5):
-    """Training batches of four images each and a test batch, as CIFAR-10 has them; no checksum is right."""
+    """Training batches of four images each and a test batch, as CIFAR-10 has them; no checksum matches."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     generator = np.random.default_rng(0)

@@ -1,8 +1,8 @@
-"""How processes end that do real work at their exit: the interpreter goes down as it does for a user's script.
+"""How processes end that do real work at their exit: the interpreter shuts down as it does for a user's script.
 
 ``python -m tests.faults.exits FOLDER CASE …`` runs two ranks for each case, all cases at once, and writes the exit
 codes as JSON. ``python -m tests.faults.exits FOLDER "fit*200"`` runs one case 200 times, and prints how often it ended
-how. Ranks are forked from a process that has imported everything, and then leave by its last line.
+in which way. Ranks are forked from a process that has imported everything, and leave by its last line.
 """
 
 import atexit
@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-# What is registered first is called last, after the handlers of every package. Called without any Python code, and with
-# Python's lock held: a native thread that asks for the lock meanwhile gets it when the interpreter is going down.
+# What is registered first is called last, after the handlers of every package. Called without any Python code, and
+# with the GIL held: a native thread that asks for it meanwhile gets it when the interpreter is shutting down.
 HOLD_THE_LOCK = ctypes.c_uint(0)
 atexit.register(ctypes.PyDLL(None).usleep, HOLD_THE_LOCK)
 atexit.register(lambda: note(f"group {torch.distributed.is_initialized()}") if CHILD else None)
@@ -40,11 +40,11 @@ from tests.pool import announce, free_port  # noqa: E402
 from tests.training import Classifier, loader  # noqa: E402
 
 AT_ONCE = 2
-"""How many runs go on side by side where one case is run many times."""
+"""How many runs are in progress at once where one case is run many times."""
 
 
 def note(text: str) -> None:
-    """Leave a line to the tests."""
+    """Write a line for the tests."""
     with open(f"notes.{CHILD[0]}", "a") as file:
         file.write(text + "\n")
 
@@ -82,19 +82,19 @@ def fail() -> None:
 
 
 def upload() -> None:
-    """What a logger does at exit; it takes longer than a process that hangs has left."""
+    """What a logger does at exit; it takes longer than a hanging process is given."""
     time.sleep(3)
     note("uploaded")
 
 
 def in_a_hurry() -> None:
-    """Shorten what would take a test too long."""
+    """Shorten waits that would take a test too long."""
     lifecycle._SECONDS_TO_EXIT = 1
     lifecycle._SECONDS_FOR_CHILDREN_TO_END = 0.2
 
 
 def get_stuck() -> None:
-    """Keep this process from ending after its interpreter, as a native thread does that waits for a peer."""
+    """Keep this process from ending after its interpreter, as a native thread that waits for a peer does."""
     libc = ctypes.CDLL(None)
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: but not for longer than the process that has forked it
     ctypes.pythonapi.Py_AtExit(libc.pause)
@@ -109,14 +109,14 @@ class Case:
 
     @staticmethod
     def hurried(rank: int) -> None:
-        """The last line of the script is a collective, of which gloo's threads have not let go yet."""
+        """The last line of the script is a collective, whose tensors gloo's threads still hold."""
         train()
         for _ in range(20):
             dist.all_reduce(torch.ones(1000))
 
     @staticmethod
     def late(rank: int) -> None:
-        """After a fit, rank 0 leaves while a collective is under way."""
+        """After a fit, rank 0 exits while a collective is in flight."""
         train()
         dist.barrier()
         if rank == 0:
@@ -128,7 +128,7 @@ class Case:
 
     @staticmethod
     def afterwards(rank: int) -> None:
-        """The script goes on after a fit: it fits again, and communicates by itself, at its exit too."""
+        """The script continues after a fit: it fits again, and communicates itself, at its exit too."""
         atexit.register(Case.communicate)
         train()
         Case.communicate()
@@ -149,7 +149,7 @@ class Case:
 
     @staticmethod
     def caught(rank: int) -> None:
-        """All ranks catch their error, and have work to do at their exit; rank 0 has started rank 1."""
+        """All ranks catch their error, and have exit handlers; rank 0 has started rank 1."""
         in_a_hurry()
         atexit.register(upload)
         strategies: list[ADPSGDStrategy] = []
@@ -163,7 +163,7 @@ class Case:
 
     @staticmethod
     def alone(rank: int) -> None:
-        """One device, and nobody catches its error."""
+        """One device, with an uncaught error."""
         in_a_hurry()
         atexit.register(upload)
         if rank == 0:
@@ -172,7 +172,7 @@ class Case:
 
     @staticmethod
     def uncaught(rank: int) -> None:
-        """Nobody catches rank 0's error, and a native thread does not end."""
+        """Rank 0's error is uncaught, and a native thread does not end."""
         if rank == 0:
             in_a_hurry()
             atexit.register(upload)
@@ -192,7 +192,7 @@ def trainer_strategy() -> ADPSGDStrategy:
 
 
 def start(folder: Path, case: str) -> "list[int] | None":
-    """Fork the ranks of a case; None in a rank, which is then to do its work."""
+    """Fork the ranks of a case; None in a rank, which then does its work."""
     port, pids = free_port(), []
     folder.mkdir(parents=True)
     for rank in range(2):
@@ -216,7 +216,7 @@ def ends(pids: list[int]) -> list[int]:
 
 def main(folder: Path, cases: list[str]) -> "str | None":
     """Run the cases; in a rank, return the name of its own."""
-    signal.alarm(150)  # nobody is left if the tests are interrupted; an alarm is not inherited
+    signal.alarm(150)  # no process is left if the tests are interrupted; an alarm is not inherited
     if "*" in cases[0]:
         case, times = cases[0].split("*")
         codes: Counter[tuple[int, ...]] = Counter()
@@ -241,7 +241,7 @@ def main(folder: Path, cases: list[str]) -> "str | None":
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # what has been imported need not be looked through by each rank
+    gc.freeze()  # so that no rank has to scan what has been imported
     mine = main(Path(sys.argv[1]).resolve(), sys.argv[2:])
     if mine is not None:
         getattr(Case, mine)(CHILD[0])

@@ -1,6 +1,6 @@
 """A small training job in which something goes wrong: the script that every rank runs, whoever starts it.
 
-``python job.py '{"folder": …, "fault": …}'``: see :class:`Job`. It leaves in its folder what the tests have to know.
+``python job.py '{"folder": …, "fault": …}'``: see :class:`Job`. It leaves in its folder what the tests need to know.
 """
 
 import faulthandler
@@ -52,15 +52,15 @@ class Job(NamedTuple):
     stagger: bool = False
     overlap: int = 0
     read_later: bool = False
-    """Whether a round's measures are read in the next step, as on a GPU."""
+    """Whether a round's measurements are read in the next step, as on a GPU."""
     metric: bool = False
-    """Whether a metric object is logged, which gathers its state from all ranks past Lightning's strategy."""
+    """Whether a metric object is logged, which gathers its state from all ranks without Lightning's strategy."""
     resume: bool = False
-    """Whether to go on from the latest checkpoint, if there is one."""
+    """Whether to resume from the latest checkpoint, if there is one."""
 
     @property
     def attempt(self) -> int:
-        """How often torchrun has started the ranks before."""
+        """How often torchrun has restarted the ranks."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     @property
@@ -83,7 +83,7 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same rows, of which nobody knows how many there are."""
+    """The same rows, as a stream of unknown length."""
 
     def __init__(self, length: int) -> None:
         self.rows = Rows(length).rows
@@ -144,7 +144,7 @@ class Model(L.LightningModule):
             self.raise_if("raise_in_save", OSError("no space left on device"))
 
     def fail(self) -> None:
-        """Do what goes wrong in mid-period."""
+        """Cause the fault, in mid-period."""
         fault = self.job.fault
         if fault in ("raise", "raise_and_catch"):
             note_fault()
@@ -173,7 +173,7 @@ class Model(L.LightningModule):
             self.fail_at_second_bucket()
 
     def fail_at_second_bucket(self) -> None:
-        """Let this rank send the first bucket of the next round, and no other."""
+        """Make this rank fail after the first bucket of the next round."""
         launch, launched = ParameterAverager.launch, []
 
         def failing(*args: Any) -> Any:
@@ -194,11 +194,11 @@ class Model(L.LightningModule):
 
 
 def note_fault() -> None:
-    """Leave the time of the first fault to the tests."""
+    """Record the time of the first fault for the tests."""
     mine = Path(f"fault.{os.getpid()}")
     mine.write_text(str(time.time()))
     with suppress(FileExistsError):
-        os.link(mine, "fault")  # as a whole or not at all
+        os.link(mine, "fault")  # completely or not at all
 
 
 def loader(job: Job, rank: int) -> DataLoader:
@@ -212,8 +212,8 @@ def loader(job: Job, rank: int) -> DataLoader:
 def main(job: Job) -> None:
     """One rank's life."""
     os.chdir(job.folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and so would this
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the tests ask a rank that does not end where it is
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # tests ask a rank that hangs for its stack
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     with open("processes", "a") as file:
         file.write(f"{job.attempt} {rank} {os.getpid()}\n")

@@ -1,6 +1,6 @@
-"""Starts jobs in which something goes wrong, as real processes, and watches until none of them is left.
+"""Starts jobs in which something goes wrong, as real processes, and waits until none of them is left.
 
-``python -m tests.faults.jobs LAUNCHER FAULT [option=value …]`` runs one job by hand and shows all that it said.
+``python -m tests.faults.jobs LAUNCHER FAULT [option=value …]`` runs one job by hand and shows all its output.
 """
 
 import atexit
@@ -24,12 +24,12 @@ from tests.pool import PRELOADED, announce, free_port
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("job.py")
 STARTED_WITHIN = 120.0
-"""Seconds that processes may take until they have got to the fault."""
+"""Seconds that processes may take until they reach the fault."""
 
-Launcher = Literal["nobody", "lightning", "torchrun"]
-"""Who starts the ranks. "nobody" is the hardest: ranks are announced as by torchrun, but the end of one ends no other
+Launcher = Literal["none", "lightning", "torchrun"]
+"""Who starts the ranks. "none" is the hardest: ranks are announced as by torchrun, but the end of one ends no other
 (as under srun without --kill-on-bad-exit). They are forked from a process that has imported everything; the other
-launchers take a dozen seconds to begin."""
+launchers take a dozen seconds to start."""
 
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "NODE_RANK")
 
@@ -38,19 +38,19 @@ class Ended(NamedTuple):
     """How a job ended."""
 
     seconds: float
-    """From the fault (or the start, if there was none) until the last process had ended that ended by itself."""
+    """From the fault (or the start, if there was none) until the last process that ended by itself had ended."""
     codes: dict[str, int]
     """Exit codes of what was started here: "launcher", or "rank 0", "rank 1", …; after it was killed if it had hung."""
     hung: list[str]
-    """Which processes had not ended in time. They said where they were in ``output``, and were killed."""
+    """Which processes had not ended in time. Their stacks are in ``output``, and they were killed."""
     left_over: list[int]
-    """Processes of the job that nobody knew of, and that were there at the end; they were killed."""
+    """Unknown processes of the job that were still there at the end; they were killed."""
     output: str
-    """What all processes said."""
+    """The output of all processes."""
     folder: Path
 
     def said(self, rank: int) -> str:
-        """What a rank said; only where nobody has launched it."""
+        """A rank's output; only without a launcher."""
         return (self.folder / f"output.{rank}").read_text(errors="replace")
 
     def progress(self, rank: int) -> list[tuple[int, int]]:
@@ -59,11 +59,11 @@ class Ended(NamedTuple):
         return [(int(attempt), int(step)) for attempt, step in map(str.split, lines)]
 
     def weights(self, rank: int) -> dict[str, torch.Tensor]:
-        """A rank's model at its end."""
+        """A rank's weights at its end."""
         return torch.load(self.folder / f"weights.{rank}.pt")
 
     def last_checkpoint(self) -> dict[str, Any]:
-        """What a user would go on from."""
+        """What a user would resume from."""
         return torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
 
 
@@ -76,8 +76,8 @@ def run(
         folder: for the job's files.
         launcher: who starts the ranks.
         fault: what goes wrong.
-        bound: seconds; whatever is left then, has hung.
-        stuck: ranks that cannot end by themselves: nobody waits for them.
+        bound: seconds after which a process that is left counts as hung.
+        stuck: ranks that cannot end by themselves, and are not waited for.
         options: of the job.
     """
     job = {"folder": str(folder), "fault": fault, **options}
@@ -112,7 +112,7 @@ def run(
 
 
 def _announced(folder: Path) -> dict[str, int]:
-    """The ranks' processes, as they said themselves."""
+    """The ranks' processes, as they announced themselves."""
     pids = {}
     with suppress(FileNotFoundError):
         for line in (folder / "processes").read_text().splitlines():
@@ -122,7 +122,7 @@ def _announced(folder: Path) -> dict[str, int]:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process is there, and not as a zombie."""
+    """Whether a process exists, and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -130,7 +130,7 @@ def _alive(pid: int) -> bool:
 
 
 def _marked(folder: Path) -> Iterator[int]:
-    """All processes that were started, at whatever remove, for the job in this folder."""
+    """All processes that were started, directly or indirectly, for the job in this folder."""
     mark = f"FAULT_JOB={folder}".encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -161,7 +161,7 @@ def _record(job: dict[str, Any], launcher: str, ended: Ended) -> None:
 @contextmanager
 def _started(job: dict[str, Any], launcher: str) -> Iterator[dict[str, Any]]:
     """The processes that were started, by name. None of the job's is left afterwards."""
-    started = _ranks(job) if launcher == "nobody" else {"launcher": _launcher(job, launcher)}
+    started = _ranks(job) if launcher == "none" else {"launcher": _launcher(job, launcher)}
     folder = Path(job["folder"])
     try:
         yield started
@@ -180,7 +180,7 @@ def _launcher(job: dict[str, Any], launcher: str) -> subprocess.Popen:
     environment["FAULT_JOB"] = job["folder"]
     if job["fault"] == "kill_at_first_attempt":
         torchrun += ["--max-restarts", "1"]
-        # Otherwise the ranks that are started anew may read addresses of the old ones: pytorch#135712, #167288.
+        # Otherwise restarted ranks may read the addresses of the old ones: pytorch#135712, #167288.
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with open(Path(job["folder"]) / "output", "w") as output:
         return subprocess.Popen(
@@ -216,7 +216,7 @@ def _rank(job: dict[str, Any], rank: int, size: int, port: int) -> None:
     try:
         main(Job(**job))
     except Exception as error:
-        sys.last_value = error  # as the interpreter does with what nobody catches
+        sys.last_value = error  # as the interpreter does with an uncaught error
         raise
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out

@@ -1,4 +1,4 @@
-"""How a script ends: with the exit code it should have, and when everybody has done what they do at exit."""
+"""How a script ends: with the right exit code, and after all exit handlers have run."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def _ends(codes: list[int], folder: Path) -> Ends:
     return Ends(codes, [file.read_text().splitlines() if file.exists() else [] for file in notes], output, folder)
 
 
-def test_no_native_thread_aborts_the_exit_of_a_script_that_went_well(ends):
+def test_no_native_thread_aborts_the_exit_of_a_successful_script(ends):
     assert ends["late"].codes == [0, 0], ends["late"].output
     assert ends["late"].notes == [["group False"]] * 2
 
 
-def test_the_script_goes_on_communicating_after_a_fit_and_at_its_exit(ends):
+def test_the_script_can_communicate_after_a_fit_and_at_its_exit(ends):
     assert ends["afterwards"].codes == [0, 0], ends["afterwards"].output
     assert ends["afterwards"].notes == [["sum 2", "sum 2", "group False"]] * 2
 
@@ -58,18 +58,18 @@ def test_a_process_group_that_the_script_has_made_is_left_to_it(ends):
     assert ends["theirs"].notes == [["sum 2", "group True"]] * 2
 
 
-def test_a_caught_error_cuts_off_nobodys_work_at_exit(ends):
+def test_a_caught_error_cuts_off_no_exit_handler(ends):
     assert ends["caught"].codes == [0, 0], ends["caught"].output
     assert all({"caught", "uploaded"} <= {*notes} for notes in ends["caught"].notes)
     assert (ends["caught"].folder / "notes.child").read_text() == "uploaded\n"
 
 
-def test_an_error_on_one_device_cuts_off_nobodys_work_at_exit(ends):
+def test_an_error_on_one_device_cuts_off_no_exit_handler(ends):
     assert ends["alone"].codes == [1, 0], ends["alone"].output
     assert "uploaded" in ends["alone"].notes[0]
 
 
-def test_an_uncaught_error_lets_work_at_exit_be_done_and_then_ends_what_native_threads_keep_from_ending(ends):
+def test_an_uncaught_error_lets_exit_handlers_finish_and_then_ends_a_process_that_is_stuck(ends):
     assert ends["uncaught"].codes == [-signal.SIGALRM, 1], ends["uncaught"].output
     assert "uploaded" in ends["uncaught"].notes[0]
     assert "Rank 0 had failed at step 3" in ends["uncaught"].output

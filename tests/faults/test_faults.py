@@ -1,7 +1,7 @@
-"""Nobody hangs: whatever goes wrong on one rank, all processes end, and say which rank and which averaging round.
+"""No process hangs: whatever goes wrong on one rank, all end, and name the rank and the averaging round.
 
-Processes are real, and killed for real. Most jobs have ranks that nobody watches over, so that each has to notice by
-itself; those under Lightning's launcher and torchrun take long to start, and run beside the other tests.
+Processes are real, and killed for real. Most jobs have ranks without a launcher, so that each has to notice by itself;
+those under Lightning's launcher and torchrun take long to start, and run beside the other tests.
 """
 
 import re
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 BOUND = 60.0
-"""Seconds from the fault until everybody has to have ended; in fact they take one, or five under Lightning."""
+"""Seconds from the fault by which all must have ended; in fact they take one, or five under Lightning."""
 NEXT_ROUND = 15
 """The step of the round that comes after the fault in step 13."""
 
@@ -40,13 +40,13 @@ class Case(NamedTuple):
 
 
 def cases(*cases: Case) -> Any:
-    """Run a test with the outcome of each of these jobs as ``launched``, measures being read at once and later."""
+    """Run a test with the outcome of each of these jobs as ``launched``, with measurements read at once and later."""
     later = [case._replace(options=(*case.options, ("read_later", True))) for case in cases]
     return pytest.mark.parametrize("launched", [*cases, *later], indirect=True, ids=str)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test twice: a GPU's measures of a round are read in the next step. Launched jobs see to that by
+    """Run every test twice: on a GPU, a round's measurements are read in the next step. Launched jobs take care of that
     themselves, and fragments of a round are read in later steps anyway."""
     alone = "launched" in metafunc.fixturenames or "under_way" in metafunc.function.__name__
     ids = ["read at once"] if alone else ["read at once", "read later"]
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def read_later(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Whether measures are read in the next step. Such a job runs beside that of the test where they are not."""
+    """Whether measurements are read in the next step. Such a job runs beside that of the test where they are not."""
 
     plainly = run
 
@@ -87,7 +87,7 @@ def _siblings(request: pytest.FixtureRequest) -> list[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future]]:
-    """The outcomes-to-be of all cases that are asked for; they run two at a time while other tests do."""
+    """Futures of the outcomes of all selected cases; they run two at a time beside other tests."""
     here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     wanted = [item.callspec.params.get("launched") for item in here]
     with ThreadPoolExecutor(2) as threads:
@@ -95,7 +95,7 @@ def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             case: threads.submit(
                 run, tmp_path_factory.mktemp("job"), case.launcher, case.fault, at=case.at, **dict(case.options)
             )
-            for case in sorted(filter(None, wanted), key=lambda case: case.fault != "hang")  # what waits most, first
+            for case in sorted(filter(None, wanted), key=lambda case: case.fault != "hang")  # the longest waits first
         }
         threads.shutdown(cancel_futures=True)
 
@@ -107,7 +107,7 @@ def launched(request: pytest.FixtureRequest, beside: dict[Case, Future]) -> Ende
 
 
 def check_that_all_ended(ended: Ended, saved_at: int | None = 10, bound: float = BOUND) -> None:
-    """Nobody is left, and the last checkpoint can be used."""
+    """No process is left, and the last checkpoint can be used."""
     assert ended.hung == [], ended.output
     assert ended.left_over == [], ended.output
     assert ended.seconds < bound, ended.output
@@ -125,12 +125,12 @@ def check_that_survivors_tell(ended: Ended, survivors: list[int], what: str) -> 
 
 
 def failed(rank: int, error: str = "ValueError: a bad sample") -> str:
-    """What is said of a rank that has raised."""
+    """What is reported of a rank that has raised."""
     return rf"Rank {rank} had failed at step .*: {error}"
 
 
 def no_word(rank: int) -> str:
-    """What is said of a rank that has not said anything."""
+    """What is reported of a rank that posted no status."""
     return rf"No word from rank\(s\) {rank}: killed, hanging, or gone early"
 
 
@@ -138,8 +138,8 @@ def no_word(rank: int) -> str:
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 2), (1, 4)])
-def test_an_exception_on_one_rank_ends_all_who_then_quote_it(tmp_path, rank, ranks):
-    ended = run(tmp_path, "nobody", "raise", at=(rank,), ranks=ranks)
+def test_an_exception_on_one_rank_ends_the_others_which_quote_it(tmp_path, rank, ranks):
+    ended = run(tmp_path, "none", "raise", at=(rank,), ranks=ranks)
     check_that_all_ended(ended)
     assert set(ended.codes.values()) == {1}
     check_that_survivors_tell(ended, [other for other in range(ranks) if other != rank], failed(rank))
@@ -147,7 +147,7 @@ def test_an_exception_on_one_rank_ends_all_who_then_quote_it(tmp_path, rank, ran
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_in_the_middle_of_a_round_ends_all(tmp_path, rank):
-    ended = run(tmp_path, "nobody", "raise_in_round", at=(rank,))
+    ended = run(tmp_path, "none", "raise_in_round", at=(rank,))
     check_that_all_ended(ended)
     assert "MemoryError: no memory for a bucket" in ended.output
     check_that_survivors_tell(ended, [1 - rank], failed(rank, "MemoryError"))
@@ -156,7 +156,7 @@ def test_an_exception_in_the_middle_of_a_round_ends_all(tmp_path, rank):
 @pytest.mark.parametrize(("fault", "error"), [("raise_in_save", "no space left"), ("raise_in_validation", "a bad sam")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_where_others_wait_for_lightning_ends_all(tmp_path, fault, error, rank):
-    ended = run(tmp_path, "nobody", fault, at=(rank,), validate=fault == "raise_in_validation")
+    ended = run(tmp_path, "none", fault, at=(rank,), validate=fault == "raise_in_validation")
     check_that_all_ended(ended, saved_at=10 if fault == "raise_in_save" else 30)
     assert set(ended.codes.values()) == {1}
     assert re.search(rf"WorkerLostError: Rank {1 - rank} could not finish .*Rank {rank} had .*{error}", ended.output)
@@ -164,18 +164,18 @@ def test_an_exception_where_others_wait_for_lightning_ends_all(tmp_path, fault, 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_before_the_first_step_ends_all(tmp_path, rank):
-    ended = run(tmp_path, "nobody", "raise_in_setup", at=(rank,))
+    ended = run(tmp_path, "none", "raise_in_setup", at=(rank,))
     check_that_all_ended(ended, saved_at=None)
     assert set(ended.codes.values()) == {1}
     assert "ValueError: a bad optimizer" in ended.output
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_leaves_or_is_interrupted_ends_all(tmp_path, rank):
+def test_a_rank_that_exits_or_is_interrupted_ends_all(tmp_path, rank):
     for fault in ("exit", "interrupt"):
         folder = tmp_path / fault
         folder.mkdir()
-        ended = run(folder, "nobody", fault, at=(rank,))
+        ended = run(folder, "none", fault, at=(rank,))
         check_that_all_ended(ended)
         check_that_survivors_tell(ended, [1 - rank], rf"[Rr]ank(\(s\))? {rank}\b")
 
@@ -201,8 +201,8 @@ def test_ranks_that_all_catch_their_exception_can_fit_again(launched):
 
 @pytest.mark.parametrize("fault", ["kill", "kill_in_round"])
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 2), (1, 4)])
-def test_a_killed_rank_ends_all_who_then_name_it(tmp_path, fault, rank, ranks):
-    ended = run(tmp_path, "nobody", fault, at=(rank,), ranks=ranks)
+def test_a_killed_rank_ends_the_others_which_name_it(tmp_path, fault, rank, ranks):
+    ended = run(tmp_path, "none", fault, at=(rank,), ranks=ranks)
     check_that_all_ended(ended)
     assert ended.codes == {f"rank {other}": -9 if other == rank else 1 for other in range(ranks)}
     check_that_survivors_tell(ended, [other for other in range(ranks) if other != rank], no_word(rank))
@@ -213,13 +213,13 @@ def test_a_killed_rank_ends_all_under_a_launcher(launched, request):
     case = request.node.callspec.params["launched"]
     check_that_all_ended(launched)
     assert launched.codes["launcher"] != 0
-    # The launcher may end the survivor before it has heard of others, but not before it has told where it was.
+    # The launcher may end the survivor before it hears of the others, but not before it has logged where it was.
     told = f"Rank {1 - case.at[0]} could not finish the averaging round at step {NEXT_ROUND} "
     assert told in launched.output, launched.output
 
 
 @cases(Case("torchrun", "kill_at_first_attempt", (1,), (("resume", True),)))
-def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(launched):
+def test_torchrun_resumes_from_the_last_checkpoint_after_a_kill(launched):
     check_that_all_ended(launched, saved_at=30)
     assert launched.codes["launcher"] == 0
     for rank in (0, 1):
@@ -239,7 +239,7 @@ def check_that_the_average_is_left(ended: Ended) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_rank_ends_all_at_the_next_round_with_the_average(tmp_path, rank):
-    ended = run(tmp_path, "nobody", "terminate", at=(rank,))
+    ended = run(tmp_path, "none", "terminate", at=(rank,))
     check_that_all_ended(ended)
     assert set(ended.codes.values()) == {0}
     check_that_the_average_is_left(ended)
@@ -257,16 +257,16 @@ def test_sigterm_to_a_launcher_ends_all_at_the_next_round_with_the_average(launc
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 2), (1, 3)])
-def test_those_who_wait_for_a_hanging_rank_end_after_the_timeout_and_name_it(tmp_path, rank, ranks):
+def test_ranks_that_wait_for_a_hanging_one_end_after_the_timeout_and_name_it(tmp_path, rank, ranks):
     timeout = 4.0
-    ended = run(tmp_path, "nobody", "hang", at=(rank,), ranks=ranks, timeout=timeout, stuck=(rank,))
+    ended = run(tmp_path, "none", "hang", at=(rank,), ranks=ranks, timeout=timeout, stuck=(rank,))
     assert ended.hung == [f"rank {rank}"]
     assert timeout <= ended.seconds < timeout + BOUND
     check_that_survivors_tell(ended, [other for other in range(ranks) if other != rank], no_word(rank))
     assert ended.last_checkpoint()["global_step"] == 10
 
 
-# Lightning's main process starts its own rank first: the time limit also has to do for the others' imports.
+# Lightning's main process starts its own rank first: the time limit must also cover the others' imports.
 @cases(Case("lightning", "hang", (1,), (("timeout", 45.0), ("bound", 45.0 + BOUND))))
 def test_lightnings_launcher_ends_a_child_that_hangs(launched):
     check_that_all_ended(launched, bound=45.0 + BOUND)
@@ -290,19 +290,19 @@ def test_lightnings_launcher_ends_a_child_that_hangs(launched):
     ],
 )
 def test_a_loader_that_ends_early_is_an_error_that_names_the_steps(tmp_path, step, fault, options):
-    ended = run(tmp_path, "nobody", fault, step=step, bound=20, **options)
+    ended = run(tmp_path, "none", fault, step=step, bound=20, **options)
     check_that_all_ended(ended)
     assert ended.codes["rank 0"] == 1
     assert re.search(rf"rank 1.* at step {step}\b", ended.output, re.I), ended.output
     assert "averaging round at step" in ended.output
-    if fault == "short":  # of a stream nobody knows beforehand
+    if fault == "short":  # the length of a stream is not known beforehand
         assert f"different numbers of batches (rank 0: 30, rank 1: {step})" in ended.said(0)
 
 
 @pytest.mark.parametrize(("fault", "name"), [("wider", "net.0.weight"), ("deeper", "net.3.weight")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_with_different_models_do_not_start(tmp_path, fault, name, rank):
-    ended = run(tmp_path, "nobody", fault, at=(rank,))
+    ended = run(tmp_path, "none", fault, at=(rank,))
     check_that_all_ended(ended, saved_at=None)
     assert set(ended.codes.values()) == {1}
     for each in (0, 1):
@@ -311,7 +311,7 @@ def test_ranks_with_different_models_do_not_start(tmp_path, fault, name, rank):
 
 
 def test_ranks_may_give_the_same_tensors_other_names(tmp_path):
-    ended = run(tmp_path, "nobody", "renamed")
+    ended = run(tmp_path, "none", "renamed")
     check_that_all_ended(ended, saved_at=30)
     assert set(ended.codes.values()) == {0}
     first, second = ended.weights(0).values(), ended.weights(1).values()
@@ -320,7 +320,7 @@ def test_ranks_may_give_the_same_tensors_other_names(tmp_path):
 
 @pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
 def test_parameters_that_are_not_finite_end_all_before_they_spread(tmp_path, ranks):
-    ended = run(tmp_path, "nobody", "nan", at=tuple(ranks))
+    ended = run(tmp_path, "none", "nan", at=tuple(ranks))
     check_that_all_ended(ended)
     assert set(ended.codes.values()) == {1}
     told = (
@@ -331,7 +331,7 @@ def test_parameters_that_are_not_finite_end_all_before_they_spread(tmp_path, ran
         assert all(tensor.isfinite().all() for tensor in ended.weights(rank).values())
 
 
-# While parts of a round are under way
+# While fragments of a round are in flight
 
 
 @pytest.mark.parametrize(
@@ -344,8 +344,8 @@ def test_parameters_that_are_not_finite_end_all_before_they_spread(tmp_path, ran
     ],
 )
 @pytest.mark.parametrize("options", [{"stagger": True}, {"stagger": True, "overlap": 2}, {"overlap": 2}], ids=str)
-def test_the_same_holds_while_parts_of_a_round_are_under_way(tmp_path, fault, told, options):
-    ended = run(tmp_path, "nobody", fault, **options)
+def test_the_same_holds_while_fragments_of_a_round_are_in_flight(tmp_path, fault, told, options):
+    ended = run(tmp_path, "none", fault, **options)
     check_that_all_ended(ended)
     assert ended.codes["rank 0"] == 1
     assert re.search(told, ended.output), ended.output

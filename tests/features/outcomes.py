@@ -1,4 +1,4 @@
-"""What a test's function brings back from its ranks, and what that is held against."""
+"""What a test's function returns from its ranks, and what that is compared with."""
 
 import contextlib
 import copy
@@ -16,11 +16,11 @@ from lightning_adpsgd import ADPSGDStrategy
 from tests.training import data, fit, floats, identical, weights
 
 Round = tuple[int, int, str]
-"""Of which optimizer, after which step, asked for by whom."""
+"""Of which optimizer, after which step, and its trigger."""
 
 
 def outcome_of(model: L.LightningModule, strategy: Any = None, **options: Any) -> dict:
-    """Fit, and tell what came of it; for ``check``, which sees what all ranks have told."""
+    """Fit, and return the outcome, for ``check``, which gets those of all ranks."""
     before = weights(model)
     fitted, rounds = fit(strategy or ADPSGDStrategy(4), model, **options)
     return {
@@ -35,7 +35,7 @@ def outcome_of(model: L.LightningModule, strategy: Any = None, **options: Any) -
 
 
 def check(outcomes: list[dict], rounds: list[Round] | None = None) -> None:
-    """The ranks agree on everything, had drifted apart in between, have learned something, and have met as expected."""
+    """The ranks agree on everything, had drifted apart in between, have learned something, and averaged as expected."""
     assert identical([outcome["weights"] for outcome in outcomes])
     assert len({tuple(outcome["rounds"]) for outcome in outcomes}) == 1
     assert all(variance > 0 for variance in outcomes[0]["variances"])
@@ -45,13 +45,13 @@ def check(outcomes: list[dict], rounds: list[Round] | None = None) -> None:
 
 
 def periods(steps: int, period: int = 4, optimizer: int = 0) -> list[Round]:
-    """The rounds of a run in which nobody but the period and the end asks for any."""
+    """The rounds of a run that only the period and the end of training trigger."""
     rounds = [(optimizer, step, "period") for step in range(period, steps + 1, period)]
     return rounds if steps % period == 0 else [*rounds, (optimizer, steps, "train_end")]
 
 
 def in_order(size: int = 256, batch_size: int = 8, dtype: torch.dtype = torch.float32) -> DataLoader:
-    """This rank's loader, which does not shuffle (Lightning's own sampler would): it is known who gets what."""
+    """This rank's loader, without shuffling (Lightning's own sampler shuffles): each rank's batches are known."""
     dataset = data(size, dtype)
     workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     sampler = DistributedSampler(dataset, workers, rank, shuffle=False)
@@ -72,7 +72,7 @@ def share(
 
 
 class ByHand(NamedTuple):
-    """What a run should come to."""
+    """What a run should result in."""
 
     weights: dict[str, Tensor]
     variances: list[float]
@@ -90,7 +90,7 @@ def by_hand(
     skipped: Callable[[int, int], bool] = lambda rank, step: False,
     before_step: Callable[[nn.Module, torch.optim.Optimizer, int, int], Any] = lambda *_: None,
 ) -> ByHand:
-    """Local SGD as in the book, by a plain loop over replicas in one process, without Lightning or this package.
+    """Textbook local SGD, by a plain loop over replicas in one process, without Lightning or this package.
 
     Args:
         model: has a ``loss(batch)`` and returns an optimizer from ``configure_optimizers``.
@@ -99,9 +99,9 @@ def by_hand(
         batches: those of each worker; by default what two ranks get from ``in_order``.
         divisor: what the loss of a batch is divided by; by default the number of batches in the step.
         autocast: makes the context of the forward pass.
-        clip: is handed the replica when the gradients are there.
+        clip: is given the replica once it has gradients.
         skipped: whether the step of a rank is not taken.
-        before_step: is handed replica, optimizer, rank and step, counted from 1.
+        before_step: is given replica, optimizer, rank and step, counted from 1.
     """
     batches = batches or [share(0), share(1)]
     replicas = [copy.deepcopy(model) for _ in batches]
@@ -130,7 +130,7 @@ def by_hand(
 
 
 def check_by_hand(outcomes: list[dict], expected: ByHand) -> None:
-    """Weights and variances are those that come out by hand; integers are not averaged, and each rank's own."""
+    """Weights and variances are those computed by hand; integers are not averaged, and stay each rank's own."""
     for outcome in outcomes:
         assert outcome["weights"].keys() == expected.weights.keys()
         for name, tensor in floats(expected.weights).items():
@@ -140,7 +140,7 @@ def check_by_hand(outcomes: list[dict], expected: ByHand) -> None:
 
 @contextlib.contextmanager
 def warnings_kept(texts: list[str]) -> Iterator[None]:
-    """Have all warnings appended to ``texts``."""
+    """Append all warnings to ``texts``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -148,7 +148,7 @@ def warnings_kept(texts: list[str]) -> Iterator[None]:
 
 
 def replace_by_mean(same: Iterable[Tensor]) -> float:
-    """Replace one tensor of all replicas by its mean; what it adds to the variance."""
+    """Replace one tensor of all replicas by its mean; returns what it adds to the variance."""
     same = [*same]
     wide = torch.stack([tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in same])
     mean = wide.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Callbacks that stop training, change learning rates, unfreeze or prune layers, and those that only look."""
+"""Callbacks that stop training, change learning rates, unfreeze or prune layers, and those that only observe."""
 
 import os
 from typing import Any
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.workers
 
 
 class Scripted(Classifier):
-    """Its validation metric in every epoch is known beforehand, and is another on every rank."""
+    """Its validation metric in every epoch is set beforehand, and differs between ranks."""
 
     def __init__(self, by_rank: list[list[float]], sync: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ BOTH_LOADERS = {"train_dataloaders": loader(), "val_dataloaders": loader(32)}
 
 # Stopping
 
-FALLS = [9.0, 6.0, 3.0, 0.0, -3.0, -6.0]  # faster than the other one rises: their mean falls as well
+FALLS = [9.0, 6.0, 3.0, 0.0, -3.0, -6.0]  # faster than the other one rises: their mean falls too
 RISES = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 STAYS = [5.0, 5.0, 5.0, 5.0, 5.0, 5.0]
 
@@ -96,7 +96,7 @@ def test_early_stopping_stops_all_ranks_in_the_same_epoch(pool, by_rank, sync, s
 @pytest.mark.parametrize("by_rank", [[FALLS, RISES], [RISES, FALLS]], ids=["rank-1", "rank-0"])
 def test_early_stopping_in_mid_epoch_stops_all_ranks_after_the_same_validation(pool, by_rank):
     outcomes = pool.run_trainer(stop_early, by_rank, False, 0.5)
-    # a validation every four steps, and it is after the third that one rank has had enough
+    # a validation every four steps; after the third, one rank's metric says stop
     check(outcomes, [(0, 4, "validation"), (0, 8, "validation"), (0, 12, "validation")])
     for outcome in outcomes:
         assert outcome["stopped_epoch"] == 1
@@ -107,7 +107,7 @@ def test_early_stopping_in_mid_epoch_stops_all_ranks_after_the_same_validation(p
 
 
 class Plateau(Scripted):
-    """Every rank's scheduler goes by its own metric."""
+    """Every rank's scheduler uses its own metric."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
@@ -150,7 +150,7 @@ def test_ranks_whose_plateaus_differ_keep_the_same_period_and_rank_0_warns_once(
     assert "rank 0: 0.05, rank 1: 0.005" in outcomes[0]["warnings"][0]
 
 
-def test_ranks_whose_plateau_is_synced_have_the_same_rate_and_hear_no_warning(pool):
+def test_ranks_whose_plateau_is_synced_have_the_same_rate_and_no_warning(pool):
     outcomes = pool.run_trainer(plateau, True)
     check(outcomes)
     assert outcomes[0]["seen"] == outcomes[1]["seen"]
@@ -270,7 +270,7 @@ def thaw(replica: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: 
         optimizer.param_groups[1]["lr"] = 0.04
 
 
-def test_a_backbone_is_averaged_from_the_step_on_in_which_it_is_unfrozen(pool):
+def test_a_backbone_is_averaged_from_the_step_at_which_it_is_unfrozen(pool):
     outcomes = pool.run_trainer(fine_tune)
     check(outcomes, periods(24, period=5))
     before = {k[9:]: v for k, v in outcomes[0]["before"].items() if k[:10] in ("backbone.0", "backbone.3")}
@@ -300,7 +300,7 @@ class MasksKept(L.Callback):
 
 
 class Judged(ModelPruning):
-    """Keeps what is judged at each pruning: weights, masked by what was pruned before."""
+    """Keeps what each pruning is based on: weights, masked by what was pruned before."""
 
     def setup(self, trainer: L.Trainer, pl_module: Classifier, stage: str) -> None:
         self.net, self.judged = pl_module.net, []
@@ -340,7 +340,7 @@ def pruned_under_ddp(lottery: bool) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("lottery", [True, False])
-def test_what_is_pruned_with_a_period_of_one_is_what_is_pruned_under_ddp(pool, lottery):
+def test_a_period_of_one_prunes_what_ddp_prunes(pool, lottery):
     for ours, theirs in pool.run_trainer(pruned_under_ddp, lottery):
         assert len(ours["pruned"]) == 3
         for epoch in range(3):

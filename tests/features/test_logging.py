@@ -14,7 +14,7 @@ pytestmark = pytest.mark.workers
 
 
 class Logs(Classifier):
-    """Logs its loss in a way of its own."""
+    """Logs its loss with the given options."""
 
     def __init__(self, **how: bool) -> None:
         super().__init__()
@@ -56,5 +56,5 @@ def test_a_metric_reduced_at_the_end_of_an_epoch_is_not_warned_of(pool):
     assert pool.run_trainer(log, False) == [[], []]
 
 
-def test_a_metric_reduced_now_and_then_is_not_warned_of(pool):
+def test_a_metric_reduced_occasionally_is_not_warned_of(pool):
     assert pool.run_trainer(log, None) == [[], []]

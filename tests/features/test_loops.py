@@ -1,4 +1,4 @@
-"""Lightning's loops: how much of the data they run over, when they validate, and what they show of the model."""
+"""Lightning's loops: how much of the data they run over, when they validate, and which weights they use."""
 
 import functools
 import itertools
@@ -76,7 +76,7 @@ def fast_dev_run(batches: int | bool) -> dict:
 
 
 @pytest.mark.parametrize("batches", [True, 3, 4, 6], ids=str)
-def test_fast_dev_run_averages_like_a_run_of_so_many_steps(pool, batches):
+def test_fast_dev_run_averages_like_a_run_of_that_many_steps(pool, batches):
     outcomes = pool.run_trainer(fast_dev_run, batches)
     steps = int(batches)
     rounds = {
@@ -90,7 +90,7 @@ def test_fast_dev_run_averages_like_a_run_of_so_many_steps(pool, batches):
 
 
 class CountsBatches(Classifier):
-    """Counts what it is shown."""
+    """Counts the samples that it sees."""
 
     seen = 0
 
@@ -100,7 +100,7 @@ class CountsBatches(Classifier):
 
 
 class Told(ConstantPeriod):
-    """Keeps what it is told of the run's length."""
+    """Keeps the run's length that it is given."""
 
     totals: tuple = ()
 
@@ -160,7 +160,7 @@ def test_a_run_of_no_steps_ends_without_a_round(pool, options):
 
 
 class Stream(IterableDataset):
-    """A rank's samples, for ever."""
+    """A rank's samples, forever."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -205,7 +205,7 @@ def test_an_iterable_dataset_that_is_the_same_on_all_ranks_is_warned_of_once(poo
 
 
 class Remembers:
-    """A rank's batches in order, from a loader that knows where it is, as those of torchdata do."""
+    """A rank's batches in order, from a loader with a state, like torchdata's."""
 
     def __init__(self, rank: int) -> None:
         self._batches = share(rank)
@@ -242,7 +242,7 @@ def resume_in_mid_epoch(strategy: str, folder: str) -> dict:
 
 
 @pytest.mark.parametrize("strategy", ["adpsgd", "ddp"])
-def test_a_loader_that_knows_where_it_is_goes_on_there_when_a_run_is_resumed(pool, tmp_path, strategy):
+def test_a_loader_with_a_state_continues_where_it_was_when_a_run_is_resumed(pool, tmp_path, strategy):
     for outcome in pool.run_trainer(resume_in_mid_epoch, strategy, str(tmp_path)):
         assert outcome["given"] == [10, 11, 12, 13, 14, 15]
         assert identical([outcome["through"], outcome["resumed"]])
@@ -256,7 +256,7 @@ HOOKS = (
 
 
 class NotesHooks(Classifier):
-    """Writes down which of its hooks are called."""
+    """Records which of its hooks are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ def hooks() -> list[list[str]]:
     return calls
 
 
-def test_hooks_are_called_in_the_order_in_which_they_are_under_ddp(pool):
+def test_hooks_are_called_in_the_same_order_as_under_ddp(pool):
     for ours, theirs in pool.run_trainer(hooks):
         assert "train_dataloader" in theirs
         assert ours == theirs
@@ -372,7 +372,7 @@ def adapt_and_validate() -> dict:
     return {**result, "rule": [(r.step, r.trigger, r.period, r.ratio, r.target) for r in kept.rounds]}
 
 
-def test_the_rule_learns_nothing_from_the_rounds_before_validations(pool):
+def test_the_rule_does_not_see_the_rounds_before_validations(pool):
     outcomes = pool.run_trainer(adapt_and_validate)
     check(outcomes)
     for outcome in outcomes:
@@ -421,13 +421,13 @@ FIRST_BEFORE_VALIDATION = [3, 6, 9, 12, 15, 19, 22, 25, 28, 31, 32]
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_the_first_round_may_be_the_one_before_a_validation(pool, inference_mode):
     outcomes = pool.run_trainer(first_round_before_validation, inference_mode)
-    # after the end of the epoch, at step 16, the count goes on
+    # after the end of the epoch, at step 16, the count continues
     check(outcomes, [(0, s, "train_end" if s == 32 else "validation") for s in FIRST_BEFORE_VALIDATION])
     check_by_hand(outcomes, by_hand(seeded(), steps_of(2), FIRST_BEFORE_VALIDATION))
 
 
 class ValidatesInInferenceMode(Classifier):
-    """Has validation within fit run in inference mode, which Lightning (up to 2.6) uses outside of fit only."""
+    """Makes validation within fit run in inference mode, which Lightning (up to 2.6) uses outside of fit only."""
 
     def on_train_start(self) -> None:
         self.modes = []
@@ -512,7 +512,7 @@ def test_a_first_round_in_inference_mode_leaves_tensors_that_training_can_write_
 
 
 class Evaluated(Classifier):
-    """Says under three names what it is worth."""
+    """Logs its score under three names."""
 
     def test_step(self, batch: Any) -> None:
         self.log("test_loss", self.loss(batch), sync_dist=True)
@@ -578,7 +578,7 @@ def test_without_fit_all_ranks_evaluate_the_first_ranks_weights(pool, first):
 
 
 class StateAtStart(L.Callback):
-    """Keeps, at the start of every fit, how far its count and its rule have come."""
+    """Keeps its count and its rule's state at the start of every fit."""
 
     def __init__(self) -> None:
         self.states: list[dict] = []
@@ -614,7 +614,7 @@ def fit_twice(rule: Any, other_model: bool, validate_between: bool) -> dict:
 
 
 @pytest.mark.parametrize("validate_between", [False, True], ids=["at-once", "validated-between"])
-def test_a_second_fit_of_the_same_model_goes_on_counting(pool, validate_between):
+def test_a_second_fit_of_the_same_model_continues_counting(pool, validate_between):
     outcomes = pool.run_trainer(fit_twice, 5, False, validate_between)
     ends = [(16, "train_end"), (21, "period"), (26, "period"), (31, "period"), (32, "train_end")]
     check(outcomes, [*periods(15, period=5), *((0, step, trigger) for step, trigger in ends)])
@@ -622,7 +622,7 @@ def test_a_second_fit_of_the_same_model_goes_on_counting(pool, validate_between)
     check_by_hand(outcomes, by_hand(seeded(), steps_of(2), [5, 10, 15, 16, 21, 26, 31, 32]))
 
 
-def test_a_second_fit_of_the_same_model_goes_on_with_what_the_rule_has_learned(pool):
+def test_a_second_fit_of_the_same_model_continues_with_what_the_rule_has_learned(pool):
     rule = AdaptivePeriod(initial=2, sampling=6, low=1.0, high=1.0)
     outcomes = pool.run_trainer(fit_twice, rule, False, False)
     check(outcomes)
@@ -661,7 +661,7 @@ def fit_anew() -> dict:
     return outcome_of(model, ADPSGDStrategy(5), loaders=in_order_loaders())
 
 
-def test_another_trainer_goes_on_from_the_average_and_counts_anew(pool):
+def test_another_trainer_continues_from_the_average_and_counts_anew(pool):
     outcomes = pool.run_trainer(fit_anew)
     check(outcomes, periods(16, period=5))
     expected = by_hand(seeded(), steps_of(2), [5, 10, 15, 16, 21, 26, 31, 32])

@@ -1,4 +1,4 @@
-"""Models that are compiled, built late, tied, frozen in parts or extended, and what their rounds average."""
+"""Models that are compiled, built late, tied, partly frozen or extended, and what their rounds average."""
 
 import os
 from typing import Any
@@ -58,7 +58,7 @@ def compiled(how: str) -> dict:
 
 
 @pytest.mark.parametrize("how", ["function", "method"])
-def test_a_compiled_module_trains_what_it_trains_uncompiled(pool, how):
+def test_a_compiled_module_ends_with_the_weights_of_an_uncompiled_one(pool, how):
     outcomes = pool.run_trainer(compiled, how)
     check(outcomes, periods(16))
     check_by_hand(outcomes, by_hand(seeded(), ONE_BY_ONE, ROUNDS))
@@ -68,7 +68,7 @@ def test_a_compiled_module_trains_what_it_trains_uncompiled(pool, how):
 
 
 class Lazy(Classifier):
-    """Learns from its first batch how many features there are."""
+    """Infers the number of features from its first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class PartlyFrozen(Classifier):
 
 
 def partly_frozen() -> dict:
-    torch.manual_seed(int(os.environ["RANK"]))  # so it is the same everywhere only if rank 0's weights went to all
+    torch.manual_seed(int(os.environ["RANK"]))  # so all have the same only if rank 0's weights were sent to all
     model, kept = PartlyFrozen(), RoundsKept()
     result = outcome_of(model, callbacks=[kept], loaders=in_order_loaders())
     return {**result, "payload": [r.payload_bytes for r in kept.rounds]}
@@ -279,7 +279,7 @@ class Unfreezes(Classifier):
 
 
 def add_group(replica: Any, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
-    """What ``Unfreezes`` does before a step, and that nobody can train what the optimizer does not hold."""
+    """What ``Unfreezes`` does before a step; what the optimizer does not hold is not trained."""
     if step == 7:
         optimizer.add_param_group({"params": [*replica.net[:3].parameters()], "lr": 0.01})
 
@@ -292,7 +292,7 @@ def test_a_parameter_group_added_in_mid_training_is_averaged_from_then_on(pool):
 
 
 class Freezes(Classifier):
-    """Stops to train its first layer between two rounds."""
+    """Stops training its first layer between two rounds."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 6:
@@ -313,7 +313,7 @@ def frozen_later() -> dict:
 def test_a_layer_frozen_between_two_rounds_is_averaged_once_more(pool):
     outcomes = pool.run_trainer(frozen_later)
     check(outcomes, periods(16))
-    # two steps after the round of step 4 it is frozen; with the round of step 8 it is the same everywhere, for good
+    # it is frozen two steps after the round of step 4; from the round of step 8 on it is the same everywhere
     same = [identical([*kept]) for kept in zip(*(outcome["kept"] for outcome in outcomes), strict=True)]
     assert same == [False, False, False, True, False, False, False, *[True] * 9]
     after = [kept["weight"] for kept in outcomes[0]["kept"][7:]]
@@ -394,7 +394,7 @@ def test_a_parameter_without_a_gradient_on_one_rank_counts_in_the_mean_with_its_
 
 
 class ConditionalByHand(Classifier):
-    """The same, told from outside which rank it is and which step is next."""
+    """The same, given its rank and the next step from outside."""
 
     place = (0, 0)
 

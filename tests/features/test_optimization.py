@@ -1,4 +1,4 @@
-"""Accumulation, clipping, several optimizers and unusual ones, against what comes out by hand."""
+"""Accumulation, clipping, several optimizers and unusual ones, compared with a run by hand."""
 
 import copy
 from typing import Any
@@ -33,14 +33,14 @@ def one_by_one(batches: int) -> list[list[int]]:
     return [[index] for index in range(batches)]
 
 
-# A plain run, without which the hand computation would prove nothing about the others
+# A plain run, without which the run by hand would prove nothing about the others
 
 
 def plain() -> dict:
     return outcome_of(seeded(), loaders=in_order_loaders(), max_steps=14)
 
 
-def test_a_plain_run_is_local_sgd_as_it_comes_out_by_hand(pool):
+def test_a_plain_run_is_local_sgd_as_computed_by_hand(pool):
     outcomes = pool.run_trainer(plain)
     check(outcomes, periods(14))
     check_by_hand(outcomes, by_hand(seeded(), one_by_one(14), [4, 8, 12, 14]))
@@ -88,7 +88,7 @@ def length_under_a_schedule() -> list[int | None]:
     return told
 
 
-def test_the_rule_is_told_the_steps_that_a_scheduled_accumulation_leaves(pool):
+def test_the_rule_is_told_the_steps_that_a_scheduled_accumulation_results_in(pool):
     assert pool.run_trainer(length_under_a_schedule) == [[12], [12]]
 
 
@@ -235,7 +235,7 @@ def adversaries_by_hand() -> ByHand:
     return ByHand(weights(first), variances)
 
 
-def test_several_optimizers_in_turn_train_what_comes_out_by_hand(pool):
+def test_several_optimizers_in_turn_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(adversaries_in_order)
     check(outcomes)
     for index, steps in ((0, 16), (1, 32)):
@@ -269,7 +269,7 @@ def test_a_round_between_forward_and_backward_of_another_optimizer_is_harmless(p
 
 
 class FreezesInTurn(AdversariesWithoutStatistics):
-    """Freezes the discriminator while the generator is trained, as many a GAN does by hand, and leaves it so."""
+    """Freezes the discriminator while the generator is trained, as many GANs do by hand, and leaves it so."""
 
     def training_step(self, batch: Any) -> None:
         real, _ = batch
@@ -301,7 +301,7 @@ def freeze_in_turn(period: int) -> dict:
     "period",
     [1, *(p for p in (2, 8))],
 )
-def test_parameters_that_are_frozen_in_turn_are_averaged_whenever_somebody_looks(pool, period):
+def test_parameters_that_are_frozen_in_turn_are_averaged_before_validations_checkpoints_and_the_end(pool, period):
     outcomes = pool.run_trainer(freeze_in_turn, period)
     assert len(outcomes[0]["seen"]) == 5
     for seen in zip(*(outcome["seen"] for outcome in outcomes), strict=True):
@@ -310,7 +310,7 @@ def test_parameters_that_are_frozen_in_turn_are_averaged_whenever_somebody_looks
 
 
 class StepsBehindItsBack(Classifier):
-    """Steps a plain optimizer by hand, so that Lightning, and with it the strategy, hears nothing of it."""
+    """Steps a plain optimizer by hand, so that neither Lightning nor the strategy is called."""
 
     def __init__(self, which: str) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ def step_behind_its_back(which: str) -> dict:
 
 
 @pytest.mark.parametrize("which", ["without Lightning's wrapper", "its own"])
-def test_steps_that_lightning_does_not_see_are_not_left_unaveraged_in_silence(pool, which):
+def test_steps_that_lightning_does_not_see_are_averaged_or_warned_of(pool, which):
     outcomes = pool.outcomes(step_behind_its_back, which, trainer=True)
     refused = all(outcome.kind == "MisconfigurationException" for outcome in outcomes)
     averaged = not refused and identical([outcome.value["weights"] for outcome in outcomes])
@@ -410,7 +410,7 @@ def test_parameters_with_sparse_gradients_are_averaged_whole(pool, policy):
 
 
 class ScheduledGroups(Classifier):
-    """Two parameter groups, the rates of which go their own ways at every step."""
+    """Two parameter groups, whose rates change differently at every step."""
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": self.net[:3].parameters()}, {"params": self.net[3].parameters(), "lr": 0.01}]
@@ -440,7 +440,7 @@ def set_rates(_: Any, optimizer: torch.optim.Optimizer, rank: int, step: int) ->
     optimizer.param_groups[1]["lr"] = 0.01 * step
 
 
-def test_groups_with_schedules_of_their_own_train_what_comes_out_by_hand(pool):
+def test_groups_with_their_own_schedules_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(scheduled_groups)
     check(outcomes, periods(16))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every precision of Lightning's, on CPUs, against what comes out by hand in the same precision."""
+"""Every precision of Lightning's, on CPUs, compared with a run by hand in the same precision."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ ROUNDS = [4, 8, 12, 16]
 
 
 class Precision(NamedTuple):
-    """A precision of Lightning's, and what it amounts to by hand."""
+    """A precision of Lightning's, and its equivalent by hand."""
 
     name: str
     dtype: torch.dtype

@@ -61,7 +61,7 @@ def test_a_limit_on_time_ends_all_ranks_at_the_same_round(pool, interval):
 
 
 @pytest.mark.parametrize("interval", ["max_time", "step"])
-def test_the_clock_is_not_looked_at_together_between_two_rounds(pool, interval):
+def test_ranks_do_not_compare_clocks_between_two_rounds(pool, interval):
     for outcome in pool.run_trainer(limited, interval):
         between = [count for place, count in enumerate(outcome["per_step"][:40], start=2) if place % 10]
         assert set(between) == {0}, outcome["per_step"]

@@ -1,4 +1,4 @@
-"""The tuner tries things out, and leaves the rule as if it had not."""
+"""The tuner's trials leave the rule unchanged."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def strategy() -> ADPSGDStrategy:
 
 
 class Counted(Classifier):
-    """Notes how many steps the rule has counted before each step, in the search and in the fit."""
+    """Records how many steps the rule has counted before each step, in the search and in the fit."""
 
     def __init__(self) -> None:
         super().__init__()

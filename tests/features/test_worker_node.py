@@ -51,7 +51,7 @@ def outcome_on_nodes(model: L.LightningModule, strategy: ADPSGDStrategy | None =
     return outcome_of(model, strategy, **{"loaders": in_order_loaders(size=SIZE), **TRAINER, **options})
 
 
-# By hand, a node is one replica, and each of its steps is made of the batches of all of its ranks
+# By hand, a node is one replica, which steps on the batches of all of its ranks
 
 
 def shares_of_nodes() -> list[list[Any]]:
@@ -64,7 +64,7 @@ def shares_of_nodes() -> list[list[Any]]:
 
 
 def of_all_ranks(step: Sequence[int]) -> list[int]:
-    """Places in a node's share of the batches that its ranks have at these places of theirs."""
+    """Where a node's share has the batches that its ranks have at these places."""
     return [RANKS_PER_NODE * batch + rank for batch in step for rank in range(RANKS_PER_NODE)]
 
 
@@ -99,7 +99,7 @@ def accumulate() -> dict:
     return {**outcome_on_nodes(model, accumulate_grad_batches=3), "seen": model.seen}
 
 
-def test_under_accumulation_gradients_cross_a_node_once_per_optimizer_step_and_the_period_counts_those(pool):
+def test_under_accumulation_a_node_averages_gradients_once_per_optimizer_step_and_the_period_counts_those(pool):
     outcomes = pool.run_trainer(accumulate, workers=RANKS)
     check(outcomes, periods(6))
     assert outcomes[0]["global_step"] == 6
@@ -108,7 +108,7 @@ def test_under_accumulation_gradients_cross_a_node_once_per_optimizer_step_and_t
     last_of_a_step = {step[-1] for step in steps}
     for batch, (first, second, third, _) in enumerate(zip(*(outcome["seen"] for outcome in outcomes), strict=True)):
         assert torch.equal(first, second) == (batch in last_of_a_step)
-        assert not torch.equal(first, third)  # of the other node
+        assert not torch.equal(first, third)  # on the other node
 
 
 # Clipping
@@ -144,7 +144,7 @@ def scheduled_groups() -> dict:
     return {**result, "rates": [round_.learning_rate for round_ in kept.rounds]}
 
 
-def test_groups_with_schedules_of_their_own_train_on_nodes_what_comes_out_by_hand(pool):
+def test_groups_with_their_own_schedules_on_nodes_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(scheduled_groups, workers=RANKS)
     check(outcomes, periods(BATCHES))
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def two_optimizers_by_hand() -> ByHand:
     return ByHand(weights(first), variances)
 
 
-def test_several_optimizers_train_on_nodes_what_comes_out_by_hand(pool):
+def test_several_optimizers_on_nodes_match_the_run_by_hand(pool):
     outcomes = pool.run_trainer(two_optimizers, workers=RANKS)
     check(outcomes)
     for index, steps in ((0, BATCHES), (1, BATCHES // 2)):
@@ -239,7 +239,7 @@ class FrozenInTurn(BackboneFinetuning):
     """Unfreezes the backbone in mid-accumulation, and freezes it again later."""
 
     def __init__(self, unfreeze_at: int, freeze_at: int) -> None:
-        super().__init__(unfreeze_backbone_at_epoch=1000)  # the callback's own time never comes
+        super().__init__(unfreeze_backbone_at_epoch=1000)  # never by the callback itself
         self.unfreeze_at, self.freeze_at = unfreeze_at, freeze_at
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Transfer, batch: Any, batch_idx: int) -> None:
@@ -297,7 +297,7 @@ SAVED_AT, VALIDATED_AT = (10, 20), (7, 14, 21)
 
 
 class Looks(L.Callback):
-    """Keeps the weights after every step, before somebody else asks for a round, and at every validation."""
+    """Keeps the weights after every step, before any forced round, and at every validation."""
 
     def __init__(self) -> None:
         self.after_step: dict[int, dict[str, Tensor]] = {}
@@ -362,7 +362,7 @@ def the_same(ours: Any, theirs: Any) -> bool:
 
 
 def mean_of_nodes(outcomes: list[dict], step: int) -> dict[str, Tensor]:
-    """Of the parameters after a step, before anybody has asked for a round."""
+    """Of the parameters after a step, before any forced round."""
     nodes = [outcome["whole"]["looks"]["after_step"][step] for outcome in outcomes[::RANKS_PER_NODE]]
     return {name: (tensor + nodes[1][name]) / 2 for name, tensor in floats(nodes[0]).items() if "running" not in name}
 
@@ -381,7 +381,7 @@ def loss_of(model: Classifier, state: dict[str, Tensor]) -> float:
     [{}, {"stagger": True, "overlap": 1}, {"reduce_dtype": "bf16"}, {"optimizer_state": "average"}],
     ids=str,
 )
-def test_validations_and_checkpoints_hold_the_average_of_nodes_and_going_on_equals_not_having_stopped(
+def test_validations_and_checkpoints_hold_the_average_of_nodes_and_resuming_equals_not_having_stopped(
     pool, tmp_path, options
 ):
     outcomes = pool.run_trainer(stop_and_go, options, str(tmp_path), workers=RANKS)
@@ -409,8 +409,8 @@ def test_validations_and_checkpoints_hold_the_average_of_nodes_and_going_on_equa
     momenta = [outcome["whole"]["ends_with"]["momenta"] for outcome in outcomes]
     assert the_same(momenta[0], momenta[1])
     if "optimizer_state" not in options:
-        assert not the_same(momenta[0], momenta[2])  # there was something to remember that is each node's own
-    if "stagger" not in options:  # with so many validations, the rule is shown none of the staggered rounds
+        assert not the_same(momenta[0], momenta[2])  # the nodes' state differed
+    if "stagger" not in options:  # with so many validations, the rule sees none of the staggered rounds
         assert len({round_.period for round_ in outcomes[0]["whole"]["ends_with"]["rounds"]}) > 1
 
 
@@ -454,7 +454,7 @@ def test_statistics_of_batchnorm_are_the_same_on_all_ranks_after_a_round_and_mea
         assert all(torch.equal(outcome["averaged"][step], averaged) for outcome in outcomes)
         before = [outcome["before"][step - 1] for outcome in outcomes]
         assert not any(torch.equal(before[0], other) for other in before[1:])
-        # Every element is the mean of what one rank of each node has, the same one in both.
+        # Every element is the mean of one rank's value in each node, the same rank in both.
         means = [(before[place] + before[RANKS_PER_NODE + place]) / 2 for place in range(RANKS_PER_NODE)]
         is_one = [torch.isclose(averaged, mean, rtol=1e-5, atol=1e-7) for mean in means]
         assert bool((is_one[0] | is_one[1]).all())
@@ -464,7 +464,7 @@ def test_statistics_of_batchnorm_are_the_same_on_all_ranks_after_a_round_and_mea
 
 
 class Poisoned(Classifier):
-    """Meets with a bad sample, or with a broken memory, on one rank."""
+    """Gets a bad sample, or a memory error, on one rank."""
 
     def __init__(self, what: str, rank: int, step: int) -> None:
         super().__init__(momentum=0.9, batch_norm=False)
@@ -489,12 +489,12 @@ def diverge(what: str, rank: int, step: int) -> None:
     outcome_on_nodes(Poisoned(what, rank, step))
 
 
-# A bad sample reaches both ranks of its node with the mean gradient, a broken memory stays where it is.
+# A bad sample reaches both ranks of its node through the mean gradient; a memory error stays on its rank.
 @pytest.mark.parametrize(
     ("what", "rank", "step", "named"),
     [("a bad sample", 2, 6, "2, 3"), ("a bad sample", 1, 8, "0, 1"), ("a broken memory", 3, 8, "3")],
 )
-def test_what_is_not_finite_on_one_rank_is_an_error_on_all_that_names_who_has_it(pool, what, rank, step, named):
+def test_parameters_not_finite_on_one_rank_are_an_error_on_all_that_names_the_ranks(pool, what, rank, step, named):
     for outcome in pool.outcomes(diverge, what, rank, step, workers=RANKS, trainer=True):
         assert outcome.kind == "WorkersDivergedError"
         assert f"Parameters of rank(s) {named} are not finite at step 8" in outcome.error
@@ -513,7 +513,7 @@ def dropping(what: str, rank: int, step: int) -> dict:
 
 
 @pytest.mark.parametrize(("what", "step"), [("a bad sample", 6), ("a broken memory", 8)])
-def test_a_node_with_a_rank_that_diverges_is_dropped_and_goes_on_from_the_others(pool, what, step):
+def test_a_node_with_a_rank_that_diverges_is_dropped_and_continues_from_the_others(pool, what, step):
     outcomes = pool.run_trainer(dropping, what, 3, step, workers=RANKS)
     assert identical([outcome["weights"] for outcome in outcomes])
     assert [len(outcome["warned"]) for outcome in outcomes] == [1, 0, 0, 0]
@@ -547,7 +547,7 @@ def stop_early() -> dict:
     return {**result, "stopped_epoch": stop.stopped_epoch}
 
 
-def test_early_stopping_stops_all_nodes_in_the_same_epoch_where_one_rank_has_had_enough(pool):
+def test_early_stopping_stops_all_nodes_in_the_same_epoch_if_one_ranks_metric_says_stop(pool):
     outcomes = pool.run_trainer(stop_early, workers=RANKS)
     rounds = [
         (0, start + step, trigger) for start in (0, 8, 16) for step, trigger in ((5, "period"), (8, "validation"))
@@ -594,7 +594,7 @@ def fit_validate_and_fit() -> dict:
     }
 
 
-def test_after_fit_nodes_validate_with_the_average_and_a_second_fit_goes_on_counting(pool):
+def test_after_fit_nodes_validate_with_the_average_and_a_second_fit_continues_counting(pool):
     outcomes = pool.run_trainer(fit_validate_and_fit, workers=RANKS)
     assert identical([outcome["between"] for outcome in outcomes])
     expected = loss_of(seeded(batch_norm=False), outcomes[0]["between"])

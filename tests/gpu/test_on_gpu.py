@@ -60,7 +60,7 @@ def wait_for_one_that_has_failed() -> str:
     return str(caught.value)
 
 
-def test_who_waits_for_the_device_hears_of_others_failures(pool):
+def test_a_wait_for_the_device_ends_when_another_worker_fails(pool):
     assert pool.run(wait_for_one_that_has_failed)[0] == "rank 1 has failed meanwhile"
 
 
@@ -111,8 +111,8 @@ def fail_on_the_device() -> tuple[str, str]:
     return "nothing", ""
 
 
-def test_an_error_of_this_workers_own_device_goes_up_as_it_is():
-    # In a process of its own, whose device is of no use afterwards.
+def test_an_error_of_this_workers_own_device_is_raised_unchanged():
+    # In a process of its own, whose device is unusable afterwards.
     with torch.multiprocessing.get_context("spawn").Pool(1) as processes:
         kind, told = processes.apply(fail_on_the_device)
     assert kind != "CollectiveError"

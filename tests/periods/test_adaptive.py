@@ -34,7 +34,7 @@ def drive(rule, ratios, learning_rate=0.1, first_step=1, local_steps=0):
 
 
 def after_sampling(target=1.0, **arguments):
-    """A rule that has sampled ``target`` at step 10, and samples no more."""
+    """A rule that has sampled ``target`` at step 10 and has finished sampling."""
     rule = AdaptivePeriod(sampling=10, **arguments)
     rule.setup(None)
     rule.update(10, ratio=target, learning_rate=0.1)
@@ -141,7 +141,7 @@ def test_target_does_not_move_after_sampling():
     assert rule.target == 1.0
 
 
-# In proportion
+# Proportional growth
 
 
 def proportional(p, ratio, **arguments):
@@ -170,18 +170,18 @@ def test_period_that_is_to_change_changes_by_at_least_a_step():
     assert [proportional(1, 0.69), proportional(2, 0.69), proportional(2, 1.31), proportional(3, 1.31)] == [2, 3, 1, 2]
 
 
-def test_period_in_proportion_stays_between_low_and_high():
+def test_proportional_period_stays_between_low_and_high():
     assert [proportional(100, ratio) for ratio in (0.7, 1.0, 1.3)] == [100] * 3
     assert proportional(100, 0.5, low=0.4) == proportional(100, 2.0, high=2.5) == 100
 
 
-def test_period_in_proportion_stays_within_its_bounds():
+def test_proportional_period_stays_within_its_bounds():
     assert proportional(8, 0.0, maximum=11) == 11
     assert proportional(8, 100.0, minimum=6) == 6
     assert proportional(1, 100.0) == 1
 
 
-def test_period_that_doubles_for_ever_is_still_a_number_of_steps():
+def test_period_that_doubles_forever_is_still_a_number_of_steps():
     rule = after_sampling(growth="proportional")
     for step in range(11, 111):
         rule.update(step, ratio=0.0, learning_rate=0.1)
@@ -197,7 +197,7 @@ def test_drift_that_grows_with_the_square_of_the_period_meets_its_target_in_one_
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_rule_in_proportion_settles_where_the_rule_by_steps_does_and_sooner(power):
+def test_proportional_rule_settles_where_the_additive_one_does_and_sooner(power):
     took = {}
     for growth in ("additive", "proportional"):
         rule = after_sampling(growth=growth)
@@ -233,7 +233,7 @@ def test_samples_before_the_rate_has_risen_are_left_out_if_asked_for():
 def test_target_is_the_last_sample_while_the_rate_keeps_rising():
     rule = sampled([0.01, 0.02, 0.03], [1.0, 2.0, 3.0], skip_rising=True)
     assert rule.target == 3.0
-    rule.update(1001, ratio=30.0, learning_rate=0.1)  # sampling is over: what comes is acted on
+    rule.update(1001, ratio=30.0, learning_rate=0.1)  # sampling is over: the rule responds
     assert (rule.target, rule.value) == (3.0, 3)
 
 
@@ -293,10 +293,10 @@ def test_warm_up_in_steps_that_outlasts_a_sampled_share_leaves_the_target_to_the
     assert (rule.value, rule.target) == (5, 2.0)
 
 
-# Rounds that say nothing
+# Rounds without information
 
 
-def test_round_at_which_every_rate_is_zero_changes_nothing_but_the_clock():
+def test_round_at_which_every_rate_is_zero_changes_nothing_but_the_step():
     for step, ratio in product([4, 8, 12, 20], [0.0, 1.0, 1e9]):
         rule = AdaptivePeriod(sampling=12, warmup=4)
         rule.setup(None)
@@ -391,7 +391,7 @@ def test_numbers_of_steps_need_no_length_of_the_run():
     assert drive(rule, [1.0] * 4) == [(1, 1), (2, 4), (6, 4), (10, 4)]
 
 
-def test_longer_run_that_goes_on_from_a_checkpoint_does_not_sample_again():
+def test_longer_run_resumed_from_a_checkpoint_does_not_sample_again():
     first = AdaptivePeriod(sampling=0.25)
     first.setup(40)
     drive(first, [1.0, 3.0, 1.0, 1.0])
@@ -404,7 +404,7 @@ def test_longer_run_that_goes_on_from_a_checkpoint_does_not_sample_again():
     assert (longer.target, longer.value) == (2.0, 5)
 
 
-def test_longer_run_that_goes_on_from_a_checkpoint_does_not_warm_up_again():
+def test_longer_run_resumed_from_a_checkpoint_does_not_warm_up_again():
     first = AdaptivePeriod(warmup=0.1, sampling=0.2)
     first.setup(20)
     drive(first, [1.0, 1.0, 1.0])
@@ -446,7 +446,7 @@ def configurations(draw):
     return {
         "initial": initial,
         "sampling": sampling,
-        # A product with a number next to nothing is rounded, and decides otherwise in other units.
+        # A product with a number close to zero is rounded, and may decide otherwise in other units.
         "low": draw(st.floats(0.0, 1.0).map(lambda low: low if low > 1e-6 else 0.0)),
         "high": draw(st.floats(1.0, 3.0)),
         "minimum": minimum,
@@ -489,7 +489,7 @@ def show(rule, history):
 
 
 def steps_of(amount, total_steps):
-    """As written: 0.29 of 100 steps are 29, although 0.29 * 100 < 29 in floating point."""
+    """As written: 0.29 of 100 steps is 29, although 0.29 * 100 < 29 in floating point."""
     return amount if isinstance(amount, int) else int(max(amount * total_steps, Fraction(repr(amount)) * total_steps))
 
 
@@ -520,7 +520,7 @@ def test_period_changes_by_at_most_one_per_round_after_the_warm_up(arguments, to
 
 @quick
 @given(configurations(), run_lengths, histories())
-def test_period_in_proportion_goes_where_that_by_steps_goes_and_at_least_as_far(arguments, total_steps, history):
+def test_proportional_period_moves_as_the_additive_one_does_and_at_least_as_far(arguments, total_steps, history):
     rule = made({**arguments, "growth": "proportional"}, total_steps)
     for step, ratio, rate in history:
         by_steps = made({**arguments, "growth": "additive"}, total_steps)
@@ -601,7 +601,7 @@ def test_rule_takes_the_decisions_of_the_papers_pseudocode(ratios, p_init, sampl
     st.integers(-40, 40),
 )
 def test_ratios_in_other_units_give_the_same_periods(arguments, total_steps, history, exponent):
-    factor = 2.0**exponent  # exact, so that no rounding decides
+    factor = 2.0**exponent  # exact, so that rounding decides nothing
     scaled = [(step, ratio * factor, rate) for step, ratio, rate in history]
     ours = show(made(arguments, total_steps), history)
     theirs = show(made(arguments, total_steps), scaled)
@@ -623,7 +623,7 @@ def through_torch(state):
 @pytest.mark.parametrize("transport", [copy.deepcopy, through_json, through_torch])
 @quick
 @given(configurations(), run_lengths, run_lengths, histories(), st.data())
-def test_restored_rule_goes_on_as_if_there_had_been_no_interruption(
+def test_restored_rule_continues_as_if_there_had_been_no_interruption(
     transport, arguments, total_steps, other_total_steps, history, data
 ):
     cut = data.draw(st.integers(0, len(history)))

@@ -13,7 +13,7 @@ quick = settings(deadline=None, max_examples=100)
 
 
 class Alternating(AveragingPeriod):
-    """The smallest rule there can be: 1, 2, 1, 2 ... It writes down what it is told."""
+    """The smallest possible rule: 1, 2, 1, 2 ... It records what it is given."""
 
     def __init__(self):
         self.told = []
@@ -44,14 +44,14 @@ def test_rule_without_one_of_the_interfaces_members_cannot_be_made(missing):
         type("Incomplete", (AveragingPeriod,), members)()
 
 
-def test_rule_that_holds_no_target_and_no_share_needs_not_say_so():
+def test_rule_without_a_target_or_a_share_need_not_define_them():
     rule = Alternating()
     rule.setup(None)
     rule.setup(100)
     assert rule.target is None
 
 
-def test_rule_is_told_of_the_rounds_it_asked_for_and_of_no_other():
+def test_rule_sees_the_rounds_that_it_triggered_and_no_others():
     parameter = torch.nn.Parameter(torch.zeros(2))
     rule = Alternating()
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=0.5), rule)
@@ -82,7 +82,7 @@ def test_share_of_the_run_is_a_whole_number_of_its_steps(share, total_steps):
     steps = Steps("Owner", "name", share).of(total_steps)
     assert isinstance(steps, int)
     assert 0 <= steps <= total_steps
-    # 0.7 of 350 steps are 245, as written, although 0.7 * 350 < 245 in floating point.
+    # 0.7 of 350 steps is 245, as written, although 0.7 * 350 < 245 in floating point.
     most = max(share * total_steps, Fraction(repr(share)) * total_steps)
     assert most - 1 < steps <= most
 

@@ -63,7 +63,7 @@ def test_share_of_a_run_of_unknown_length_is_an_error_that_names_the_argument_an
 
 @quick
 @given(st.integers(1, 20), st.integers(0, 20) | st.floats(0.0, 1.0), st.integers(1, 99), histories, st.data())
-def test_restored_rule_goes_on_as_if_there_had_been_no_interruption(period, warmup, total_steps, history, data):
+def test_restored_rule_continues_as_if_there_had_been_no_interruption(period, warmup, total_steps, history, data):
     cut = data.draw(st.integers(0, len(history)))
     uninterrupted = ConstantPeriod(period, warmup)
     uninterrupted.setup(50)

@@ -19,8 +19,8 @@ from lightning_adpsgd.trainer.compat import snapshot, time_checks
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 PLACES = (PACKAGE / "trainer" / "compat.py", PACKAGE / "fabric" / "compat.py")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
-TORCH = ("torch",)  # has corners of its own, which are no matter of Lightning's
-OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, in spite of their underscore
+TORCH = ("torch",)  # has private names of its own, which are not Lightning's
+OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, despite their underscore
 OF_TORCH = tuple(name for owner in (torch.nn.Module(), torch.ones(1)) for name in dir(owner) if name.startswith("_"))
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
 
@@ -34,7 +34,7 @@ def modules():
 
 
 def definitions(class_):
-    """The private names that a class gives itself: methods, class variables, and attributes of ``self``."""
+    """The private names that a class defines: methods, class variables, and attributes of ``self``."""
     names = set()
     for node in ast.walk(class_):
         if isinstance(node, ast.FunctionDef):
@@ -93,9 +93,9 @@ def imports(tree):
 
 
 def attributes(tree, known):
-    """Private attributes that a file reaches for and that are not its own, by attribute or by name.
+    """Private attributes that a file uses and that are not its own, by attribute or by name.
 
-    An attribute of anything but ``self`` is taken for one of the file's own if a class in the same file has its name.
+    An attribute of anything but ``self`` counts as the file's own if a class in the same file has its name.
     """
     torch_roots = roots(tree, TORCH)
     in_this_file = set().union(*(names for _, names in classes([tree]).values()))
@@ -114,7 +114,7 @@ def attributes(tree, known):
 
 
 def reached(node):
-    """The name of an attribute that a node reaches for, and whose it is."""
+    """The name of an attribute that a node uses, and whose it is."""
     if isinstance(node, ast.Attribute):
         return node.attr, node.value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_NAME:
@@ -179,7 +179,7 @@ def test_these_files_have_some(place):
         ("def f(self):\n    self._x", ["self._x"]),
     ],
 )
-def test_private_name_of_somebody_else_is_found(source, found):
+def test_private_name_of_another_library_is_found(source, found):
     assert found_in(source) == found
 
 
@@ -197,7 +197,7 @@ def test_private_name_of_somebody_else_is_found(source, found):
         "getattr(trainer, 'x')\ngetattr(trainer, name)\nvars(trainer)[name]\n{}['_x']",
     ],
 )
-def test_own_and_public_names_raise_no_alarm(source):
+def test_own_and_public_names_are_not_reported(source):
     assert found_in(source) == []
 
 
@@ -233,7 +233,7 @@ def test_only_timers_with_a_limit_look_at_the_clock_at_every_step():
 
 
 @pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])
-def test_own_private_name_is_none_that_lightning_uses_for_itself(class_, names):
+def test_own_private_name_is_not_one_that_lightning_uses(class_, names):
     theirs = set()
     for base in class_.__mro__:
         if base.__module__.split(".")[0] in LIGHTNING:

@@ -1,4 +1,4 @@
-"""The registered names start processes of their own, in the ways they say."""
+"""The registered names start their processes in the way that each name says."""
 
 import pytest
 
@@ -8,7 +8,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-import lightning_adpsgd  # is all that registering takes
+import lightning_adpsgd  # registers the names
 
 import lightning as L
 import torch

@@ -21,7 +21,7 @@ METRICS = {f"adpsgd/{name}" for name in NAMES}
 
 
 class MemoryLogger(Logger):
-    """A logger of somebody else's: knows no directory, keeps what it is given."""
+    """A third-party logger: it has no directory, and keeps what it is given."""
 
     name, version = "memory", 0
 
@@ -39,7 +39,7 @@ class MemoryLogger(Logger):
         return [(step, metrics) for step, metrics in self.logged if any(name.startswith("adpsgd/") for name in metrics)]
 
 
-# Under a stand-in for a Trainer of four workers
+# With a stand-in for a Trainer of four workers
 
 
 def sgd(*sizes, frozen=(), dtype=torch.float32):
@@ -66,8 +66,8 @@ def started(monitor, **options):
     return trainer
 
 
-def happen(trainer, *rounds):
-    """Rounds happen, each at ten times the global step that is its own."""
+def emit(trainer, *rounds):
+    """Emit rounds; the global step is ten times the round's own."""
     for round_ in rounds:
         trainer.global_step = 10 * round_.step
         for listener in trainer.strategy.listeners:
@@ -76,7 +76,7 @@ def happen(trainer, *rounds):
 
 def run(monitor, *rounds, **options):
     trainer = started(monitor, **options)
-    happen(trainer, *(rounds or RUN))
+    emit(trainer, *(rounds or RUN))
     return trainer
 
 
@@ -160,9 +160,9 @@ def test_parameters_frozen_in_mid_training_count_for_the_steps_before():
     optimizer = sgd(100, 50)
     monitor = CommunicationMonitor()
     trainer = started(monitor, optimizers=[optimizer])
-    happen(trainer, a_round(step=4, local_steps=4))
+    emit(trainer, a_round(step=4, local_steps=4))
     optimizer.param_groups[0]["params"][1].requires_grad = False
-    happen(trainer, a_round(step=10, local_steps=6))
+    emit(trainer, a_round(step=10, local_steps=6))
     assert monitor.summary()["sent_bytes_ddp"] == 4 * 900 + 6 * 600
 
 
@@ -184,12 +184,12 @@ SUMMARY = (
 )
 def test_summary_is_the_one_computed_by_hand(rounds, expected):
     monitor = CommunicationMonitor()
-    happen(started(monitor), *rounds)
+    emit(started(monitor), *rounds)
     approximately = [pytest.approx(value) if isinstance(value, float) else value for value in expected]
     assert monitor.summary() == dict(zip(SUMMARY, approximately, strict=True))
 
 
-def test_dropped_workers_are_counted_logged_and_told_from_the_first_on(capsys):
+def test_dropped_workers_are_counted_logged_and_shown_from_the_first_on(capsys):
     monitor = CommunicationMonitor()
     rounds = (a_round(), a_round(step=8, dropped=2), a_round(step=12), a_round(step=16, dropped=1))
     trainer = run(monitor, *rounds)
@@ -242,7 +242,7 @@ def test_printed_bytes_have_a_unit_that_makes_them_readable(sent_bytes, world_si
     assert line in capsys.readouterr().out
 
 
-def test_summary_says_how_rounds_travelled_and_prints_it_where_it_is_not_at_once(capsys):
+def test_summary_has_the_transport_and_prints_it_unless_rounds_are_plain(capsys):
     monitor, listeners = CommunicationMonitor(), []
     strategy = SimpleNamespace(listeners=listeners, subscribe=listeners.append, transport="in bf16")
     monitor.on_fit_end(run(monitor, strategy=strategy), None)
@@ -255,7 +255,7 @@ def test_nothing_is_printed_or_drawn_without_rounds_or_on_other_ranks(rounds, is
     monitor = CommunicationMonitor(plot=True)
     trainer = started(monitor, is_global_zero=is_global_zero, log_dir=str(tmp_path))
     monitor.on_train_start(trainer, None)
-    happen(trainer, *rounds)
+    emit(trainer, *rounds)
     monitor.on_fit_end(trainer, None)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +278,7 @@ ALL_TRIGGERS = (*RUN, a_round(trigger="validation", dropped=2), a_round(trigger=
 @pytest.mark.parametrize("rounds", [ALL_TRIGGERS, ()], ids=["some rounds", "no round"])
 def test_restored_monitor_has_the_same_rounds_and_summary(rounds):
     monitor, restored = CommunicationMonitor(), CommunicationMonitor()
-    happen(started(monitor, optimizers=[sgd(9)] * 2), *rounds)
+    emit(started(monitor, optimizers=[sgd(9)] * 2), *rounds)
     restore(restored, monitor.state_dict())
     assert restored.rounds == monitor.rounds == list(rounds)
     assert all(isinstance(round_, AveragingRound) for round_ in restored.rounds)
@@ -286,7 +286,7 @@ def test_restored_monitor_has_the_same_rounds_and_summary(rounds):
     assert restored.summary() == monitor.summary()
 
 
-def test_counts_go_on_from_a_restored_state_which_replaces_what_was_recorded_before():
+def test_counts_continue_from_a_restored_state_which_replaces_what_was_recorded_before():
     monitor, restored = CommunicationMonitor(), CommunicationMonitor()
     run(monitor, *RUN[:2])
     run(restored)
@@ -311,7 +311,7 @@ def test_plot_without_matplotlib_is_an_error_that_says_what_to_do(monkeypatch):
     assert CommunicationMonitor(plot=False).plot is False
 
 
-# Under a real Trainer, one process
+# With a real Trainer, one process
 
 
 class Tiny(pl.LightningModule):
@@ -386,7 +386,7 @@ def test_rounds_of_a_fit_reach_all_loggers_under_the_contracts_names(tmp_path, c
 
 
 class ReadLater(pl.Callback):
-    """Makes of the CPU what a GPU is: the numbers of a round are read in the next step."""
+    """Makes the CPU behave like a GPU: a round's measurements are read in the next step."""
 
     def on_train_start(self, trainer, pl_module):
         for local_sgd in trainer.strategy.local_sgd:
@@ -426,7 +426,7 @@ def test_a_round_is_logged_at_the_step_at_which_the_loss_of_its_batch_is(tmp_pat
         for step, trigger, logged_at in own[:-1]:
             assert logged_at == where[step]  # the step of an optimizer is the number of the batch
             assert trigger != "validation" or logged_at in validated
-        assert own[-1][-1] == where[22] + 1  # when all batches had been
+        assert own[-1][-1] == where[22] + 1  # after all batches
 
 
 @pytest.mark.usefixtures("alone")
@@ -445,7 +445,7 @@ def test_validation_and_checkpoint_rounds_of_a_fit_are_told_apart(tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
-def test_history_of_a_fit_goes_on_after_a_checkpoint(tmp_path):
+def test_history_of_a_fit_continues_after_a_checkpoint(tmp_path):
     first = CommunicationMonitor()
     trainer = trainer_of(tmp_path, first, max_steps=6, max_epochs=-1)
     trainer.fit(Tiny(), loader())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and that going on from it is the same as not having stopped; on real processes."""
+"""What a checkpoint holds, and that resuming from it is the same as not having stopped; on real processes."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ class Drilled(Classifier):
         return self.loss((inputs, inputs[:, :3].argmax(dim=1)))
 
     def configure_optimizers(self) -> Any:
-        # Two groups, and rates that fall, so that the period changes on the way.
+        # Two groups, and falling rates, so that the period changes during the run.
         groups = [{"params": self.net[0].parameters()}, {"params": self.net[1:].parameters(), "lr": 0.02}]
         optimizer = {
             "sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
@@ -63,6 +63,7 @@ def drill(optimizer: str, callbacks: list, ckpt_path: str | None = None, seed: i
     loaders = {"train_dataloaders": loader(800), "ckpt_path": ckpt_path}
     fitted, _ = fit(strategy, model, callbacks=[monitor, *callbacks], max_steps=STEPS, loaders=loaders)
     state = fitted.optimizers[0].state_dict()
+    assert monitor.summary()["steps"] == strategy.local_sgd[0].steps
     return {
         "weights": weights(model),
         "period": strategy.local_sgd[0].period.value,
@@ -86,11 +87,11 @@ def stop_and_go(optimizer: str, folder: str, offset: int, options: dict) -> dict
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("offset", range(INITIAL + 1))
-def test_going_on_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, optimizer, offset):
+def test_resuming_from_a_checkpoint_equals_not_having_stopped(pool, tmp_path, optimizer, offset):
     outcomes = pool.run_trainer(stop_and_go, optimizer, str(tmp_path), offset, {})
     for outcome in outcomes:
         assert outcome["differs"] == []
-        assert len(outcome["periods"]) > 1  # the rule had something to remember
+        assert len(outcome["periods"]) > 1  # the rule had state that mattered
         assert outcome["whole"]["steps"] == STEPS
     assert (outcomes[0]["step"], "checkpoint") in [(r.step, r.trigger) for r in outcomes[0]["whole"]["rounds"]]
     # Momentum is local again after the checkpoint: without this, equality would show nothing about it.
@@ -119,7 +120,7 @@ def test_the_same_holds_for_the_other_policies_on_optimizer_state(pool, tmp_path
     ],
     ids=str,
 )
-def test_the_same_holds_in_the_middle_of_rounds_that_are_under_way(pool, tmp_path, options, offset):
+def test_the_same_holds_while_rounds_are_in_flight(pool, tmp_path, options, offset):
     outcomes = pool.run_trainer(stop_and_go, "adamw", str(tmp_path), offset, options)
     for outcome in outcomes:
         assert outcome["differs"] == []
@@ -167,6 +168,8 @@ def test_the_optimizer_state_in_the_file_is_the_mean_over_the_workers_and_they_a
     assert file["adpsgd"]["workers"] == 2
     last = next(r for r in reversed(first["rounds"]) if r.step <= step)
     assert (last.step, last.trigger, last.local_steps) == (step, "checkpoint", 2 if step == 12 else 0)
+    state = file["adpsgd"]["optimizers"][0]
+    assert (state["steps"], state["local_steps"], state["period"]["target"]) == (step, 0, last.target)
 
 
 def save_without_training_state(path: str) -> dict:
@@ -192,7 +195,7 @@ def test_a_file_of_weights_only_holds_the_average_and_nothing_else(pool, tmp_pat
 
 
 class SlowIO(TorchCheckpointIO):
-    """Writes after training has gone on for a while."""
+    """Writes after training has continued for a while."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         time.sleep(0.5)
@@ -250,7 +253,7 @@ def test_model_checkpoint_keeps_the_best_files_and_all_hold_averages(pool, tmp_p
     options = {"monitor": monitor, "save_top_k": 2, "every_n_train_steps": 6 if monitor == "train_loss" else None}
     first, second = pool.run_trainer(_checkpoints, str(tmp_path), options)
     assert len(list(tmp_path.iterdir())) == len(first["best"]) == len(second["best"]) == 2
-    if monitor == "val_loss":  # otherwise ranks disagree on what is best, as they do under DDP, but nobody waits
+    if monitor == "val_loss":  # otherwise ranks disagree on what is best, as under DDP, but none waits
         assert set(first["best"]) == set(second["best"]) == {path.name for path in tmp_path.iterdir()}
     for path in tmp_path.iterdir():
         assert torch.load(path, weights_only=False)["adpsgd"]["averaged"]
@@ -265,7 +268,7 @@ def stop_and_take_the_last(folder: str) -> list[dict]:
     return [checkpoints(folder, resume, **options) for resume in (False, True)]
 
 
-def test_the_last_checkpoint_is_found_and_gone_on_from(pool, tmp_path):
+def test_the_last_checkpoint_is_found_and_resumed_from(pool, tmp_path):
     outcomes = pool.run_trainer(stop_and_take_the_last, str(tmp_path))
     for before, after in outcomes:
         assert before["global_step"] == 32
@@ -297,7 +300,7 @@ def fail(folder: str, rank: int, how: str) -> dict:
         ),
     }[how]()
     if how == "OnExceptionCheckpoint":
-        save.teardown = lambda *_: None  # it would remove its file in this very process
+        save.teardown = lambda *_: None  # it would remove its file in this process
     model = seeded(momentum=0.9)
     fitted = trainer(
         ADPSGDStrategy(100), callbacks=[FailAt(rank, 3), save], max_steps=4, enable_checkpointing=True, max_epochs=1
@@ -317,7 +320,7 @@ needs_save_on_exception = pytest.mark.skipif(not SAVES_ON_EXCEPTION, reason="thi
 @pytest.mark.parametrize(
     "how", ["OnExceptionCheckpoint", pytest.param("ModelCheckpoint", marks=needs_save_on_exception)]
 )
-def test_a_save_on_rank_zeros_exception_waits_for_nobody_and_is_marked_as_its_own(pool, tmp_path, how):
+def test_a_save_on_rank_zeros_exception_does_not_wait_and_is_marked_as_its_own(pool, tmp_path, how):
     first, second = pool.outcomes(fail, str(tmp_path), 0, how, trainer=True)
     assert first.value["error"] == "ValueError: a bad sample"
     (path,) = (path for path in tmp_path.iterdir() if "exception" in path.name)
@@ -329,7 +332,7 @@ def test_a_save_on_rank_zeros_exception_waits_for_nobody_and_is_marked_as_its_ow
     assert "WorkerLostError" in second.value["error"]
     assert "Rank 0 had failed at step 3" in second.value["error"]
     assert "ValueError: a bad sample" in second.value["error"]
-    assert first.value["seconds"] < 30  # the collectives' time-out is twice that
+    assert first.value["seconds"] < 30  # the collectives' timeout is twice that
 
 
 def test_a_failure_of_another_rank_lets_rank_zero_save_what_it_has(pool, tmp_path):
@@ -339,7 +342,7 @@ def test_a_failure_of_another_rank_lets_rank_zero_save_what_it_has(pool, tmp_pat
     assert torch.load(tmp_path / "exception.ckpt", weights_only=False)["adpsgd"]["averaged"] is False
 
 
-def go_on_from_one_workers_file(folder: str) -> dict:
+def resume_from_one_workers_file(folder: str) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = seeded(2, momentum=0.9)
@@ -352,13 +355,13 @@ def go_on_from_one_workers_file(folder: str) -> dict:
     }
 
 
-def test_all_workers_go_on_from_one_workers_file_and_it_is_said(pool, tmp_path):
+def test_all_workers_resume_from_one_workers_file_with_a_warning(pool, tmp_path):
     pool.outcomes(fail, str(tmp_path), 0, "OnExceptionCheckpoint", trainer=True)
-    first, second = pool.run_trainer(go_on_from_one_workers_file, str(tmp_path))
+    first, second = pool.run_trainer(resume_from_one_workers_file, str(tmp_path))
     assert len(first["told"]) == 1
     assert "rank 0 of 2" in first["told"][0]
     assert second["told"] == []
-    assert first["rounds"][0] == (7, 4)  # nobody has drifted yet: the count begins with the file
+    assert first["rounds"][0] == (7, 4)  # no worker has drifted yet: the count starts with the file
     assert identical([first["weights"], second["weights"]])
 
 
@@ -369,7 +372,7 @@ def save(path: str) -> None:
     drill("adamw", [SaveAt(22, path)])
 
 
-def go_on(path: str) -> dict:
+def resume(path: str) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome = drill("adamw", [], path)
@@ -378,11 +381,11 @@ def go_on(path: str) -> dict:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_another_number_of_workers_goes_on_and_it_is_said(pool, tmp_path, workers):
+def test_another_number_of_workers_resumes_with_a_warning(pool, tmp_path, workers):
     path = str(tmp_path / "two.ckpt")
     pool.run_trainer(save, path)
     state = torch.load(path, weights_only=False)["adpsgd"]["optimizers"][0]
-    outcomes = pool.run_trainer(go_on, path, workers=workers)
+    outcomes = pool.run_trainer(resume, path, workers=workers)
     assert identical([outcome["weights"] for outcome in outcomes])
     assert len(outcomes[0]["told"]) == 1
     assert f"written by 2 worker(s), and now there are {workers}" in outcomes[0]["told"][0]
@@ -424,7 +427,7 @@ def there_and_back(folder: str) -> dict:
     return outcome
 
 
-def test_our_checkpoint_goes_on_under_ddp_and_ddps_under_ours(pool, tmp_path):
+def test_our_checkpoint_resumes_under_ddp_and_ddps_under_ours(pool, tmp_path):
     outcomes = pool.run_trainer(there_and_back, str(tmp_path))
     for outcome in outcomes:
         assert outcome["ours"]["same"]
@@ -435,23 +438,23 @@ def test_our_checkpoint_goes_on_under_ddp_and_ddps_under_ours(pool, tmp_path):
     assert identical([outcome["theirs"]["weights"] for outcome in outcomes])
 
 
-def go_on_from_a_former_version(path: str) -> dict:
+def resume_from_a_former_version(path: str) -> dict:
     outcome = drill("adamw", [], path, seed=1)
     outcome["expected"] = torch.load(path, weights_only=True)["expected"]
     return outcome
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_would_have_there(pool):
-    """The file was written at step 22 by version 0.1.0, and says what its run came to (Linux, x86-64)."""
+def test_a_checkpoint_of_an_earlier_version_resumes_as_it_would_have_there(pool):
+    """The file was written at step 22 by version 0.1.0, and holds the outcome of that run (Linux, x86-64)."""
     path = Path(__file__).parents[1] / "data" / "version_0.1.0.ckpt"
-    for outcome in pool.run_trainer(go_on_from_a_former_version, str(path)):
+    for outcome in pool.run_trainer(resume_from_a_former_version, str(path)):
         expected = outcome["expected"]
         assert (outcome["period"], outcome["steps"], outcome["sent"]) == tuple(
             expected[name] for name in ("period", "steps", "sent")
         )
         for mine, theirs in zip(outcome["rounds"], expected["rounds"], strict=True):
             assert mine[:5] == theirs[:5]
-            # Other processors round otherwise, which Adam makes more of: up to 0.003; without the moments it is 0.03.
+            # Other processors round differently, which Adam amplifies to up to 0.003; without the moments it is 0.03.
             torch.testing.assert_close(mine[5:8], theirs[5:8], rtol=2e-2, atol=1e-9)
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(outcome["weights"][name], weight, rtol=0.0, atol=1e-2)

@@ -96,7 +96,7 @@ def test_all_ranks_start_from_the_same_weights(pool):
 def compare_with_ddp() -> list:
     results = []
     for strategy in (ADPSGDStrategy(1), "ddp"):
-        # Statistics of BatchNorm are broadcast by DDP and averaged here; without it the two are the same algorithm.
+        # DDP broadcasts BatchNorm's statistics, which are averaged here; without it the two are the same algorithm.
         model = seeded(batch_norm=False)
         fit(strategy, model, max_epochs=2)
         results.append(weights(model))
@@ -104,7 +104,7 @@ def compare_with_ddp() -> list:
 
 
 @pytest.mark.workers
-def test_period_one_with_plain_sgd_trains_what_ddp_trains(pool):
+def test_period_one_with_plain_sgd_ends_with_the_weights_of_ddp(pool):
     for ours, theirs in pool.run_trainer(compare_with_ddp, workers=3):
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
@@ -114,7 +114,7 @@ def test_period_one_with_plain_sgd_trains_what_ddp_trains(pool):
 
 
 class Collectives(TorchDispatchMode):
-    """Notes every operation of the c10d library, whoever issues it, by the number of steps taken before it."""
+    """Records every operation of the c10d library, by the number of steps taken before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class CountCalls(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.mode.step += 1
-        # What the process group itself has counted, in C++, however a collective got there.
+        # What the process group itself has counted, in C++, however a collective was issued.
         self.sequence.append(dist.group.WORLD._get_sequence_number_for_group())
 
     def on_train_epoch_end(self, *_: Any) -> None:
@@ -201,7 +201,7 @@ def count_collectives(period: Any) -> dict:
 
 @pytest.mark.workers
 @pytest.mark.parametrize("period", [5, AdaptivePeriod(initial=3, sampling=6)], ids=["constant", "adaptive"])
-def test_between_two_rounds_no_collective_is_issued_by_anybody(pool, period):
+def test_between_two_rounds_no_collective_is_issued(pool, period):
     for outcome in pool.run_trainer(count_collectives, period):
         batches = len(outcome["sequence"])
         assert batches == 16
@@ -245,7 +245,7 @@ def test_lightning_is_given_no_hooks_to_call_at_every_step_that_do_nothing(pool)
 
 
 class RateOfItsOwn(Classifier):
-    """Every rank has another learning rate, as after a plateau that only one rank has seen."""
+    """Every rank has a different learning rate, as after a plateau that only one rank has seen."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr * (1 + self.global_rank))
@@ -266,7 +266,7 @@ def test_ranks_with_different_learning_rates_keep_the_same_period(pool):
     assert first[-1][1] > first[0][1]
 
 
-# Invariant 3: whoever looks, sees the average
+# Invariant 3: validation, checkpoints and the end of training see the average
 
 
 class Look(L.Callback):
@@ -349,7 +349,7 @@ def test_no_extra_round_is_made_where_no_step_was_taken(pool):
 
 def rounds_read_later(later: bool) -> dict:
     class ReadLater(L.Callback):
-        """Makes of the CPU what a GPU is: numbers of a round are read in the next step."""
+        """Makes the CPU behave like a GPU: a round's measurements are read in the next step."""
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             for local_sgd in trainer.strategy.local_sgd:
@@ -373,7 +373,7 @@ def rounds_read_later(later: bool) -> dict:
 
 
 @pytest.mark.workers
-def test_numbers_that_are_read_a_step_later_change_neither_rounds_nor_weights(pool):
+def test_measurements_that_are_read_a_step_later_change_neither_rounds_nor_weights(pool):
     for at_once, later in zip(
         pool.run_trainer(rounds_read_later, False), pool.run_trainer(rounds_read_later, True), strict=True
     ):
@@ -383,7 +383,7 @@ def test_numbers_that_are_read_a_step_later_change_neither_rounds_nor_weights(po
         assert identical([at_once["weights"], later["weights"]])
 
 
-# Who listens
+# Listeners
 
 
 class Listens(L.Callback):
@@ -523,7 +523,7 @@ def save_on_exception(folder: str) -> dict:
 
 
 @pytest.mark.workers
-def test_a_save_on_one_ranks_exception_waits_for_nobody(pool, tmp_path):
+def test_a_save_on_one_ranks_exception_does_not_wait(pool, tmp_path):
     outcomes = pool.outcomes(save_on_exception, str(tmp_path), trainer=True)
     assert outcomes[0].value == {"raised": "a bad sample", "local_steps": 3}
     assert "state_dict" in torch.load(tmp_path / "exception.ckpt", weights_only=False)

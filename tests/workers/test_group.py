@@ -141,7 +141,7 @@ def close_what_was_opened() -> dict:
     async_group.close()
     async_group.close()
     workers.close()
-    with pytest.raises((CollectiveError, ValueError), match=r"were closed|ClosedGroup"):  # torch may find it out first
+    with pytest.raises((CollectiveError, ValueError), match=r"were closed|ClosedGroup"):  # torch may notice first
         async_group.sum_(torch.ones(3))
     return {"groups": [opened - before, len(groups) - before], "table": workers.table([1.0]).tolist()}
 

@@ -1,4 +1,4 @@
-"""Nodes as workers: their ranks average gradients at every step, and parameters travel once per node."""
+"""Nodes as workers: their ranks average gradients at every step, and parameters are sent once per node."""
 
 import os
 import warnings
@@ -52,7 +52,7 @@ def test_mean_is_that_of_the_nodes_and_each_rank_sends_its_slice(pool, length, d
         assert outcome["count"] == (3, 6)
     for node in range(3):
         sent = sum(outcome["bytes"] for outcome in outcomes[2 * node : 2 * node + 2])
-        # One tensor per node, two small means, and of three nodes, what tells whether all hold a range alike.
+        # One tensor per node, two small means, and with three nodes the fingerprints of identical blocks.
         assert sent == 4 * length + 2 * 8 + (0 if dropped else 2 * 16 * -(-4 * length // 40))
 
 
@@ -73,7 +73,7 @@ class Fed(Classifier):
 
 
 def announce_nodes(nodes: list[int]) -> None:
-    """Let this rank be on the node that the list says, as torchrun would."""
+    """Put this rank on the node that the list says, as torchrun would."""
     rank = int(os.environ["RANK"])
     node = nodes[rank]
     os.environ.update(
@@ -110,7 +110,7 @@ def train(model: Fed, trainer: dict, **options: Any) -> dict:
     [{}, {"stagger": True, "overlap": 1}, {"optimizer_state": "average"}, {"reduce_dtype": "bf16"}],
     ids=str,
 )
-def test_nodes_train_what_single_devices_with_all_their_data_train(pool, options):
+def test_nodes_end_with_the_weights_of_single_devices_with_all_their_data(pool, options):
     nodes = pool.run_trainer(train_nodes, options, workers=4)
     devices = pool.run_trainer(train_devices, options, workers=2)
     assert identical([outcome["weights"] for outcome in nodes])

@@ -1,4 +1,4 @@
-"""Workers that are gone are named wherever others wait for them, and what was opened for a run is closed after it."""
+"""Workers that have ended are named wherever others wait for them, and a run's connections are closed after it."""
 
 import os
 import time
@@ -22,7 +22,7 @@ from tests.workers.test_reduction import Device
 pytestmark = pytest.mark.workers
 
 
-# What ranks tell each other through the store
+# What ranks post in the store
 
 
 def statuses_left_behind() -> dict:
@@ -40,7 +40,7 @@ def statuses_left_behind() -> dict:
     return {"statuses": statuses, "answered": answered, "lingered": lingered}
 
 
-def test_statuses_are_found_once_connections_are_closed_and_nobody_waits_for_those_who_linger(pool):
+def test_statuses_are_found_once_connections_are_closed_and_ranks_that_linger_are_not_waited_for(pool):
     outcomes = pool.run(statuses_left_behind, workers=3)
     first, second, third = (outcome["statuses"] for outcome in outcomes)
     assert first == {1: "had enough of rank 1", 2: "had enough of rank 2"}
@@ -59,7 +59,7 @@ def silence_of_the_others() -> list[float]:
     return lingered
 
 
-def test_first_rank_lingers_once_for_those_who_post_nothing(pool):
+def test_first_rank_lingers_once_for_ranks_that_post_nothing(pool):
     lingered, _ = pool.run(silence_of_the_others)
     assert lingered[0] >= 0.4 > lingered[1]
 
@@ -72,7 +72,7 @@ def wait_for_one_that_has_failed() -> tuple[str, float]:
     begun = time.monotonic()
     if workers.rank == 1:
         workers.peers.post_status("had ended training")
-        time.sleep(1.5)  # who has ended well, or failed in another run, is waited for
+        time.sleep(1.5)  # ranks that ended normally, or failed in another run, are waited for
         workers.peers.post_status("had failed at step 2: ValueError: boom", failed=True)
         return "", 0.0
     with pytest.raises(CollectiveError) as caught:
@@ -80,7 +80,7 @@ def wait_for_one_that_has_failed() -> tuple[str, float]:
     return str(caught.value), time.monotonic() - begun
 
 
-def test_those_who_wait_for_a_device_hear_of_failures_of_this_run_alone(pool):
+def test_a_wait_for_a_device_ends_for_failures_of_this_run_only(pool):
     (told, seconds), *_ = pool.run(wait_for_one_that_has_failed)
     assert told == "rank 1 has failed meanwhile"
     assert 3.5 < seconds < 30.0
@@ -111,7 +111,7 @@ def test_connections_of_a_group_that_was_made_without_naming_a_backend_are_close
 
 
 def test_with_nccl_connections_are_aborted(monkeypatch):
-    # There is no GPU to do it with: what torch is asked for.
+    # There is no GPU, so this tests what torch is asked for.
     done = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: None)
@@ -124,11 +124,11 @@ def test_with_nccl_connections_are_aborted(monkeypatch):
     assert done == ["aborted", "destroyed"]
 
 
-# A worker that goes where others wait for it, outside of a round
+# A worker that ends where others wait for it, outside a round
 
 
 class _Cluster:
-    """Where ranks are, as far as a strategy asks."""
+    """The ranks' placement, as far as a strategy asks for it."""
 
     def node_rank(self) -> int:
         return 0
@@ -142,7 +142,7 @@ def local_sgd_of(*models: nn.Module, **options: Any) -> LocalSGD:
     return LocalSGD(torch.optim.SGD(parameters, lr=0.1), 4, module=models[0], total_steps=100, **options)
 
 
-# Each is what the first worker does alone; it gets to know whether it is the one that goes in the middle of it.
+# Each is what the first worker does alone; it is told whether it is the one that ends in the middle of it.
 
 
 def broadcast_the_weights(model: nn.Module, goes: bool) -> None:
@@ -212,12 +212,12 @@ def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
         if rank == 0:
             store.set("next", "")
         else:
-            workers.peers.linger(0.0)  # has heard enough
+            workers.peers.linger(0.0)  # needs no more statuses
             store.wait(["next"], timedelta(seconds=60))
     return told
 
 
-def test_a_worker_that_goes_is_named_wherever_others_wait_for_it(pool, tmp_path):
+def test_a_worker_that_ends_is_named_wherever_others_wait_for_it(pool, tmp_path):
     told, gone = pool.run_trainer(go_at_each_place, str(tmp_path))
     assert gone == {}
     for place in PLACES:
@@ -236,7 +236,7 @@ def fit_with_one_that_goes_at_the_start() -> None:
     fit(ADPSGDStrategy(2), GoesAtTheStart(), max_steps=4)
 
 
-def test_a_worker_that_goes_before_the_rules_start_is_named(pool):
+def test_a_worker_that_ends_before_the_rules_start_is_named(pool):
     missed, gone = pool.outcomes(fit_with_one_that_goes_at_the_start, trainer=True)
     assert gone.kind == "ValueError"
     assert missed.kind == "WorkerLostError", missed.error
@@ -300,7 +300,7 @@ def step_in_different_orders(overlap: int) -> None:
 
 
 def test_ranks_that_step_their_optimizers_in_different_orders_are_told_so(pool):
-    # On connections that they shared, parts of different sizes would meet, for which gloo ends the process.
+    # On shared connections, fragments of different sizes would meet, at which gloo ends the process.
     for overlap in (0, 2):
         for outcome in pool.outcomes(step_in_different_orders, overlap):
             assert outcome.kind == "WorkersDisagreeError"
@@ -308,7 +308,7 @@ def test_ranks_that_step_their_optimizers_in_different_orders_are_told_so(pool):
             assert "of optimizer 1" in outcome.error
 
 
-# What the host has to know
+# What the host has to read
 
 
 class Readings(TorchDispatchMode):
@@ -328,7 +328,7 @@ def train_with_rates(as_tensors: bool, options: dict) -> dict:
     groups = [{"params": [model.weight], "lr": number(0.1)}, {"params": [model.bias], "lr": number(0.0)}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     for group in optimizer.param_groups:
-        group["betas"] = (number(0.9), number(0.999))  # of which momentum is looked ahead, where there is some
+        group["betas"] = (number(0.9), number(0.999))  # with which momentum is looked ahead
     local_sgd = LocalSGD(optimizer, 4, module=model, total_steps=40, **options)
     local_sgd.broadcast()
     rounds, readings = [], Readings()
@@ -350,7 +350,7 @@ def train_with_rates(as_tensors: bool, options: dict) -> dict:
 def test_rates_that_are_tensors_are_not_read_by_the_host_and_mean_the_same(pool, options):
     tensors, numbers = (pool.run(train_with_rates, as_tensors, options) for as_tensors in (True, False))
     for with_tensors, with_numbers in zip(tensors, numbers, strict=True):
-        # Two betas of two groups are read once, if at all: never again at every step.
+        # Two betas of two groups are read once at most, not at every step.
         assert with_tensors["readings"] <= with_numbers["readings"] + 4
         assert len(with_tensors["rounds"]) == len(with_numbers["rounds"]) > 2
         for ours, theirs in zip(with_tensors["rounds"], with_numbers["rounds"], strict=True):

@@ -39,7 +39,7 @@ def test_an_error_found_in_passing_is_raised_where_the_result_is_needed(monkeypa
 
 
 def exchange_rows(ranks_per_node: int, length: int) -> dict:
-    """Every rank sends bytes that tell who sends them, and to whom; what is combined has another length."""
+    """Every rank sends bytes that name sender and receiver; what is combined has another length."""
     workers = NodeWorkerGroup(ranks_per_node) if ranks_per_node > 1 else WorkerGroup()
     mine, residual = workers.worker_of(workers.rank), torch.zeros(length)
     shares, residuals = workers.shares(torch.arange(length)), workers.shares(residual)
@@ -91,11 +91,11 @@ def test_each_rank_combines_its_share_of_what_all_workers_send_and_all_get_all_s
         assert max(sent) - min(sent) <= 10
 
 
-# What a device does together with others: events, clock and words are played here
+# Waiting for a device and for peers: events, clock and statuses are simulated
 
 
 class Device:
-    """Comes to its events at a time, and has a clock."""
+    """Reaches its events at a set time, and has a clock."""
 
     def __init__(self, done_at: float = math.inf, fails_at: float = math.inf) -> None:
         self.now, self.done_at, self.fails_at = 0.0, done_at, fails_at
@@ -119,13 +119,13 @@ def wait_with(device: Device, failed: Callable[[], str | None] = lambda: None, b
     return device.now
 
 
-def test_who_waits_for_a_device_notices_its_end_soon():
+def test_a_wait_for_a_device_ends_soon_after_the_device_is_done():
     assert wait_with(Device(done_at=0.0)) == 0.0
     assert wait_with(Device(done_at=1e-3)) < 1.2e-3
     assert wait_with(Device(done_at=50.0)) < 50.002
 
 
-def test_a_device_that_does_not_come_to_its_end_is_waited_for_until_the_time_is_up():
+def test_a_device_that_does_not_end_is_waited_for_until_the_timeout():
     device = Device()
     with pytest.raises(CollectiveError, match="has not ended after 60 s"):
         wait_with(device)
@@ -137,7 +137,7 @@ def test_a_device_that_does_not_come_to_its_end_is_waited_for_until_the_time_is_
     assert device.now < 60.2
 
 
-def test_a_failure_of_another_worker_ends_the_waiting_unless_it_had_done_its_part():
+def test_a_failure_of_another_worker_ends_the_wait_unless_it_had_done_its_part():
     for done_at in (math.inf, 11.5):
         device = Device(done_at)
         asked: list[float] = []
@@ -155,7 +155,7 @@ def test_a_failure_of_another_worker_ends_the_waiting_unless_it_had_done_its_par
         assert len(asked) <= 12  # about once per second
 
 
-def test_an_error_of_this_workers_own_device_is_not_told_as_somebody_elses():
+def test_an_error_of_this_workers_own_device_is_not_reported_as_another_workers():
     with pytest.raises(RuntimeError, match="device-side assert") as caught:
         wait_with(Device(fails_at=5.0))
     assert not isinstance(caught.value, CollectiveError)

@@ -1,4 +1,4 @@
-"""PowerSGD and bf16: what arrives, and that bytes are counted."""
+"""PowerSGD and bf16: what arrives, and what is counted."""
 
 import pickle
 
@@ -17,7 +17,7 @@ WIDTH, LAYERS = 40, 6
 
 
 def reduced_on_a_rank(new_reducer, steps):
-    """The rank's own gradient, and what a reducer makes of it in each of several steps."""
+    """The rank's own gradient, and a reducer's result in each of several steps."""
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     inputs = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -71,7 +71,7 @@ def test_powersgd_is_exact_at_first_and_what_it_cuts_off_is_sent_later(pool):
 
 
 @pytest.mark.workers
-def test_powersgd_leaves_matrices_alone_that_are_too_small_for_it(pool):
+def test_powersgd_does_not_compress_matrices_that_are_too_small(pool):
     results = pool.run(reduced_on_a_rank, new_power_of_all, 4, workers=2)
     mean = torch.stack([own for own, *_ in results]).mean(dim=0)
     assert torch.allclose(results[0][1][-1], mean, rtol=1e-4, atol=1e-4 * mean.abs().max())

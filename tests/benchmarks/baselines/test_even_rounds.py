@@ -10,7 +10,7 @@ from tests.training import fit, seeded
 
 
 def rounds_of(period, total_steps, start=0):
-    """The steps at which a strategy averages, if nobody else asks for a round."""
+    """The steps at which a strategy averages, if nothing else triggers a round."""
     steps, step = [], start
     while step + period.value <= total_steps:
         step += period.value
@@ -34,7 +34,7 @@ def test_rounds_are_as_many_as_asked_for_and_even_and_the_last_is_at_the_end(dat
 
 
 @given(st.integers(1, 400), st.data())
-def test_schedule_goes_on_where_it_was_saved(total, data):
+def test_schedule_continues_where_it_was_saved(total, data):
     rounds = data.draw(st.integers(1, total))
     whole, first, second = EvenRounds(rounds), EvenRounds(rounds), EvenRounds(rounds)
     for period in (whole, first, second):
@@ -51,7 +51,7 @@ def test_state_from_before_the_length_was_known_keeps_the_length():
     assert rounds_of(period, 50) == [10, 20, 30, 40, 50]
 
 
-def test_run_that_goes_on_for_longer_keeps_the_saved_schedule():
+def test_run_that_is_made_longer_keeps_the_saved_schedule():
     saved, longer = EvenRounds(3), EvenRounds(3)
     saved.setup(10)
     before = rounds_of(saved, 6)
@@ -64,7 +64,7 @@ def test_round_that_comes_late_does_not_shift_those_after_it():
     period = EvenRounds(5)
     period.setup(50)
     period.update(10, ratio=1.0, learning_rate=0.1)
-    # A validation at step 13 starts the count anew, so that the round of step 20 takes place at 23.
+    # A validation at step 13 restarts the count, so that the round of step 20 takes place at 23.
     period.update(23, ratio=1.0, learning_rate=0.1)
     assert rounds_of(period, 50, start=23) == [30, 40, 50]
 
@@ -105,7 +105,7 @@ def test_fit_has_the_rounds_it_was_asked_for(pool, options):
         assert [step for step, _ in rounds] == [n * 32 // 7 for n in range(1, 8)]
 
 
-def test_loop_of_ones_own_can_have_even_rounds():
+def test_plain_loop_can_have_even_rounds():
     parameter = nn.Parameter(torch.ones(1))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=0.1), EvenRounds(3), total_steps=10)
     rounds = [local_sgd.step() for _ in range(10)]

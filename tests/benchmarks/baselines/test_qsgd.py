@@ -67,7 +67,7 @@ def test_draws_differ_and_a_seed_repeats_them():
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_only_value_of_a_bucket_stays_what_it_is(scale, sign):
-    # The norm is that value, as nearly as fp32 has it: one level too much would be the int8 of another sign.
+    # The norm is that value, to fp32's precision: one level too much would be an int8 of the other sign.
     for mantissa in torch.linspace(1, 2, 50):
         values = torch.zeros(512)
         values[17] = sign * scale * mantissa
@@ -127,7 +127,7 @@ def test_values_and_the_global_random_state_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# What workers do with it
+# On several workers
 
 
 def a_network(width):
@@ -213,7 +213,7 @@ def test_one_worker_keeps_its_gradients_and_sends_nothing(pool):
 
 
 def mean_error(steps):
-    """Of many reductions of the same gradients, with errors of the ranks that should be independent."""
+    """Of many reductions of the same gradients, in which the ranks' errors should be independent."""
     own = torch.ones(4096) if dist.get_rank() == 0 else -torch.ones(4096)
     generator = QSGDReducer(CODEC, 0)
     return torch.stack([CODEC.decode(generator._encode(own)) - own for _ in range(steps)])

@@ -32,7 +32,7 @@ from benchmarks.frame.errors import NotMeasuredError
         (folder, "no_such_folder", "there is no folder no_such_folder; make it first"),
     ],
 )
-def test_wrong_argument_is_told_with_what_is_expected(kind, given, expected):
+def test_wrong_argument_is_named_with_what_is_expected(kind, given, expected):
     with pytest.raises(argparse.ArgumentTypeError, match=expected):
         kind(given)
 
@@ -77,7 +77,7 @@ def test_exit_code_is_that_of_the_measurement():
     assert new_main(parse, lambda options: 1)([]) == 1
 
 
-def test_error_that_nobody_expects_is_not_hidden():
+def test_unexpected_error_is_not_hidden():
     def measure(options):
         raise ArithmeticError("on purpose")
 

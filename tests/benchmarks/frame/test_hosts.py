@@ -18,12 +18,12 @@ from benchmarks.frame.hosts import hosts
 with hosts(2) as cluster:
     print(cluster[0].start(["sleep", "600"]).pid, flush=True)
     while True:
-        time.sleep(0.1)  # a signal that comes just before a long sleep is heard after it
+        time.sleep(0.1)  # a signal that arrives just before a sleep is handled after it
 """
 
 
 def is_running(pid):
-    # A process that has ended but that nobody has waited for is still listed, as a zombie.
+    # A process that has ended but was not waited for is still listed, as a zombie.
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
@@ -70,7 +70,7 @@ def test_rate_is_kept(namespaces):
 
 @contextmanager
 def started(command):
-    """A process that hears signals even where the tests run in the background, and that does not outlive the test."""
+    """A process that handles signals even if the tests run in the background, and that does not outlive the test."""
 
     def hear_signals():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

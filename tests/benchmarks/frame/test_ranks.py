@@ -63,7 +63,7 @@ def test_ranks_carry_out_orders_one_after_the_other(tmp_path):
         ("sys.stdin.readline(); sys.exit('its last words')", "(?s)Rank 1 ended with exit code 1.*its last words"),
     ],
 )
-def test_rank_that_fails_is_named_and_nobody_waits_for_the_others(tmp_path, failing, named):
+def test_rank_that_fails_is_named_and_the_others_are_not_waited_for(tmp_path, failing, named):
     processes, ranks = started(MEET_AND_COUNT.replace("RANK", "0"), failing, folder=tmp_path)
     try:
         with pytest.raises(RankFailedError, match=named):

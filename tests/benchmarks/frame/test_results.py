@@ -3,7 +3,7 @@ import json
 from benchmarks.frame.results import write_json
 
 
-def test_file_says_what_was_measured_with_what_and_on_what(tmp_path, monkeypatch):
+def test_file_names_the_measurement_its_settings_and_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks/link.py", "--hosts", "2"])
     write_json(tmp_path / "file.json", "link", {"hosts": 2, "json": tmp_path}, [{"loss": 1.5}])
     content = json.loads((tmp_path / "file.json").read_text())

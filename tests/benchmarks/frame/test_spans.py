@@ -10,7 +10,7 @@ def test_spans_are_those_of_the_package():
     assert get_args(spans.Name) == SPANS
 
 
-def test_spans_are_counted_and_timed_and_one_that_does_not_occur_is_nothing():
+def test_spans_are_counted_and_timed_and_one_that_does_not_occur_counts_as_zero():
     with recorded_spans() as taken:
         assert taken == {}
         for _ in range(3):

@@ -15,7 +15,7 @@ def some_runs(*contenders, seeds=(0,)):
 
 
 def a_result(loss=1.0, right=0.5, sent=100, had=10, steps=40, curve=None, ratios=None):
-    """Of a run with a round every so many steps, and the last one at the end of training."""
+    """Of a run with evenly spaced rounds, and the last one at the end of training."""
     every = steps // had
     averaging = {
         "step": [every * place for place in range(1, had + 1)],

@@ -42,7 +42,7 @@ def verdicts(folder, changes=()):
     return [goal.verdict for goal in goals([part_of(folder, {**ENDS_ALIKE, **dict(changes)})])]
 
 
-def test_goals_are_reached_where_it_ends_like_full_communication_for_a_twentieth(tmp_path):
+def test_goals_are_reached_by_matching_full_communication_with_a_twentieth_of_the_bytes(tmp_path):
     assert verdicts(tmp_path) == ["reached"] * 4
 
 
@@ -121,7 +121,7 @@ def test_without_full_communication_there_is_nothing_to_relate_bytes_to(tmp_path
     assert row[2] == row[5] == row[6] == ""
 
 
-def test_frontier_has_who_is_more_accurate_than_all_that_send_as_little():
+def test_frontier_has_the_points_more_accurate_than_all_that_send_as_little():
     some = [Point(FULL, share, right, 0.1) for share, right in [(1, 63), (0.5, 64), (0.1, 60), (0.1, 61), (0.2, 60.5)]]
     assert [(each.share, each.accuracy) for each in frontier(some)] == [(0.1, 61), (0.5, 64)]
     assert frontier([]) == []

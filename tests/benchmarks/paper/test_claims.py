@@ -30,7 +30,7 @@ def test_adpsgd_is_judged_against_cpsgd_with_at_least_as_many_rounds(tmp_path):
     results = {
         ADPSGD: [a_result(1.0, 0.7, had=10)],
         MATCHED: [a_result(1.1, 0.6, had=10)],
-        CPSGD_8: [a_result(0.9, 0.8, had=5)],  # better, but with half of the rounds: it says nothing about the claim
+        CPSGD_8: [a_result(0.9, 0.8, had=5)],  # better, but with half of the rounds, so it does not count for the claim
     }
     claim = claims(outcomes_of(tmp_path, results), [TASK], {})[0]
     assert claim.verdict == "reproduced"
@@ -59,7 +59,7 @@ def test_qsgd_is_compared_in_loss_bytes_and_time(tmp_path):
     assert claim.verdict == "not reproduced"
     assert "ADPSGD, p_init = 8, with 0.50 of QSGD's bytes" in claim.sentences[0]
     # QSGD has 2.0 after epoch 2 and 20 bytes; they, after 2.5 epochs and 12.5 bytes.
-    assert "is there after 1.25 times its epochs and 0.62 times its bytes" in claim.sentences[0]
+    assert "is reached after 1.25 times its epochs and 0.62 times its bytes" in claim.sentences[0]
     assert "0.78 times its time on the link that stands for 10 Gbps" in claim.sentences[1]
 
 

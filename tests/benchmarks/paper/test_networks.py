@@ -8,7 +8,7 @@ from benchmarks.paper.text import CONTEXT
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_networks_tell_ten_classes_of_small_images_apart(name):
+def test_networks_classify_small_images_into_ten_classes(name):
     network = new_network(name)
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 

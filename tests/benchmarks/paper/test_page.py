@@ -47,7 +47,7 @@ def test_page_has_a_row_per_contender_with_mean_spread_and_speedups(tmp_path):
     assert "| full communication | 1 | 40 | 1.00 | 10.0 | 1.000 | 0.8000 | 70.00 | 1.00 |" in text
     assert "`the command`" in text
     assert "65.00 ± 7.07" in page.overview()
-    assert "## The rule under today's habits" not in text
+    assert "## The rule under cosine decay and AdamW" not in text
 
 
 def test_page_answers_every_study_that_has_runs(tmp_path):
@@ -55,7 +55,11 @@ def test_page_answers_every_study_that_has_runs(tmp_path):
     others = {contender: [a_result(0.9)] for contender in (*MOMENTUM[1:], *GRID[:3])}
     page = page_of(tmp_path, {"net": both | others, "net-cosine": both}, STUDIES)
     text = page.text()
-    for title in ("The comparison", "The rule under today's habits", "What averaging the optimizer's state does"):
+    for title in (
+        "The comparison",
+        "The rule under cosine decay and AdamW",
+        "What averaging the optimizer's state does",
+    ):
         assert f"## {title}" in text
     assert "## p_init and sampling" in text
     assert "| Net, cosine | CPSGD, p = 8 | 1.60 | 1.00 |" not in text  # the second quarter is what it is relative to

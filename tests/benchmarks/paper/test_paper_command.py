@@ -18,7 +18,7 @@ INT8_LIKE = replace(INT8, name="adpsgd-bf16", title="ADPSGD, bf16", reduce_dtype
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A scale that takes seconds, with images made up; arguments for it."""
+    """A scale that takes seconds, with made-up images; its arguments."""
     write_cifar10(tmp_path)
     study = Study("paper", "The comparison", [TASK], PAPER, 1)
     monkeypatch.setitem(command.SCALES, "short", (study,))
@@ -26,7 +26,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.mark.workers
-def test_command_trains_all_contenders_writes_the_page_and_goes_on_where_it_was(tiny, tmp_path, capsys):
+def test_command_trains_all_contenders_writes_the_page_and_continues_where_it_was(tiny, tmp_path, capsys):
     assert command.main(tiny) == 0
     told = capsys.readouterr()
     assert "are not the published ones" in told.err
@@ -114,7 +114,7 @@ def test_contenders_that_send_less_are_trained_and_counted(tmp_path, monkeypatch
 
 def test_nothing_to_write_about_is_an_error(tiny, capsys):
     assert command.main([*tiny, "--page-only"]) == FAILED
-    assert "no run of this kind is finished" in capsys.readouterr().err
+    assert "no such run is finished" in capsys.readouterr().err
 
 
 def test_images_that_are_missing_and_cannot_be_downloaded_are_an_error_that_says_what_to_do(

@@ -31,7 +31,7 @@ def test_differences_are_taken_within_a_seed_that_both_have(tmp_path):
         ([0.25], "+0.25 (higher with 1 of 1 seeds)"),
     ],
 )
-def test_differences_are_told_with_how_many_seeds_agree(differences, words):
+def test_differences_say_how_many_seeds_agree(differences, words):
     assert in_words(differences, 2) == words
 
 
@@ -43,7 +43,7 @@ def test_loss_is_reached_on_a_straight_line_between_epochs():
     assert until(result, 0.9) is None
 
 
-def test_quarters_hold_the_rounds_that_the_period_asked_for():
+def test_quarters_hold_the_rounds_that_the_period_triggered():
     # At steps 5, 10, …, 40; the last one is not the period's.
     ratios = [1.0, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0, 100.0]
     result = a_result(had=8, ratios=ratios)

@@ -97,7 +97,7 @@ def test_the_contender_adpsgd_int4_is_what_the_strategys_name_stands_for():
     assert repr(compared._period) == repr(named._period)
 
 
-def test_settings_without_fields_that_came_later_make_the_same_strategy():
+def test_settings_without_later_fields_make_the_same_strategy():
     settings = Run(TASK, ADPSGD, 0).settings(None)["contender"]
     assert "reduce_dtype" not in settings
     assert new_strategy(settings, None, "gloo")._options.reduce_dtype is None
@@ -126,7 +126,7 @@ class Repeats(nn.Module):
 
 def test_language_model_is_judged_by_the_text_that_it_is_not_trained_on():
     tail = torch.arange(CONTEXT + 1).repeat(2)[: 2 * CONTEXT + 1]
-    tail[-1] = 0  # the last one comes as a surprise
+    tail[-1] = 0  # it predicts the last one wrongly
     data = SimpleNamespace(val_set=Windows(tail))
     answers = [judge_text(Repeats(), data, SimpleNamespace(global_rank=rank, world_size=2)) for rank in (0, 1)]
     assert {answer["test_images"] for answer in answers} == {answer["train_images"] for answer in answers}
@@ -148,7 +148,7 @@ NAMES = ("0.weight", "1.running_mean", "1.num_batches_tracked")
 
 
 @pytest.mark.workers
-def test_model_is_looked_at_as_the_mean_over_ranks_and_left_as_it_is(pool):
+def test_model_is_evaluated_as_the_mean_over_ranks_and_left_as_it_is(pool):
     first, second = pool.run(average_on_rank)
     assert first == [{1}, {1}, {1}, {2}, {2}, {1}]
     assert second == [{3}, {3}, {3}, {2}, {2}, {3}]

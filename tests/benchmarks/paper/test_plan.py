@@ -70,7 +70,7 @@ def test_grid_has_the_default_once_under_its_own_name():
     assert RARE in GRID
 
 
-def test_fields_that_came_later_are_settings_only_where_they_say_something():
+def test_later_fields_are_settings_only_where_they_differ_from_their_default():
     (run,) = (run for run in runs_of(SCALES["cpu"], 1) if (run.task.name, run.contender) == ("resnet", FULL))
     assert {"reduce_dtype", "matrix_rank", "rate"}.isdisjoint(run.settings(None)["contender"])
     faster = run._replace(contender=FULL.at_rate(2)).settings(None)["contender"]
@@ -78,7 +78,7 @@ def test_fields_that_came_later_are_settings_only_where_they_say_something():
     assert run._replace(contender=replace(FULL, optimizer_state="local")).settings(None) == run.settings(None)
 
 
-def test_all_stored_runs_have_the_settings_of_today():
+def test_all_stored_runs_have_the_current_settings():
     folder = REPOSITORY / "benchmarks" / "results" / "paper" / "cpu"
     runs = {run.file: run for run in runs_of(SCALES["cpu"])}
     files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.json"))]
@@ -93,7 +93,7 @@ def the_study_of_bytes(scale="cpu"):
     return study
 
 
-def test_accuracy_against_bytes_is_asked_of_every_task_with_five_seeds():
+def test_accuracy_against_bytes_covers_every_task_with_five_seeds():
     study = the_study_of_bytes()
     assert [task.name for task in study.tasks] == ["vgg", "googlenet", "resnet", "resnet-cosine", "vit-adamw"]
     assert study.seeds == 5
@@ -119,7 +119,7 @@ def test_runs_that_are_compared_come_first_of_every_seed():
         assert len(first) == sum(run.contender in pair for run in of_seed) == 2 * 5 + 4
 
 
-def test_what_only_some_tasks_have_is_done_for_these():
+def test_contenders_of_some_tasks_are_run_for_these_only():
     other = replace(TASK, name="other")
     study = Study("some", "Some", [TASK, other], [ADPSGD], 1, more={"other": [FULL]}, first=[FULL])
     assert [(run.task.name, run.contender) for run in study.runs(0)] == [
@@ -129,7 +129,7 @@ def test_what_only_some_tasks_have_is_done_for_these():
     ]
 
 
-def test_language_and_a_longer_run_are_asked_about_too():
+def test_language_and_a_longer_run_are_studied_too():
     studies = {study.name: study for study in SCALES["cpu"]}
     (language,), (long,) = studies["language"].tasks, studies["long"].tasks
     assert (language.data, language.optimizer, language.schedule, language.workers) == ("text", "adamw", "cosine", 8)

@@ -32,7 +32,7 @@ def an_answer(**changes):
     } | changes
 
 
-def test_ranks_are_put_together_and_the_last_epoch_ends_when_all_have_met():
+def test_answers_of_ranks_are_combined_and_the_last_epoch_includes_the_last_round():
     other = an_answer(right=4, train_loss_sum=14.0, averaging={})
     other["curve"] = [point | {"loss": point["loss"] + 1} for point in other["curve"]]
     result = combine([an_answer(), other])
@@ -45,7 +45,7 @@ def test_ranks_are_put_together_and_the_last_epoch_ends_when_all_have_met():
 
 
 def new_ranks(fails_at=None):
-    """Ranks whose runs have one round more each time."""
+    """Ranks each of whose runs has one round more."""
     return FakeRanks(lambda count: [an_answer(rounds=count)] * 2, fails_at)
 
 
@@ -56,7 +56,7 @@ def done(store, runs, ranks=None):
     return ranks, said
 
 
-def test_what_is_done_is_kept_with_its_settings_and_command_and_not_done_again(tmp_path):
+def test_run_is_kept_with_its_settings_and_command_and_not_repeated(tmp_path):
     store, runs = Store(tmp_path), some_runs(FULL, CPSGD_8)
     ranks, _ = done(store, runs)
     content = json.loads((tmp_path / "net" / "full-seed0.json").read_text())
@@ -80,7 +80,7 @@ def test_run_with_other_settings_is_done_again(tmp_path):
 def test_matched_run_is_told_the_rounds_of_the_adaptive_one_with_its_seed(tmp_path):
     store = Store(tmp_path)
     runs = some_runs(ADPSGD, MATCHED, seeds=(0, 1))
-    assert store.result(runs[1]) is None  # nobody knows yet how many rounds it is to have
+    assert store.result(runs[1]) is None  # its number of rounds is not known yet
     ranks, _ = done(store, runs)
     assert [order["settings"].get("rounds") for order in ranks.orders] == [None, 1, None, 3]
 
@@ -105,14 +105,14 @@ def test_runs_before_an_interruption_are_kept_and_nothing_half_written(tmp_path)
     assert [order["settings"]["contender"]["name"] for order in ranks.orders] == ["qsgd", "cpsgd-8"]
 
 
-def test_progress_names_the_run_what_came_of_it_and_the_time_left(tmp_path):
+def test_progress_shows_the_run_its_result_and_the_time_left(tmp_path):
     _, said = done(Store(tmp_path), some_runs(FULL, QSGD))
     assert said[0].startswith("1 of 2  Net, full communication, seed 0: 1 rounds, 200 B, loss 1.0000, accuracy 60.00 %")
     assert said[0].endswith("about 1 min left)")
     assert said[1].endswith("none left)")
 
 
-def test_time_left_goes_by_the_runs_of_the_same_task():
+def test_time_left_is_computed_from_runs_of_the_same_task():
     other = dataclasses.replace(TASK, name="other")
     missing = [Run(TASK, FULL, 0), Run(TASK, QSGD, 0), Run(other, FULL, 0)]
     assert time_left(missing, {"net": [10.0, 12.0, 50.0]}) == 12 + 12 + 12

@@ -48,7 +48,7 @@ def test_text_that_is_too_short_is_refused():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A text that is made up, as if it were the published one."""
+    """A made-up text in place of the published one."""
     content = ("To be, or not to be: that is the question. " * 50).encode()
     monkeypatch.setattr(text, "SHA256", text.hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content))
