@@ -1,8 +1,8 @@
 """Adaptive periodic parameter averaging (ADPSGD, arXiv:2007.06134) for PyTorch Lightning.
 
 Importing this package registers the strategy names "adpsgd", "adpsgd_spawn", "adpsgd_fork", "adpsgd_notebook", the
-same with "adpsgd_int4", and the alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works. Without
-Lightning, :class:`LocalSGD` works in a plain PyTorch loop.
+same for "adpsgd_int4", and the alias "adaptive_local_sgd", for ``Trainer(strategy="adpsgd")``. :class:`LocalSGD` works
+in a plain PyTorch loop, without Lightning.
 """
 
 import importlib

@@ -10,12 +10,12 @@ import lightning_adpsgd  # noqa: F401 - registers the strategy names
 
 
 def main(args: Any = None) -> None:
-    """Run LightningCLI; model and data are named in the configuration by their ``class_path``.
+    """Run LightningCLI; the configuration names model and data by ``class_path``.
 
     Args:
-        args: command line arguments as a list, or a configuration as a dict; None takes ``sys.argv``.
+        args: command line arguments as a list, or a configuration as a dict; None: ``sys.argv``.
     """
-    # A console script finds modules next to itself, `python -m` those of the working directory, where the user's are.
+    # Unlike `python -m`, a console script does not find modules in the working directory, where the user's are.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     LightningCLI(args=args)
