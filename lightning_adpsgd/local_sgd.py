@@ -163,8 +163,7 @@ class LocalSGD(FormerNames):
         """Give every worker the first worker's parameters and buffers.
 
         Raises:
-            WorkersDisagreeError: on every worker, if they have built different modules.
-            WorkerLostError: if a worker is gone.
+            WorkersDisagreeError, WorkerLostError: if modules differ, or a worker is gone.
         """
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._engine.tracker.parameters()}
         if self._module is not None:
@@ -178,8 +177,7 @@ class LocalSGD(FormerNames):
         """Count an attempted step (a gradient scaler may have skipped it), and average if the period is over.
 
         Returns:
-            The record of a round that took place now (on CUDA: at the previous step; if spread: that has ended now), or
-            None.
+            The record of a round that took place now (on CUDA: at the previous step; if spread: has ended), or None.
         """
         arrived = self._emit(self._engine.read_full_round())
         self._engine.count_step()

@@ -1,4 +1,4 @@
-"""What crossed the network and why: averaging rounds as log entries, a history, a summary and a plot."""
+"""Reports averaging rounds and their bytes: log entries, a history, a summary and a plot."""
 
 from collections import Counter
 from functools import partial
@@ -20,26 +20,26 @@ _LONGEST_PREFIX = 200  # bytes; most file systems take 255
 
 
 class CommunicationMonitor(Callback):
-    """Logs every averaging round to all of the Trainer's loggers, and sums up at the end of ``fit``.
+    """Logs every averaging round to all of the Trainer's loggers, and prints a summary at the end of ``fit``.
 
-    At each round, at the step at which Lightning logs the loss of that batch, are logged: ``adpsgd/variance`` (S_k),
+    Each round logs, at the step at which Lightning logs that batch's loss: ``adpsgd/variance`` (S_k),
     ``adpsgd/variance_over_lr`` (S_k / γ_k), ``adpsgd/target`` (C₂, once there is one), ``adpsgd/period``,
     ``adpsgd/syncs`` (rounds so far), ``adpsgd/sent_bytes`` (by this rank so far), ``adpsgd/sent_bytes_ddp`` (what DDP's
     gradient all-reduce would have sent so far: one ring all-reduce of the trainable parameters' gradients per step) and
-    ``adpsgd/round_seconds``. Where workers have been dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how
-    many so far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
+    ``adpsgd/round_seconds``. If workers were dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how many so
+    far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
 
-    Counts go on after a checkpoint is restored.
+    Counts continue after a checkpoint is restored.
 
     Args:
-        prefix: what the names begin with, and what the plot's file is called; "train/adpsgd" makes it "adpsgd.png" in a
-            folder "train". Characters that not every file system takes are refused.
-        plot: at the end of ``fit``, draw ``<prefix>.png`` into the Trainer's log directory, which may be in any file
-            system that Lightning writes to (``s3://…``). Needs matplotlib.
+        prefix: prefix of the log entries, and the plot's path: "train/adpsgd" is "adpsgd.png" in a folder "train".
+            Characters that some file systems do not allow are refused.
+        plot: whether to draw ``<prefix>.png`` in the Trainer's log directory at the end of ``fit``, in any file system
+            that Lightning writes to (``s3://…``). Needs matplotlib.
 
     Raises:
         TypeError: if ``prefix`` is not a string, or ``plot`` not a bool.
-        ValueError: if ``prefix`` is empty, or would not name a file inside of the log directory.
+        ValueError: if ``prefix`` is empty, or does not name a file within the log directory.
         ModuleNotFoundError: if ``plot`` is set and matplotlib is not installed.
     """
 
@@ -56,8 +56,8 @@ class CommunicationMonitor(Callback):
         # State
         self.rounds: list[AveragingRound] = []
         """The record of every round so far, on every rank."""
-        self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
-        self._totals: dict[int, Counter[str]] = {}  # of each optimizer
+        self._ddp_bytes: list[int] = []  # what DDP would have sent, for each round
+        self._totals: dict[int, Counter[str]] = {}  # by optimizer
         self._plot_path: str | None = None
         self._transport = "at once"
 
@@ -76,7 +76,7 @@ class CommunicationMonitor(Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.plot and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of Trainer's own file
-            # All ranks have to ask, because Lightning broadcasts the answer.
+            # On all ranks, because Lightning broadcasts log_dir.
             folder = str(trainer.log_dir or trainer.default_root_dir)
             self._plot_path = f"{folder.rstrip('/')}/{self.prefix}.png"
 
@@ -91,7 +91,7 @@ class CommunicationMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The history, one tensor per field: compact, and readable with ``torch.load(weights_only=True)``."""
+        """The history, one tensor per field, readable with ``torch.load(weights_only=True)``."""
         columns: dict[str, Any] = {"ddp_bytes": torch.tensor(self._ddp_bytes, dtype=torch.int64)}
         for name in AveragingRound._fields:
             values = [getattr(round_, name) for round_ in self.rounds]
@@ -117,9 +117,9 @@ class CommunicationMonitor(Callback):
         Returns:
             ``rounds``; ``steps`` (optimizer steps they cover); ``rounds_per_step``; ``first_period`` and
             ``last_period`` (of the first optimizer); ``sent_bytes`` and ``sent_bytes_ddp`` (per rank);
-            ``factor_saved``, the ratio of the two, or None if nothing was sent; ``seconds`` for which rounds held up
-            training; ``transport``, how rounds travelled, in words; ``dropped``, workers left out of rounds because
-            they had diverged; ``triggers``, the number of rounds by what asked for them.
+            ``factor_saved``, their ratio, or None if nothing was sent; ``seconds`` for which rounds held up training;
+            ``transport``, how rounds were sent, in words; ``dropped``, workers left out of rounds because they had
+            diverged; ``triggers``, the number of rounds by trigger.
         """
         steps = sum(round_.local_steps for round_ in self.rounds)
         sent = sum(round_.sent_bytes for round_ in self.rounds)
@@ -202,14 +202,14 @@ def _readable(size: float) -> str:
 
 
 def _check_prefix(value: str) -> str:
-    """Return ``value`` if it can name log entries, and a file inside of a folder, on every file system."""
+    """Return ``value`` if it can name log entries and, on every file system, a file within a folder."""
     check_instance("CommunicationMonitor", "prefix", value, str, "a str")
     complete = all(part.strip(". ") for part in value.split("/"))  # no part is "" or ".."
     writable = value.isprintable() and not set(value) & set(_NOT_IN_A_FILE_NAME)
     if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
         expected = (
             f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
-            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
+            f" bytes, printable, without any of {_NOT_IN_A_FILE_NAME}, and with a name other than '..' on both sides of"
             " every slash"
         )
         raise wrong_value("CommunicationMonitor", "prefix", value, expected)

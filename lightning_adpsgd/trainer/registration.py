@@ -1,4 +1,4 @@
-"""The names under which Lightning knows the strategy, and what each stands for."""
+"""The strategy names registered with Lightning, and their settings."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_adpsgd.periods import AdaptivePeriod
 
 
 def int4_settings() -> dict[str, Any]:
-    """Rounds in 4 bits, twice as often as by default at first, with moments that follow from the drift."""
+    """The settings of "adpsgd_int4": 4-bit rounds, initially twice as often as by default, and estimated moments."""
     return {
         "period": AdaptivePeriod(initial=2, growth="proportional"),
         "optimizer_state": "estimate",
@@ -17,20 +17,15 @@ def int4_settings() -> dict[str, Any]:
 
 
 def register(strategy: type, registry: Any = StrategyRegistry) -> None:
-    """Register a strategy among Lightning's own; a second time changes nothing.
-
-    Args:
-        strategy: the class.
-        registry: where.
-    """
+    """Register the names of a strategy class; may be called again."""
     launches = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
     what = "Adaptive periodic parameter averaging (ADPSGD)"
-    for ending, start_method in launches.items():
+    names: list[tuple[str, str, dict[str, Any]]] = [
+        ("adaptive_local_sgd", f"{what}, by another name", {"start_method": "popen"}),
+    ]
+    for ending, method in launches.items():
         for name, told, settings in (("adpsgd", what, {}), ("adpsgd_int4", f"{what} in 4 bits", int4_settings())):
-            description = f"{told} with `start_method` '{start_method}'"
-            _register(registry, name + ending, strategy, description, start_method=start_method, **settings)
-    _register(registry, "adaptive_local_sgd", strategy, f"{what}, by another name", start_method="popen")
-
-
-def _register(registry: Any, name: str, strategy: type, description: str, **settings: Any) -> None:
-    registry.register(name, strategy, description=description, override=True, **settings)
+            described = f"{told} with `start_method` '{method}'"
+            names.append((name + ending, described, {"start_method": method, **settings}))
+    for name, described, settings in names:
+        registry.register(name, strategy, description=described, override=True, **settings)

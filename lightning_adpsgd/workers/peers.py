@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_adpsgd.workers.reduction import CollectiveError, backend_of
 
@@ -24,7 +25,7 @@ class Peers:
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self._rank, self._size, self._device = rank, size, device
         # torch has no public way to get it, and none at all after abort().
-        self._store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self._store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else HashStore()
         self._has_lingered = False
 
     def post_status(self, text: str, failed: bool = False) -> None:
