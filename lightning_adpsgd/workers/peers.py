@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_adpsgd.workers.reduction import CollectiveError, backend_of
 
@@ -25,7 +24,7 @@ class Peers:
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self._rank, self._size, self._device = rank, size, device
         # torch has no public way to get it, and none at all after abort().
-        self._store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else HashStore()
+        self._store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _NoStore()
         self._has_lingered = False
 
     def post_status(self, text: str, failed: bool = False) -> None:
@@ -97,6 +96,22 @@ class Peers:
             others = [_key("lingers", rank) for rank in range(1, self._size) if self._rank == 0]
             while others and not self._store.check(others) and time.monotonic() < deadline:
                 time.sleep(0.02)
+
+
+class _NoStore:
+    """Stands in for the store if there is only one process."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def add(self, key: str, amount: int) -> int:
+        return 0
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def delete_key(self, key: str) -> None:
+        pass
 
 
 def _key(kind: str, number: int) -> str:
