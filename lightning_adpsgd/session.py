@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.buffers import averaged_buffers
+from lightning_adpsgd.averaging.buffers import AveragedBuffers
 from lightning_adpsgd.averaging.layout import hash48
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
@@ -115,7 +115,7 @@ class TrainingSession:
         also = [*further]
         if self._buffers_moved and self._options.average_buffers and not any(ls.has_trained for ls in self.local_sgd):
             # Forward passes change BatchNorm statistics, even if no step has followed.
-            also += [buffer for _, buffer in averaged_buffers(self.module, self._options.exclude_buffers)]
+            also += AveragedBuffers(self.module, self._options.exclude_buffers).tensors()
         self._buffers_moved = False
         before = self._handshakes
         for place, local_sgd in enumerate(self.local_sgd):

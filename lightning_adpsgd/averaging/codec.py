@@ -173,19 +173,19 @@ class DeltaCodec:
         combine = partial(self._combine, shares[workers.rank], workers.count)
         return workers.exchange(rows, combine, shares, sizes), values
 
-    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, tells: bool = False) -> Tensor:
+    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, with_rounding: bool = False) -> Tensor:
         """The new average of a bucket; read-only.
 
         Args:
             bucket: the bucket.
             change: the encoded change of the average; uint8, shape (ranks, bytes of a share).
             cut_off: the encoding error, from :meth:`send`.
-            tells: whether to overwrite ``cut_off`` with (what was sent − what the values were).
+            with_rounding: whether to overwrite ``cut_off`` with (values sent − values held).
         """
         average, error = self._of(bucket)
-        before = error.clone() if tells else error
+        before = error.clone() if with_rounding else error
         error.copy_(cut_off)
-        if tells:
+        if with_rounding:
             torch.sub(before, cut_off, out=cut_off)
         for row, share in zip(change, self._workers.shares(average), strict=True):
             for (piece,), (encoded,) in self._pieces([share], [row]):

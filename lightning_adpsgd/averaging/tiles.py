@@ -237,7 +237,7 @@ def runs(pieces: list[Piece]) -> list[tuple[int, int, int]]:
 
 
 def _lots(pieces: list[Piece], longest: int) -> Iterator[list[Piece]]:
-    """Cut pieces into lots of at most ``longest`` elements; a piece without a flat view is a lot of its own."""
+    """Cut pieces into lots of at most ``longest`` elements; a piece without a flat view is a separate lot."""
     lot: list[Piece] = []
     room = longest
     for entry, start, stop in pieces:

@@ -18,7 +18,7 @@ class Contact:
     Args:
         optimizer: the optimizer whose rounds these are.
         workers: the workers to average over.
-        policy: is told whether any worker's optimizer has state.
+        policy: learns whether any worker's optimizer has state.
         guards: compare learning rates.
         flags: bits that are sent along.
         index: the optimizer's index.

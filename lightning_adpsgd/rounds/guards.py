@@ -1,4 +1,4 @@
-"""Finds what is wrong with a run: a warning, once and on rank 0, or an error on all ranks."""
+"""Detects problems of a run: warns once, on rank 0, or raises on all ranks."""
 
 import math
 import warnings

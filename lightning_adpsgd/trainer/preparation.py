@@ -18,7 +18,7 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 def is_fitting(trainer: "pl.Trainer") -> bool:
-    """Whether a fit is under way."""
+    """Whether a fit is running."""
     return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
 
