@@ -228,12 +228,8 @@ _KNOWN = {
     ),
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
-    "NAdam": Known(
-        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0, **{NOISE: 0.0}),
-        _nadam,
-        first_moment="exp_avg",
-        divisors=_roots,
-        second_moment="exp_avg_sq",
+    "NAdam": _ADAM._replace(
+        moments=_start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0, **{NOISE: 0.0}), momentum=_nadam
     ),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
     "RMSprop": Known(

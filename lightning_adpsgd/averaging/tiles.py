@@ -188,9 +188,7 @@ class Tile:
     def move(self, mean: Tensor, difference: Tensor) -> None:
         """Add ``difference`` to elements of parameter groups; set others to ``mean`` where ``difference`` is not 0.
 
-        Args:
-            mean: shape (len(self),).
-            difference: shape (len(self),).
+        Both have shape (len(self),).
         """
         targets, added = [], []
         means, changes = mean.split(self._lengths), difference.split(self._lengths)

@@ -154,11 +154,7 @@ class RoundEngine:
             self._pipeline.steps += 1
 
     def launch(self, period: int) -> None:
-        """Start what is due after a step: a full round, or a fragment.
-
-        Args:
-            period: p of a round that starts now.
-        """
+        """Start what is due after a step, a full round or a fragment; ``period`` is that of a round starting now."""
         if self._pipeline is not None:
             self._send(self._pipeline, period)
         elif self.local_steps >= period:

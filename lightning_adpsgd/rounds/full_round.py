@@ -20,15 +20,7 @@ from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 class FullRound:
     """Completes the handshake, averages bucket by bucket, starts to reduce the measures, and handles optimizer state.
 
-    Args:
-        contact: makes this rank's state, and acts on the others'.
-        tracker: knows the names of tensors.
-        workers: the workers to average over.
-        policy: is applied to the optimizer's state.
-        guards: report workers that have diverged.
-        measures: reduce what was measured.
-        drop: whether diverged workers are left out of the mean; otherwise they are an error.
-        bucket_bytes: size of the largest bucket.
+    With ``drop``, diverged workers are left out of the mean; otherwise they are an error.
     """
 
     def __init__(

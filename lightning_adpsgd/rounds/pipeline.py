@@ -175,9 +175,6 @@ class Pipeline:
         Otherwise a full round that comes before its last fragment would discard it. If full rounds are frequent, no
         staggered round would ever end.
 
-        Args:
-            step: the optimizer's step.
-
         Returns:
             The handshakes of fragments that have landed, and the rounds that have ended with them.
 
@@ -197,11 +194,7 @@ class Pipeline:
         return handshakes, ended
 
     def keep_for_look_ahead(self, period: int) -> None:
-        """Keep the current values of the fragment due after the next step, if its momentum will be needed then.
-
-        Args:
-            period: p when that fragment is sent, as far as is known.
-        """
+        """Keep the current values of the fragment due after the next step, if its momentum will be needed then."""
         self._before = None
         due = self._schedule.is_due(self.steps + 1, self._sent_at, period)
         if self._schedule.overlap == 0 or not due or not any(self._policy.look_ahead(1)):
