@@ -40,16 +40,8 @@ class LocalSGD(FormerNames):
         period: the rule; an int is a constant period; None is :class:`AdaptivePeriod` with its defaults.
         module: its floating-point buffers (BatchNorm statistics) join each round, and errors use its parameters' names.
         total_steps: K, the optimizer steps of the whole run; None if not known; "later": set by :meth:`setup`.
-        average_buffers: this, and all arguments up to ``update``: see :class:`AveragingOptions`.
-        exclude_buffers: patterns of the names of buffers that are not averaged.
-        optimizer_state: what a round does to momentum and moments: "local", "average", "estimate" or "reset".
-        on_divergence: what a round does about parameters that are not finite: "raise" or "drop".
-        bucket_size_mb: size of the largest bucket, in MiB.
-        stagger: whether each round is spread over the period.
-        overlap: d, the number of local steps during which a round, or a fragment of it, is in flight.
-        reduce_dtype: "bf16", "fp16", "int8", "int4" or a :class:`Codec` for rounds that the period asks for.
-        update: what is done with the mean in rounds that the period asks for.
-        options: all settings from ``average_buffers`` to ``update``, in place of single ones.
+        average_buffers: this and the arguments up to ``update`` are the fields of :class:`AveragingOptions`.
+        options: all of these fields, in place of single ones.
         workers: the workers to average over; None is the default process group.
         async_group: the same workers in a separate process group, for fragments; created if needed.
         flags: bits that all workers learn at the next round.

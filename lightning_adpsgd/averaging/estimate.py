@@ -76,7 +76,7 @@ class MomentEstimate:
         self._workers = workers
         self._rates: deque[tuple[float, ...]] = deque(maxlen=_REMEMBERED)  # of each group, oldest step first
         self._left: list[float] = []  # of each group, the variance of moments' deviations after the latest round
-        self._corrected_at: dict[tuple[int, int], float] = {}  # the step at which a part of a parameter was, last
+        self._corrected_at: dict[tuple[int, int], float] = {}  # the step, by (parameter, start of the part)
 
     def note_step(self) -> None:
         """Record the learning rates of a step."""

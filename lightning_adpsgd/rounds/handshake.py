@@ -228,7 +228,7 @@ def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) ->
     elif silent:
         told.append(f"No word from rank(s) {', '.join(map(str, silent))}: killed, hanging, or gone early.")
     return WorkerLostError(
-        f"{failed} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
+        f"{failed} {' '.join(told)} Look for the first error of those ranks, and resume from the last checkpoint."
     )
 
 

@@ -32,7 +32,7 @@ class NodeGradients(CountedSteps):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Wrap the model again if layers were frozen or unfrozen: the wrapper expects the same gradients always."""
+        """Wrap the model again if layers were frozen or unfrozen: the wrapper has hooks on trained parameters only."""
         super().on_train_batch_start(batch, batch_idx)
         if self._shares_gradients and self._trained() != self._wrapped_for:
             self.handshake("a change of what is trained")

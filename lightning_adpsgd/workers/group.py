@@ -110,7 +110,8 @@ class WorkerGroup:
         Args:
             rows: the encoded :meth:`shares` of this worker's values; uint8, shape (ranks, bytes per share), contiguous.
             combine: decodes, averages and encodes this rank's share: takes what all workers have sent, uint8, shape
-                (workers, bytes per share), and returns uint8, shape (bytes of a combined share,), equal on all ranks.
+                (workers, bytes per share), and returns uint8, shape (bytes of a combined share,). That length is the
+                same on all ranks.
             residuals: for each rank, the tensor to which its ``combine`` adds the encoding error. Once the result has
                 arrived, it is the same on all ranks of a worker.
             sizes: of each row, the bytes that are not padding.

@@ -48,7 +48,7 @@ class Reduction:
         """Start the second phase, if there is one; waits for the first."""
 
     def advance_if_ready(self) -> bool:
-        """Start the second phase if the first has ended; return whether it is started. Never raises."""
+        """Start the second phase if the first has ended; return whether no phase is left to start. Never raises."""
         return True
 
     def wait(self) -> Tensor:
