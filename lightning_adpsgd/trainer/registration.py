@@ -20,12 +20,12 @@ def register(strategy: type, registry: Any = StrategyRegistry) -> None:
     """Register the names of a strategy class; may be called again."""
     launches = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
     what = "Adaptive periodic parameter averaging (ADPSGD)"
-    names: list[tuple[str, str, dict[str, Any]]] = [
-        ("adaptive_local_sgd", f"{what}, by another name", {"start_method": "popen"}),
-    ]
-    for ending, method in launches.items():
+    for ending, start_method in launches.items():
         for name, told, settings in (("adpsgd", what, {}), ("adpsgd_int4", f"{what} in 4 bits", int4_settings())):
-            described = f"{told} with `start_method` '{method}'"
-            names.append((name + ending, described, {"start_method": method, **settings}))
-    for name, described, settings in names:
-        registry.register(name, strategy, description=described, override=True, **settings)
+            description = f"{told} with `start_method` '{start_method}'"
+            _register(registry, name + ending, strategy, description, start_method=start_method, **settings)
+    _register(registry, "adaptive_local_sgd", strategy, f"{what}, by another name", start_method="popen")
+
+
+def _register(registry: Any, name: str, strategy: type, description: str, **settings: Any) -> None:
+    registry.register(name, strategy, description=description, override=True, **settings)
