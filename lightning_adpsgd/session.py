@@ -79,11 +79,7 @@ class TrainingSession:
             local_sgd.subscribe(listener)
 
     def setup(self, total_steps: int | None) -> None:
-        """Tell the rules how long the run is. All workers have to hold the same weights when this is called.
-
-        Args:
-            total_steps: K, the number of steps of each optimizer; None if it is not known.
-        """
+        """Tell the rules how many steps each optimizer will take. All workers have to hold the same weights by then."""
         for local_sgd in self.local_sgd:
             local_sgd.setup(total_steps)
             local_sgd.mark_synchronized()
@@ -153,11 +149,7 @@ class TrainingSession:
         return ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self.local_sgd)
 
     def state_dict(self, with_optimizers: bool = True) -> dict[str, Any]:
-        """The entry of a checkpoint: who has written it, and each optimizer's counters and rule.
-
-        Args:
-            with_optimizers: whether the checkpoint holds more than weights.
-        """
+        """The entry of a checkpoint: who has written it, and, ``with_optimizers``, their counters and rules."""
         state: dict[str, Any] = {
             "workers": self.workers.count,
             "ranks": self.workers.size,

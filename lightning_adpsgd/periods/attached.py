@@ -44,12 +44,9 @@ class AttachedRule:
         return {"rule": type(self._rule).__name__, "period": self._rule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], steps: int, warns: bool) -> None:
-        """Restore the rule. If it is not of the saved class, it starts anew, with a warning if this worker ``warns``.
+        """Restore the rule after ``steps`` optimizer steps; if it is not of the saved class, it starts anew.
 
-        Args:
-            state: from :meth:`state_dict`.
-            steps: the number of optimizer steps taken.
-            warns: whether this worker warns.
+        Then there is a warning, if this worker ``warns``.
         """
         name = type(self._rule).__name__
         if name == state["rule"]:
