@@ -1,9 +1,9 @@
 """Adaptive periodic parameter averaging (ADPSGD, arXiv:2007.06134) for PyTorch Lightning.
 
 Importing this package registers the strategy names "adpsgd", "adpsgd_spawn", "adpsgd_fork", "adpsgd_notebook", the
-same with "adpsgd_int4", and the alias "adaptive_local_sgd", so that ``Trainer(strategy="adpsgd")`` works: that of
-``lightning``, and that of ``pytorch_lightning`` (see :mod:`lightning_adpsgd.pytorch_lightning`). Without Lightning,
-:class:`LocalSGD` works in a plain PyTorch loop.
+same for "adpsgd_int4", and the alias "adaptive_local_sgd", for the ``Trainer(strategy="adpsgd")`` and the
+``Fabric(strategy="adpsgd")`` of ``lightning`` and of ``pytorch_lightning`` (see :mod:`lightning_adpsgd.families`).
+:class:`LocalSGD` works in a plain PyTorch loop, without Lightning.
 """
 
 import importlib

@@ -12,6 +12,6 @@ def main(args: Any = None) -> None:
     Where both are, ``python -m lightning_adpsgd.pytorch_lightning`` takes the latter's classes.
 
     Args:
-        args: command line arguments as a list, or a configuration as a dict; None takes ``sys.argv``.
+        args: command line arguments as a list, or a configuration as a dict; None: ``sys.argv``.
     """
     importlib.import_module(f"{room_of_the_family_in_use()}.cli").main(args)

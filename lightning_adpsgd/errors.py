@@ -1,8 +1,8 @@
-"""What can go wrong between workers."""
+"""The errors that concern several workers."""
 
 
 class WorkersDisagreeError(RuntimeError):
-    """The workers met for an averaging round, but not for the same one."""
+    """The workers are not about to do the same thing, such as the same averaging round."""
 
 
 class WorkersDivergedError(RuntimeError):
@@ -10,8 +10,8 @@ class WorkersDivergedError(RuntimeError):
 
 
 class WorkerLostError(RuntimeError):
-    """An averaging round could not be finished, because a worker has failed, was killed, or did not come in time.
+    """A collective could not be completed: a worker has failed, was killed, or did not join in time.
 
-    The process group is of no use any more. With gloo it has been destroyed, so that other workers notice at once; with
-    NCCL it has been aborted.
+    The process group is no longer usable: with gloo it was destroyed, so that other workers notice at once; with NCCL
+    it was aborted.
     """

@@ -1,4 +1,4 @@
-"""What version 0.1 called otherwise: it still works, with a warning that says the new name."""
+"""Names of version 0.1, which still work, with a warning that gives the new name."""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _OPTIONS = ("stagger", "overlap", "reduce_dtype", "optimizer_state", "on_diverge
 
 
 class FormerNames:
-    """Those of :class:`LocalSGD`."""
+    """Former names of :class:`LocalSGD`'s members."""
 
     options: AveragingOptions
     mark_synchronized: Callable[[], None]
@@ -29,14 +29,14 @@ class FormerNames:
 
 
 def former_arguments(given: dict[str, Any], **by_former_name: Any) -> list[Any]:
-    """The values of arguments that may have been given under their former names.
+    """The values of arguments that may be given by their former names.
 
     Args:
-        given: further keyword arguments.
-        by_former_name: the values given under the new names, by the former ones.
+        given: unexpected keyword arguments.
+        by_former_name: for each former name, the value given by the new name.
 
     Raises:
-        TypeError: if there is any other further argument.
+        TypeError: if there is any other unexpected argument.
     """
     unknown = [name for name in given if name not in by_former_name]
     if unknown:
@@ -47,5 +47,5 @@ def former_arguments(given: dict[str, Any], **by_former_name: Any) -> list[Any]:
 
 
 def warn_of_former_name(former: str, new: str, stacklevel: int = 3) -> None:
-    """Say what something is called now."""
+    """Warn that something has a new name."""
     warnings.warn(f"{former} is now called {new}; use that name.", FutureWarning, stacklevel=stacklevel)

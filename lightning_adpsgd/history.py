@@ -41,12 +41,12 @@ class RoundHistory:
         # State
         self.rounds: list[AveragingRound] = []
         """The record of every round so far, on every rank."""
-        self._ddp_bytes: list[int] = []  # for each round: what DDP would have sent since the one before
-        self._totals: dict[int, Counter[str]] = {}  # of each optimizer
+        self._ddp_bytes: list[int] = []  # what DDP would have sent, for each round
+        self._totals: dict[int, Counter[str]] = {}  # by optimizer
         self._transport = "at once"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, one tensor per field: compact, and readable with ``torch.load(weights_only=True)``."""
+        """The history, one tensor per field, readable with ``torch.load(weights_only=True)``."""
         columns: dict[str, Any] = {"ddp_bytes": torch.tensor(self._ddp_bytes, dtype=torch.int64)}
         for name in AveragingRound._fields:
             values = [getattr(round_, name) for round_ in self.rounds]
@@ -72,9 +72,9 @@ class RoundHistory:
         Returns:
             ``rounds``; ``steps`` (optimizer steps they cover); ``rounds_per_step``; ``first_period`` and
             ``last_period`` (of the first optimizer); ``sent_bytes`` and ``sent_bytes_ddp`` (per rank);
-            ``factor_saved``, the ratio of the two, or None if nothing was sent; ``seconds`` for which rounds held up
-            training; ``transport``, how rounds travelled, in words; ``dropped``, workers left out of rounds because
-            they had diverged; ``triggers``, the number of rounds by what asked for them.
+            ``factor_saved``, their ratio, or None if nothing was sent; ``seconds`` for which rounds held up training;
+            ``transport``, how rounds were sent, in words; ``dropped``, workers left out of rounds because they had
+            diverged; ``triggers``, the number of rounds by trigger.
         """
         steps = sum(round_.local_steps for round_ in self.rounds)
         sent = sum(round_.sent_bytes for round_ in self.rounds)
@@ -159,7 +159,7 @@ def _check_prefix(value: str) -> str:
     if not (complete and writable and len(value.encode()) <= _LONGEST_PREFIX):
         expected = (
             f"a name for log entries and the plot's file, such as 'adpsgd' or 'train/adpsgd': at most {_LONGEST_PREFIX}"
-            f" bytes, all of them printable, none of {_NOT_IN_A_FILE_NAME} and a name other than '..' on both sides of"
+            f" bytes, printable, without any of {_NOT_IN_A_FILE_NAME}, and with a name other than '..' on both sides of"
             " every slash"
         )
         raise wrong_value("CommunicationMonitor", "prefix", value, expected)

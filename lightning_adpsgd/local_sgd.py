@@ -1,4 +1,4 @@
-"""One optimizer's life between averaging rounds. Knows no Lightning: a plain PyTorch loop can use it as it is."""
+"""Local SGD for one optimizer, in any training loop; needs no Lightning."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,10 +21,10 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class LocalSGD(FormerNames):
-    """Counts an optimizer's local steps, and averages its parameters over the workers when the period is over.
+    """Counts an optimizer's local steps, and averages its parameters over the workers at the end of each period.
 
-    Call :meth:`step` after every step of the optimizer, and :meth:`average` before you validate, save, or stop, in the
-    same order on every worker::
+    Call :meth:`step` after every optimizer step, and :meth:`average` before you validate, save or stop, in the same
+    order on every worker::
 
         local_sgd = LocalSGD(optimizer, AdaptivePeriod(), module=model, total_steps=len(loader) * epochs)
         local_sgd.broadcast()  # all workers start from the first worker's parameters
@@ -39,21 +39,13 @@ class LocalSGD(FormerNames):
         optimizer: its parameters are averaged. Its parameter groups need a learning rate (``"lr"``).
         period: the rule; an int is a constant period; None is :class:`AdaptivePeriod` with its defaults.
         module: its floating-point buffers (BatchNorm statistics) join each round, and errors use its parameters' names.
-        total_steps: K, the optimizer steps of the whole run; None if not known; "later": by :meth:`setup`.
-        average_buffers: this, and all up to ``update``, as in :class:`AveragingOptions`.
-        exclude_buffers: patterns of names of buffers that stay each worker's own.
-        optimizer_state: what a round does to momentum and moments: "local", "average", "estimate" or "reset".
-        on_divergence: what a round does about parameters that are not finite: "raise" or "drop".
-        bucket_size_mb: the longest range of parameters reduced at once, in MiB.
-        stagger: whether each round is spread over the period.
-        overlap: d, how many local steps go on while a round, or a fragment of it, travels.
-        reduce_dtype: "bf16", "fp16", "int8", "int4" or a :class:`Codec`: how rounds that the period asks for travel.
-        update: what is done with the mean in rounds that the period asks for.
-        options: all settings from ``average_buffers`` to ``update`` in one, in place of single ones.
-        workers: whom to average with; None is the default process group.
-        async_group: the same workers in a process group of its own, for fragments; made if needed.
-        flags: bits for all workers to learn at the next round.
-        owners: one dict for all optimizers of a run: who averages a parameter that several have.
+        total_steps: K, the optimizer steps of the whole run; None if not known; "later": set by :meth:`setup`.
+        average_buffers: this and the arguments up to ``update`` are the fields of :class:`AveragingOptions`.
+        options: all of these fields, in place of single ones.
+        workers: the workers to average over; None is the default process group.
+        async_group: the same workers in a separate process group, for fragments; created if needed.
+        flags: bits that all workers learn at the next round.
+        owners: one dict for all optimizers of a run: which of them averages a parameter that several have.
         index: the optimizer's index, for the records.
         former: ``carrier`` and ``notice``, former names of ``async_group`` and ``flags``.
 
@@ -138,32 +130,32 @@ class LocalSGD(FormerNames):
 
     @property
     def handshakes(self) -> int:
-        """How many times the workers have met for a round of everything. A record may be read later than that."""
+        """How many handshakes of full rounds were completed. A round's record may be read later."""
         return self._engine.handshakes
 
     @property
     def has_trained(self) -> bool:
-        """Whether there is something to average: local steps, or what rounding has cut off and not sent yet."""
+        """Whether there is something to average: local steps, or rounding residuals that have not been sent yet."""
         return self._engine.has_trained
 
     @property
     def is_complete(self) -> bool:
-        """Whether no step was taken since a checkpoint's round: all that is saved now is that of all workers."""
+        """Whether a checkpoint saved now holds the state of all workers: no step was taken since its round."""
         return not self.has_trained and self._engine.state_policy.is_shared()
 
     def setup(self, total_steps: int | None) -> None:
-        """Tell the rule how long the run is, or raise if it needs to know; what it has learned stays."""
+        """Tell the rule how long the run is; raises if it has to know, but ``total_steps`` is None."""
         self._rule.setup(check_total_steps(total_steps))
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called with every round's record, on every worker, after the rule has seen it."""
+        """Call ``listener`` with every round's record, on every worker, after the rule has seen it."""
         self._listeners.append(check_listener(listener))
 
     def broadcast(self) -> None:
         """Give every worker the first worker's parameters and buffers.
 
         Raises:
-            WorkersDisagreeError, WorkerLostError: on every worker.
+            WorkersDisagreeError, WorkerLostError: if modules differ, or a worker is gone.
         """
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._engine.tracker.parameters()}
         if self._module is not None:
@@ -174,10 +166,10 @@ class LocalSGD(FormerNames):
         self.mark_synchronized()
 
     def step(self) -> AveragingRound | None:
-        """Count a step that was attempted (a scaler may have left it out), and average if the period is over.
+        """Count an attempted step (a gradient scaler may have skipped it), and average if the period is over.
 
         Returns:
-            The record of a round, if one took place now (on CUDA: at the step before; if spread: has ended), or None.
+            The record of a round that took place now (on CUDA: at the previous step; if spread: has ended), or None.
         """
         arrived = self._emit(self._engine.read_full_round())
         self._engine.count_step()
@@ -191,21 +183,21 @@ class LocalSGD(FormerNames):
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:
         """Average now, unless no step was taken since the latest round.
 
-        A round for a "checkpoint" averages the optimizer's state too, whatever the policy, also where nothing else is
-        left to average. All workers go on from the average, so going on from the file equals not having stopped.
+        A round for a "checkpoint" also averages the optimizer's state, whatever the policy, even if there is nothing
+        else to average. All workers continue from the average, so resuming from the file equals not having stopped.
 
         Args:
-            trigger: who asks, for the record. Only rounds asked for by the "period" are shown to the rule.
-            also: further floating-point tensors to average in this round, which then takes place in any case.
+            trigger: what the round is for. The rule only sees those of "period".
+            also: further floating-point tensors to average; if there are any, there is a round in any case.
 
         Returns:
-            The round's record. If there was no round, that of one before whose measures were still under way, or None.
+            The round's record. If there was no round, the record of an earlier one that was not read yet, or None.
 
         Raises:
             WorkersDisagreeError: on every worker, if they have not taken the same steps or not built the same model.
-            WorkersDivergedError: on every worker, if any worker's parameters are not finite (with "drop": all
-                workers'), and nothing is overwritten; or if their variance is not, which shows only afterwards.
-            WorkerLostError: if a worker has failed, was killed, or did not come before the process group's timeout.
+            WorkersDivergedError: on every worker, if any worker's parameters (with "drop": all workers') are not
+                finite, before anything is overwritten; or if their variance is not, after averaging.
+            WorkerLostError: if a worker has failed, was killed, or did not join within the process group's timeout.
         """
         if trigger not in TRIGGERS:
             raise ValueError(
@@ -219,7 +211,7 @@ class LocalSGD(FormerNames):
         return arrived
 
     def mark_synchronized(self) -> None:
-        """Take note that all workers have been given the same weights and optimizer state, from a file for example."""
+        """Record that all workers were given the same weights and optimizer state, for example from a file."""
         self._engine.state_policy.shared_at = self.steps
         self._rule.forget_reserve()
         self._engine.mark_synchronized()
@@ -235,26 +227,26 @@ class LocalSGD(FormerNames):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; a rule of another class starts anew, with a warning.
+        """Restore the result of :meth:`state_dict`; a rule of another class starts anew, with a warning.
 
         Raises:
-            ValueError: if an entry is missing, and nothing is changed then.
+            ValueError: if an entry is missing. Nothing is changed then.
         """
         check_state("LocalSGD", state, ("steps", "local_steps", "state_shared_at", "rule", "period"))
         self._engine.restore(state["steps"], state["local_steps"])
-        since = state.get("moments_since", 0)  # early files do not say
-        self._engine.state_policy.restored(state["state_shared_at"], since)
+        reset_at = state.get("moments_since", 0)  # missing in early files
+        self._engine.state_policy.restored(state["state_shared_at"], reset_at)
         self._rule.load_state_dict(state, self.steps, warns=self.workers.rank == 0)
 
     def close(self) -> None:
-        """Close the connections that were opened for this optimizer; only rounds of everything may follow."""
+        """Close the connections that were opened for this optimizer; only full rounds may follow."""
         self._engine.close()
 
     def _emit(self, results: Sequence[RoundResult]) -> AveragingRound | None:
-        """Let the rule and the listeners see what rounds came to; return the latest record."""
+        """Pass results to the rule and the listeners; return the latest record."""
         if not results:
             return None
-        with torch.inference_mode(False), torch.no_grad():  # whoever calls this, a listener may write to parameters
+        with torch.inference_mode(False), torch.no_grad():  # listeners may write to parameters
             return [self._emit_one(result) for result in results][-1]
 
     def _emit_one(self, result: RoundResult) -> AveragingRound:
@@ -266,6 +258,6 @@ class LocalSGD(FormerNames):
         for listener in self._listeners:
             listener(record)
         if result.drift == "at least a period":
-            # Compared with others it is too large. Where there are no others, it compares with its like.
+            # Its variance is larger than others'. If there are no others, it is comparable with its like.
             self._rule.reserve(result.record, result.scalars)
         return record

@@ -1,4 +1,4 @@
-"""The names under which Lightning knows the strategy, and what each stands for."""
+"""The strategy names registered with Lightning, and their settings."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning_adpsgd.periods import AdaptivePeriod
 
 
 def int4_settings() -> dict[str, Any]:
-    """Rounds in 4 bits, twice as often as by default at first, with moments that follow from the drift."""
+    """The settings of "adpsgd_int4": 4-bit rounds, initially twice as often as by default, and estimated moments."""
     return {
         "period": AdaptivePeriod(initial=2, growth="proportional"),
         "optimizer_state": "estimate",
@@ -15,12 +15,7 @@ def int4_settings() -> dict[str, Any]:
 
 
 def register(strategy: type, registry: Any) -> None:
-    """Register a strategy among Lightning's own; a second time changes nothing.
-
-    Args:
-        strategy: the class.
-        registry: where.
-    """
+    """Register the names of a strategy class; may be called again."""
     launches = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
     what = "Adaptive periodic parameter averaging (ADPSGD)"
     for ending, start_method in launches.items():

@@ -1,4 +1,4 @@
-"""What there is to choose about averaging rounds: each setting stated, and checked, once."""
+"""The settings of averaging rounds, and their checks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,27 +27,27 @@ _CODECS: dict[str, Callable[[], Codec]] = {
     "int4": lambda: IntCodec(bits=4),
 }
 
-# torch counts a timeout in whole milliseconds, and adds it to the time since 1970 in 64-bit nanoseconds.
+# torch counts timeouts in whole milliseconds, and adds them to the time since 1970 in 64-bit nanoseconds.
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=1), timedelta(days=36_500)
 
 
 @dataclass(frozen=True)
 class AveragingOptions:
-    """How averaging rounds take place; when they do is up to an :class:`AveragingPeriod`.
+    """How to average; when to average is up to an :class:`AveragingPeriod`.
 
     Args:
-        average_buffers: whether floating-point buffers that the module saves (BatchNorm statistics) join the rounds.
-        exclude_buffers: names of buffers that stay each worker's own, as patterns of :mod:`fnmatch`.
+        average_buffers: whether the module's persistent floating-point buffers (BatchNorm statistics) are averaged too.
+        exclude_buffers: :mod:`fnmatch` patterns of the names of buffers that are not averaged.
         optimizer_state: what a round does to momentum and moments: leave them "local", "average" them over the workers,
-            "reset" them to what they are before the first step, or "estimate" from the drift of parameters how far
-            first moments are from their mean, and bring them there, which sends nothing.
-        bucket_size_mb: the longest range of parameters reduced at once, in MiB. At most two are in memory.
-        on_divergence: what a round does when parameters of some workers are not finite: "raise" an error, or "drop"
-            these workers from the mean.
-        stagger: spread each round over the period.
-        overlap: d, how many local steps go on while a round, or a fragment of it, travels.
-        reduce_dtype: "bf16", "fp16", "int8" or "int4": the type in which rounds that the period asks for travel; None:
-            as they are. Or a :class:`Codec`, such as ``IntCodec(bits=4, block_size=64)``.
+            "reset" them to their values before the first step, or "estimate" from the drift of parameters how far first
+            moments are from their mean, and correct them, which sends nothing.
+        bucket_size_mb: size of the largest bucket, in MiB. At most two are in memory.
+        on_divergence: what a round does if parameters of some workers are not finite: "raise" an error, or "drop" these
+            workers from the mean.
+        stagger: whether to spread each round over the period.
+        overlap: d, the number of local steps during which a round, or a fragment of it, is in flight.
+        reduce_dtype: the type in which rounds that the period asks for are sent: "bf16", "fp16", "int8", "int4", or a
+            :class:`Codec` such as ``IntCodec(bits=4, block_size=64)``; None: that of the tensors, but at least fp32.
         update: what is done with the mean in rounds that the period asks for; None: it is adopted.
 
     Raises:
@@ -78,20 +78,16 @@ class AveragingOptions:
             "update": check_instance(None, "update", self.update, Update, optional=True),
         }
         for name, value in checked.items():
-            object.__setattr__(self, name, value)  # NumPy's numbers have become Python's, lists tuples
+            object.__setattr__(self, name, value)  # NumPy numbers became Python numbers, lists tuples
         if self.optimizer_state == "average" and self.is_spread:
             asked = "stagger=True" if self.stagger else f"overlap={self.overlap}"
             raise ValueError(
                 f'optimizer_state=\'average\' with {asked}: expected "local", "estimate" or "reset". The state is'
-                " averaged in one piece, while nobody trains. Leave out one of the two."
+                " averaged in one piece, while training waits. Leave out one of the two."
             )
 
     def check_with(self, period: AveragingPeriod) -> None:
-        """Make sure that a round arrives before ``period`` asks for the next one.
-
-        Raises:
-            ValueError: if it does not.
-        """
+        """Raise ``ValueError`` if a round could arrive after ``period`` asks for the next one."""
         if isinstance(period, ConstantPeriod) and self.overlap >= period.value:
             raise ValueError(
                 f"overlap={self.overlap} with {period!r}: expected fewer steps than the averaging period. A round has"
@@ -100,24 +96,24 @@ class AveragingOptions:
 
     @property
     def bucket_bytes(self) -> int:
-        """The longest range of parameters reduced at once, in bytes."""
+        """Size of the largest bucket, in bytes."""
         return int(self.bucket_size_mb * 2**20)
 
     @property
     def codec(self) -> Codec | None:
-        """How rounds that the period asks for are encoded; None: not at all."""
+        """The codec of rounds that the period asks for; None: they are sent unencoded."""
         if self.reduce_dtype is None or isinstance(self.reduce_dtype, Codec):
             return self.reduce_dtype
         return _CODECS[self.reduce_dtype]()
 
     @property
     def is_spread(self) -> bool:
-        """Whether rounds are under way while training goes on."""
+        """Whether rounds are in flight while training goes on."""
         return self.stagger or self.overlap > 0
 
     @property
     def transport(self) -> str:
-        """How rounds travel, in words: "at once" where no option changes it."""
+        """How rounds are sent, in words: "at once" if no option changes it."""
         told = [
             "spread over the period" if self.stagger else "",
             f"adopted {self.overlap} step(s) later" if self.overlap else "",
@@ -127,15 +123,11 @@ class AveragingOptions:
 
 
 def options_of(options: AveragingOptions | None, **single: Any) -> AveragingOptions:
-    """The options of a caller that takes them as one argument or as single ones, but not as both.
-
-    Args:
-        options: all of them; None: there are single ones.
-        single: the single ones, which have to be at their defaults if ``options`` is given.
+    """The options given either as one argument or as single ones.
 
     Raises:
         TypeError: if an option is of the wrong type.
-        ValueError: if an option is out of range, or given besides ``options``.
+        ValueError: if an option is out of range, or a single one is given besides ``options``.
     """
     made = AveragingOptions(**single)
     if options is None:
@@ -144,20 +136,17 @@ def options_of(options: AveragingOptions | None, **single: Any) -> AveragingOpti
     also = [f"{f.name}={getattr(made, f.name)!r}" for f in fields(made) if getattr(made, f.name) != f.default]
     if also:
         raise ValueError(
-            f"options={options!r} with {', '.join(also)}: expected one or the other. Move what is given besides into"
+            f"options={options!r} with {', '.join(also)}: expected one or the other. Move the single options into"
             f" AveragingOptions({', '.join(also)})."
         )
     return options
 
 
 def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
-    """The rule that an argument named ``period`` stands for.
-
-    Args:
-        period: a rule; an int for a constant period; None for :class:`AdaptivePeriod` with its defaults.
+    """The rule for a ``period`` argument: an int is a constant period; None is :class:`AdaptivePeriod`'s defaults.
 
     Raises:
-        TypeError: if it stands for none.
+        TypeError: if it is something else.
         ValueError: if it is an int below 1.
     """
     if period is None:
@@ -169,11 +158,11 @@ def as_period(period: AveragingPeriod | int | None) -> AveragingPeriod:
 
 
 def check_timeout(value: timedelta | None) -> timedelta | None:
-    """Return ``value`` if it is a duration that torch can wait for, or None. For others torch blames the network.
+    """Return ``value`` if it is None or a timeout that torch can use. For others, torch's error blames the network.
 
     Raises:
-        TypeError: if it is something else; a number of seconds is.
-        ValueError: if it is shorter than a millisecond, or longer than a hundred years.
+        TypeError: if it is something else, such as a number of seconds.
+        ValueError: if it is shorter than a millisecond or longer than a hundred years.
     """
     expected = "a datetime.timedelta, such as timedelta(seconds=1800)"
     timeout = check_instance(None, "timeout", value, timedelta, expected, optional=True)
@@ -197,7 +186,7 @@ def _name_of(reduce_dtype: ReduceDtype | Codec) -> str:
 
 
 def _check_bucket_size(value: object) -> float:
-    expected = "a positive, finite number of MiB, less than 2**43 of them"  # 64 bits have to count the bytes
+    expected = "a positive, finite number of MiB, less than 2**43"  # bytes are counted in 64 bits
     most = math.nextafter(2.0**43, 0.0)
     return check_number(None, "bucket_size_mb", value, expected, at_least=math.ulp(0.0), at_most=most)
 

@@ -14,9 +14,9 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
 
     Args:
         rounds: the records, in order; several optimizers are drawn side by side.
-        path: the PNG file to write, a path or a URL (``s3://…``, with what fsspec needs for it installed); its folder
-            is made if needed.
-        transport: how rounds travelled, for the title (:attr:`ADPSGDStrategy.transport`).
+        path: the PNG file to write, a path or a URL (``s3://…``, if fsspec supports it); its folder is created if
+            needed.
+        transport: how rounds were sent, for the title (:attr:`ADPSGDStrategy.transport`).
 
     Raises:
         TypeError: if ``rounds`` is not a sequence of records, ``path`` not a path, or ``transport`` not a string.
@@ -47,7 +47,7 @@ def _check(rounds: object, path: object, transport: object) -> None:
     if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
         raise wrong_type("draw", "rounds", rounds, "a sequence of AveragingRound")
     if not rounds:
-        expected = "at least one AveragingRound; a CommunicationMonitor has them once there was a round"
+        expected = "at least one AveragingRound; a CommunicationMonitor has some after the first round"
         raise wrong_value("draw", "rounds", rounds, expected)
     if not isinstance(path, str | PathLike):
         raise wrong_type("draw", "path", path, "a str or a Path")

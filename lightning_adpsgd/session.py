@@ -1,4 +1,4 @@
-"""All optimizers of a training run: their rounds, handshakes and checkpoint entries, for any door."""
+"""All optimizers of a training run: their rounds, handshakes and checkpoint entries, for any training framework."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.averaging.buffers import averaged_buffers
+from lightning_adpsgd.averaging.buffers import AveragedBuffers
 from lightning_adpsgd.averaging.layout import hash48
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
@@ -30,16 +30,16 @@ from lightning_adpsgd.workers.group import WorkerGroup
 class TrainingSession:
     """Holds one :class:`LocalSGD` per optimizer, and does what concerns all of them.
 
-    A door (Lightning's strategy, for example) tells it that optimizers have stepped and that somebody is about to look
-    at the weights; it needs to know nothing of rounds.
+    A training framework's adapter (Lightning's strategy, for example) tells it when an optimizer has stepped and when
+    the weights are about to be read.
 
     Args:
-        optimizers: of the run; their order is the same on all ranks.
-        period: the rule; each optimizer gets a copy of its own.
-        options: of the rounds.
+        optimizers: the run's optimizers, in the same order on all ranks.
+        period: the rule; each optimizer gets its own copy.
+        options: how to average.
         module: the model, whose buffers join the rounds.
-        workers: whom to average with.
-        listeners: are called with the record of every round.
+        workers: the workers to average over.
+        listeners: called with the record of every round.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainingSession:
         self.workers = workers
         self.module = module
         self.flags = SignalFlags()
-        """Bits that any worker raises, and that all learn at the next round."""
+        """Bits that any worker may raise, and that all learn at the next round."""
         self._options = options
         self._buffers_moved = False
         self.local_sgd: list[LocalSGD] = []
@@ -87,26 +87,22 @@ class TrainingSession:
             self.subscribe(listener)
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called with the record of every round of every optimizer, on every worker."""
+        """Call ``listener`` with the record of every round of every optimizer, on every worker."""
         for local_sgd in self.local_sgd:
             local_sgd.subscribe(listener)
 
     def setup(self, total_steps: int | None) -> None:
-        """Tell the rules how long the run is; all workers hold the same when this is called.
-
-        Args:
-            total_steps: K, the steps that each optimizer will take; None if it is not known.
-        """
+        """Tell the rules how many steps each optimizer will take. All workers have to hold the same weights by then."""
         for local_sgd in self.local_sgd:
             local_sgd.setup(total_steps)
             local_sgd.mark_synchronized()
 
     def of(self, optimizer: Optimizer) -> LocalSGD | None:
-        """The one that counts an optimizer's steps; None if that is none of the run's."""
+        """The :class:`LocalSGD` of an optimizer; None if it is not one of the run's optimizers."""
         return next((each for each in self.local_sgd if each.optimizer is optimizer), None)
 
     def note_forward(self) -> None:
-        """Take note that a forward pass may move buffers, such as BatchNorm's statistics."""
+        """Record that a forward pass may change buffers, such as BatchNorm statistics."""
         self._buffers_moved = True
 
     def step(self, local_sgd: LocalSGD) -> None:
@@ -119,16 +115,16 @@ class TrainingSession:
         """Average what has been trained since the latest round, if anything has.
 
         Args:
-            trigger: who asks.
-            further: tensors to average along, with which there is a round in any case.
+            trigger: what the round is for.
+            further: further tensors to average; if there are any, there is a round in any case.
 
         Returns:
             Whether there was a round, so that all workers are known to be at the same point.
         """
         also = [*further]
         if self._buffers_moved and self._options.average_buffers and not any(ls.has_trained for ls in self.local_sgd):
-            # Forward passes move BatchNorm's statistics, also where no step follows before somebody looks.
-            also += [buffer for _, buffer in averaged_buffers(self.module, self._options.exclude_buffers)]
+            # Forward passes change BatchNorm statistics, even if no step has followed.
+            also += AveragedBuffers(self.module, self._options.exclude_buffers).tensors()
         self._buffers_moved = False
         before = self._handshakes
         for place, local_sgd in enumerate(self.local_sgd):
@@ -144,14 +140,14 @@ class TrainingSession:
 
         Raises:
             WorkersDisagreeError: on every worker, if they are not.
-            WorkerLostError: if a worker does not come.
+            WorkerLostError: if a worker does not answer.
         """
         if self.workers.size > 1:
             state = RankState(KINDS.index(kind), sum(local_sgd.steps for local_sgd in self.local_sgd))
             Handshake(self.workers, state, where).complete()
 
     def adopt_first(self, tensors: Sequence[Tensor]) -> None:
-        """Give all workers the first worker's ``tensors``, if they differ from worker to worker."""
+        """Give all workers the first worker's ``tensors``, if they differ between workers."""
         each = [
             hash48(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             for tensor in tensors
@@ -166,11 +162,7 @@ class TrainingSession:
         return ", ".join(f"step {s.steps}, {s.local_steps} after its latest averaging round" for s in self.local_sgd)
 
     def state_dict(self, with_optimizers: bool = True) -> dict[str, Any]:
-        """What a checkpoint needs: who has written it, and each optimizer's counters and rule.
-
-        Args:
-            with_optimizers: whether it holds more than weights.
-        """
+        """The entry of a checkpoint: who has written it, and, ``with_optimizers``, their counters and rules."""
         state: dict[str, Any] = {
             "workers": self.workers.count,
             "ranks": self.workers.size,
@@ -182,13 +174,13 @@ class TrainingSession:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, where all workers have been given the same weights and optimizer state."""
+        """Restore :meth:`state_dict`. All workers have to hold the same weights and optimizer state already."""
         for local_sgd, saved in zip(self.local_sgd, state["optimizers"], strict=False):
             local_sgd.load_state_dict(saved)
             local_sgd.mark_synchronized()
 
     def go_on_from(self, former: "TrainingSession") -> None:
-        """Take over counters and rules of a session before on the same model, if it had as many optimizers."""
+        """Take over the counters and rules of an earlier session on the same model, if it had as many optimizers."""
         if len(former.local_sgd) == len(self.local_sgd):
             self.load_state_dict(former.state_dict())
 

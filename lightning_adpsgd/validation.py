@@ -1,8 +1,8 @@
-"""Checks of arguments: each returns its argument, or says what was given, what is expected and what to change.
+"""Checks of arguments: each returns its argument, or raises an error that says what was given and what is expected.
 
-A wrong type is a TypeError, a wrong value a ValueError. ``owner`` is the class or function that the argument belongs
-to, if the message is to name it. Numbers are what Python's ``numbers`` module calls so, NumPy's scalars included, and
-come back as Python's own; a bool is not a number, nor is a tensor or an array of a single element.
+A wrong type is a TypeError, a wrong value a ValueError. ``owner`` is the class or function that takes the argument, if
+the message should name it. Numbers are instances of the ``numbers`` module's classes, including NumPy scalars, and are
+returned as Python numbers; bools, tensors and arrays are not numbers.
 """
 
 import math
@@ -13,17 +13,17 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 LARGEST_INT = 2**63 - 1
-"""What counts of steps have to fit into: they are stored as 64-bit integers."""
+"""The largest number of steps: they are stored as 64-bit integers."""
 
 _LONGEST_REPR = 600
 _Given = TypeVar("_Given")
 
 
 def given(name: str, value: object, owner: str | None = None) -> str:
-    """How a message names an argument: ``name=value`` or ``Owner(name=value)``; a long value is cut short."""
+    """An argument as shown in messages: ``name=value`` or ``Owner(name=value)``; long values are shortened."""
     try:
         text = repr(value)
-    except Exception:  # a message about a wrong value must not fail itself; an int of 5000 digits has no repr
+    except Exception:  # the message must not fail: an int of 5000 digits, for example, has no repr
         text = f"<{type_of(value)} that cannot be shown>"
     text = re.sub(r"\s*\n\s*", " ", text)
     if len(text) > _LONGEST_REPR:
@@ -32,7 +32,7 @@ def given(name: str, value: object, owner: str | None = None) -> str:
 
 
 def type_of(value: object) -> str:
-    """The name of a value's type, with its module unless it is a built-in one: NumPy's bool is not Python's."""
+    """The name of a value's type, with its module unless it is built in: NumPy has a bool, too."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
@@ -50,7 +50,7 @@ def wrong_value(owner: str | None, name: str, value: object, expected: str) -> V
 def check_int(
     owner: str | None, name: str, value: object, *, at_least: int, at_most: int = LARGEST_INT, or_else: str = ""
 ) -> int:
-    """Return ``value`` as an int if it lies within the bounds; ``or_else`` is what else the caller takes."""
+    """Return ``value`` as an int if it is within the bounds; ``or_else`` says what else the caller accepts."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise wrong_type(owner, name, value, f"an int of at least {at_least}{or_else}")
     number = int(value)
@@ -63,12 +63,12 @@ def check_int(
 def check_number(
     owner: str | None, name: str, value: object, expected: str, *, at_least: float, at_most: float = sys.float_info.max
 ) -> float:
-    """Return ``value`` as a float if it lies within the bounds; NaN does not, infinity only if it is a bound."""
+    """Return ``value`` as a float if it is within the bounds; NaN never is, infinity only if it is a bound."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise wrong_type(owner, name, value, expected)
     try:
         number = float(value)
-    except OverflowError:  # an int or a fraction that no float can hold
+    except OverflowError:  # an int or a fraction beyond the range of floats
         number = math.nan
     if not at_least <= number <= at_most:
         raise wrong_value(owner, name, value, expected)
@@ -78,7 +78,7 @@ def check_number(
 def check_instance(
     owner: str | None, name: str, value: _Given, kind: type, expected: str = "", *, optional: bool = False
 ) -> _Given:
-    """Return ``value`` if it is an instance of ``kind``, or None where that is allowed."""
+    """Return ``value`` if it is an instance of ``kind``, or None if ``optional``."""
     if isinstance(value, kind) or (optional and value is None):
         return value
     expected = (expected or f"an instance of {kind.__name__}") + (" or None" if optional else "")
@@ -89,7 +89,7 @@ def check_instance(
 
 
 def check_choice(owner: str | None, name: str, value: object, choices: tuple[str | None, ...]) -> Any:
-    """Return ``value`` if it is one of ``choices``, as Python's own string."""
+    """Return ``value`` as a plain str if it is one of ``choices``."""
     if value is None and None in choices:
         return None
     *others, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
@@ -102,19 +102,19 @@ def check_choice(owner: str | None, name: str, value: object, choices: tuple[str
 
 
 def check_listener(value: _Given) -> _Given:
-    """Return ``value`` if it can be called with a record."""
+    """Return ``value`` if it is callable."""
     return check_instance(None, "listener", value, Callable, "a function that takes an AveragingRound")  # type: ignore[arg-type]
 
 
 def check_total_steps(value: object, owner: str | None = None) -> int | None:
-    """Return ``value`` if it can be the number of optimizer steps of a run, or None; 0 is a run that takes none."""
+    """Return ``value`` if it is None or can be a run's number of optimizer steps; 0 is allowed."""
     if value is None:
         return None
     return check_int(owner, "total_steps", value, at_least=0, or_else=", or None if it is not known")
 
 
 def check_state(owner: str, state: object, names: Sequence[str]) -> Mapping[str, Any]:
-    """Return ``state`` if it is a saved state of ``owner`` with an entry for each of ``names``; others are ignored."""
+    """Return ``state`` if it is a mapping with an entry for each of ``names``; others are ignored."""
     listed = ", ".join(map(repr, names))
     if not isinstance(state, Mapping):
         where = f"{owner}.load_state_dict"
@@ -124,7 +124,7 @@ def check_state(owner: str, state: object, names: Sequence[str]) -> Mapping[str,
         found = ", ".join(map(repr, sorted(map(str, state)))) or "nothing"
         raise ValueError(
             f"{owner}.load_state_dict: the saved state has no {missing}; expected {listed}, found {found}. It was"
-            " probably saved by another version of lightning_adpsgd, or by another rule: load it with what saved it,"
-            " or leave it out to start the rule anew."
+            " probably saved by another version of lightning_adpsgd or by another rule. Load it with the one that saved"
+            " it, or do not load it, to start the rule anew."
         )
     return state

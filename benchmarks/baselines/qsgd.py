@@ -53,7 +53,7 @@ class QSGDCodec(NamedTuple):
         chances = torch.rand(scaled.shape, generator=generator, device=scaled.device)
         codes += chances < scaled.sub_(codes)
         wire = torch.empty(len(full), self.row_bytes, dtype=torch.uint8, device=values.device)
-        scaled_blocks.write(codes, norms, wire, torch.float32)
+        scaled_blocks.write([codes], norms, wire, torch.float32)
         return wire
 
     def decode(self, wire: Tensor) -> Tensor:

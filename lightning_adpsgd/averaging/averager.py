@@ -32,7 +32,7 @@ class Terms(NamedTuple):
     contribution: Contribution
     as_it_is: bool = True
     """Whether to ignore codec and update: values are sent unencoded, and the mean is adopted."""
-    told: OnDeviations | None = None
+    report: OnDeviations | None = None
     """Receives the deviations; None: they are not needed."""
 
 
@@ -141,9 +141,9 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
-        told = in_flight.terms.told
-        mean, alike = self._mean(in_flight, told is not None)
-        rounding = _rounding(self.delta, in_flight) if told is not None else None
+        report = in_flight.terms.report
+        mean, alike = self._mean(in_flight, report is not None)
+        rounding = _rounding(self.delta, in_flight) if report is not None else None
         adopts = in_flight.terms.as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
@@ -157,8 +157,8 @@ class ParameterAverager:
                     # From differences: mean‖w‖² − ‖w̄‖² is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
                     add_squares(squares, tile, deviations)
-                    if told is not None:
-                        _tell(told, tile, deviations, rounding)
+                    if report is not None:
+                        _report(report, tile, deviations, rounding)
             if adopts:
                 with span("unpack"):
                     tile.unpack(arrived)
@@ -194,13 +194,13 @@ class ParameterAverager:
             values.add_(residual)
         return BucketInFlight(bucket, workers.mean_(values, terms.contribution), terms, alike=alike)
 
-    def _mean(self, in_flight: BucketInFlight, tells: bool) -> tuple[Tensor, Comparison | None]:
+    def _mean(self, in_flight: BucketInFlight, with_rounding: bool) -> tuple[Tensor, Comparison | None]:
         """Wait for a bucket's mean, and for the comparison that finds blocks equal on all workers, if there is one."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
-                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, tells), None
+                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, with_rounding), None
         if in_flight.alike is None:
             return arrived, None
         largest = torch.finfo(arrived.dtype).max
@@ -252,7 +252,7 @@ class ParameterAverager:
             in_flight.append(self._launch(bucket, values, carrier, terms)._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
-    def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, told: OnDeviations | None = None) -> Tensor:
+    def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, report: OnDeviations | None = None) -> Tensor:
         """Wait for the means, and adopt them: w ← w + (w̄ − values sent), which keeps the steps taken meanwhile.
 
         Tensors of no parameter group (BatchNorm statistics) are overwritten by the mean: they are moving averages, and
@@ -262,7 +262,7 @@ class ParameterAverager:
             in_flight: the buckets, from :meth:`send`.
             moved: whether the tensors differ from what was sent, by later steps or by extrapolation. If not, everything
                 is overwritten with the mean, so that all workers are the same, bit for bit.
-            told: called for each tile with how far this worker was from the mean.
+            report: called for each tile with how far this worker was from the mean.
 
         Returns:
             Σ ‖w̄ − w_i‖² of the values sent, per parameter group; float64, shape (groups,), on the workers' device.
@@ -271,8 +271,8 @@ class ParameterAverager:
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
-            mean, alike = self._mean(part, told is not None)
-            rounding = _rounding(self.delta, part) if told is not None else None
+            mean, alike = self._mean(part, report is not None)
+            rounding = _rounding(self.delta, part) if report is not None else None
             squares: dict[int, list[Tensor]] = defaultdict(list)
             adopts = isinstance(self.update, Adopt)
             tiles = self.layout.tiles(part.bucket)
@@ -282,8 +282,8 @@ class ParameterAverager:
                     if alike is not None:
                         alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
                     add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
-                if told is not None:
-                    _tell(told, tile, -snapshot[here], rounding)
+                if report is not None:
+                    _report(report, tile, -snapshot[here], rounding)
                 if adopts:
                     _write(tile, mean[here], snapshot[here], moved)
             if not adopts:
@@ -305,9 +305,9 @@ def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | N
     return in_flight.cut_off
 
 
-def _tell(told: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
+def _report(report: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
     if tile.runs:
-        told(tile, deviations, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
+        report(tile, deviations, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
 
 
 def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:

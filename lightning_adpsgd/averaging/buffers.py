@@ -8,11 +8,6 @@ from torch import Tensor, nn
 from lightning_adpsgd.averaging.layout import has_mean
 
 
-def averaged_buffers(module: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of a module that rounds average (see :class:`AveragedBuffers`), with their names."""
-    yield from AveragedBuffers(module, exclude).named().items()
-
-
 class AveragedBuffers:
     """The buffers of a module that rounds average: persistent ones with a floating-point or complex dtype.
 

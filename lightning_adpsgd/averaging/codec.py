@@ -1,7 +1,8 @@
-"""How values travel: as differences from the last average, encoded, without losing what encoding cuts off."""
+"""Encodes what is sent: the change since the last average, with error feedback."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,22 +14,22 @@ from lightning_adpsgd.averaging.scaled_blocks import blocks_in, padded
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
-# On the CPU, what is done to a piece one pass after the other stays in a core's cache. Elements.
+# Elements. On the CPU, a piece stays in a core's cache from one pass to the next.
 PIECE = 2**16
 
 Pieces = tuple[Tensor, ...]
 
 
 class Codec(ABC):
-    """A wire format: rows of numbers to rows of bytes, and back.
+    """A wire format: encodes rows of numbers as rows of bytes, and decodes them.
 
-    What :meth:`encode` cuts off is not lost: it travels in the next round (see ``DeltaCodec``). Blocks are encoded
-    one by one: what becomes of a block does not depend on those beside it. :meth:`encode_` and :meth:`add_decoded_` are
-    made of the other two; a codec that can do better in one go overrides them.
+    The error of :meth:`encode` is not lost: it is sent in the next round (see ``DeltaCodec``). Each block is encoded
+    independently of the others. :meth:`encode_` and :meth:`add_decoded_` call the other two methods; override them if
+    one pass can do the same faster.
     """
 
     block = 1
-    """How many elements are encoded together, with a scale in common for example: rows are padded to a multiple."""
+    """How many elements are encoded together, for example with one scale. Rows are padded to a multiple of it."""
 
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:
@@ -43,33 +44,31 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, encoded: Tensor, dtype: torch.dtype) -> Tensor:
-        """Decode what :meth:`encode` has made of rows.
+        """Decode the result of :meth:`encode`.
 
         Args:
             encoded: uint8, shape (rows, k · bytes per block).
-            dtype: ``torch.float32`` or ``torch.float64``.
+            dtype: of the result, ``torch.float32`` or ``torch.float64``.
 
         Returns:
-            Of that type, shape (rows, k · block).
+            Shape (rows, k · block).
         """
 
     def encode_(self, values: Tensor, encoded: Tensor) -> None:
-        """Encode rows, and overwrite ``values`` by what that cuts off.
+        """Write the result of :meth:`encode` into ``encoded``, and replace ``values`` by the encoding error.
 
-        Args:
-            values: as for :meth:`encode`.
-            encoded: to be overwritten by what :meth:`encode` returns.
+        The error is ``values`` minus the decoded values.
         """
         encoded.copy_(self.encode(values))
         values.sub_(self.decode(encoded, values.dtype))
 
     def add_decoded_(self, encoded: Tensor, values: Tensor) -> None:
-        """Add what :meth:`decode` returns to ``values``, fp32 or fp64, of shape (rows, k · block)."""
+        """Add the result of :meth:`decode` to ``values``: fp32 or fp64, of shape (rows, k · block)."""
         values.add_(self.decode(encoded, values.dtype))
 
 
 class CastCodec(Codec):
-    """Numbers in a shorter floating-point type; those beyond its largest become that.
+    """Numbers in a shorter floating-point type, clipped to its range.
 
     Args:
         dtype: ``torch.bfloat16`` or ``torch.float16``, for example.
@@ -89,65 +88,65 @@ class CastCodec(Codec):
 
 
 class DeltaCodec:
-    """Sends what has changed since the last average through a codec, and what that cuts off the next time.
+    """Sends the change since the last average through a codec, and the encoding error in the next round.
 
-    All workers know the last average w̄. Worker i sends q_i = Q(w_i − w̄ + e_i) and keeps the error of rounding,
-    e_i ← w_i − w̄ + e_i − q_i. Each worker averages its share of the elements, in the wide type, and sends the rounded
-    mean s = Q(Σ_i q_i / n) to all; what that cuts off, Σ_i q_i − n·s, it adds to its own error. The new average is
-    w̄ + s. A change too small for the type so adds up until it is not (error feedback; Seide et al., "1-bit stochastic
-    gradient descent and its application to data-parallel distributed training of speech DNNs", 2014; Karimireddy et
-    al., arXiv:1901.09847).
+    All workers know the last average w̄. Worker i sends q_i = Q(w_i − w̄ + e_i), and keeps the error
+    e_i ← w_i − w̄ + e_i − q_i. Each worker averages its share of the elements without further rounding, and sends the
+    encoded mean s = Q(Σ_i q_i / n) to all. It adds the error of that, Σ_i q_i − n·s, to its own. The new average is
+    w̄ + s. So changes that are too small for the type add up until they are not (error feedback; Seide et al., "1-bit
+    stochastic gradient descent and its application to data-parallel distributed training of speech DNNs", 2014;
+    Karimireddy et al., arXiv:1901.09847).
 
-    It keeps two numbers per element, the average and the error, of the type in which elements are packed. Both change
-    when a mean arrives, never before: what is sent and then thrown away leaves no trace.
+    This takes two numbers per element, the average and the error, in the dtype of packed buffers. They change only when
+    a mean arrives, so a message that is discarded leaves no trace.
 
-    Tensors of no parameter group (BatchNorm statistics) travel as they are: they are few, a variance that is rounded
-    may become negative, and a constant may be infinite.
+    Tensors of no parameter group (BatchNorm statistics) are sent unencoded: they are few, a rounded variance may be
+    negative, and a constant may be infinite.
 
     Args:
-        layout: what travels; tensors of no group are apart.
+        layout: the tensors to send; those of no group are in index spaces of their own.
         codec: Q.
-        workers: who the values travel to; CPU tensors are packed on their device.
+        workers: the workers to average over; CPU tensors are packed on their device.
     """
 
     def __init__(self, layout: FlatLayout, codec: Codec, workers: WorkerGroup) -> None:
         self._codec = codec
         self._workers = workers
         self.has_residual = False
-        """Whether there may be errors that have not travelled yet."""
+        """Whether there may be errors that have not been sent yet."""
         self._layout = layout
         self._spaces = {space.space: space for space in layout.cut_into_spaces() if layout.is_of_groups(space.space)}
         self._averages = {number: layout.new_buffer(space, workers.device) for number, space in self._spaces.items()}
         self._errors = {number: torch.zeros_like(average) for number, average in self._averages.items()}
         self._unknown = [*self._spaces.values()]
-        self._bytes_of_a_block: dict[torch.dtype, int] = {}  # encoded, by the type of its elements
+        self._bytes_of_a_block: dict[torch.dtype, int] = {}  # by dtype of the elements
 
     @property
     def fingerprint(self) -> int:
-        """A 48-bit hash of the elements of which the last average is known; workers have to agree on it."""
+        """A 48-bit hash of the elements whose last average is known. All workers have to have the same."""
         return hash48(repr(self._unknown).encode())
 
     def knows(self, bucket: Bucket) -> bool:
-        """Whether the last average of a whole bucket is known. If not, the bucket has to travel as it is."""
+        """Whether the last average of the whole bucket is known. If not, it has to be sent unencoded."""
         return bucket.space in self._spaces and not any(bucket.overlaps(unknown) for unknown in self._unknown)
 
     def start(self) -> None:
-        """Take what the tensors hold now, which is the same on all workers, for the last average."""
+        """Record the tensors' current values, which are the same on all workers, as the last average."""
         for number, space in self._spaces.items():
             self._layout.pack(space, self._averages[number])
             self._errors[number].zero_()
         self.note_all()
 
     def forget(self) -> None:
-        """Take note that workers do not know the same average: everything travels as it is once."""
+        """Record that workers do not know the same average: everything is sent unencoded once."""
         self._unknown = [*self._spaces.values()]
 
     def take_over(self, other: "DeltaCodec", places: Iterable[tuple[Bucket, Bucket]]) -> None:
-        """Go on from what another layout's average and errors were.
+        """Take over the average and the errors of the previous layout.
 
         Args:
-            other: of the layout before.
-            places: of tensors that are in both: where they were, and where they are now.
+            other: the previous layout's codec.
+            places: where each tensor that is in both layouts was, and where it is now.
         """
         for before, now in places:
             if before.space in other._spaces and now.space in self._spaces:
@@ -158,10 +157,10 @@ class DeltaCodec:
         self.has_residual = other.has_residual
 
     def send(self, bucket: Bucket, values: Tensor, workers: WorkerGroup) -> tuple[Reduction, Tensor]:
-        """Begin to find out the average's change from the workers' ``values`` of a bucket.
+        """Start to reduce the change of a bucket's average; ``values`` are overwritten.
 
         Returns:
-            What is under way, and what rounding cuts off of it, for :meth:`receive`; in the storage of ``values``.
+            The reduction, and the encoding error, for :meth:`receive`; the error is in the storage of ``values``.
         """
         self.has_residual = True
         average, error = self._of(bucket)
@@ -174,19 +173,19 @@ class DeltaCodec:
         combine = partial(self._combine, shares[workers.rank], workers.count)
         return workers.exchange(rows, combine, shares, sizes), values
 
-    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, tells: bool = False) -> Tensor:
-        """The new average of a bucket, which nobody may write to.
+    def receive(self, bucket: Bucket, change: Tensor, cut_off: Tensor, with_rounding: bool = False) -> Tensor:
+        """The new average of a bucket; read-only.
 
         Args:
             bucket: the bucket.
-            change: the average's change, encoded; uint8, shape (ranks, bytes of a share).
-            cut_off: of :meth:`send`.
-            tells: overwrite that by what was sent, less what the values were.
+            change: the encoded change of the average; uint8, shape (ranks, bytes of a share).
+            cut_off: the encoding error, from :meth:`send`.
+            with_rounding: whether to overwrite ``cut_off`` with (values sent − values held).
         """
         average, error = self._of(bucket)
-        before = error.clone() if tells else error
+        before = error.clone() if with_rounding else error
         error.copy_(cut_off)
-        if tells:
+        if with_rounding:
             torch.sub(before, cut_off, out=cut_off)
         for row, share in zip(change, self._workers.shares(average), strict=True):
             for (piece,), (encoded,) in self._pieces([share], [row]):
@@ -194,11 +193,11 @@ class DeltaCodec:
         return average
 
     def residual(self, bucket: Bucket) -> Tensor | None:
-        """What is to be added to values that are about to travel as they are: what has been cut off so far."""
+        """The error so far, to be added to values that are about to be sent unencoded; None if there is none."""
         return self._of(bucket)[1] if bucket.space in self._spaces else None
 
     def note(self, bucket: Bucket, mean: Tensor) -> None:
-        """Take note of an average that travelled as it is."""
+        """Record an average that was sent unencoded."""
         if bucket.space in self._spaces:
             average, error = self._of(bucket)
             average.copy_(mean.to(self._layout.dtype(bucket.space)))  # as tensors of 16 bits hold it
@@ -206,11 +205,11 @@ class DeltaCodec:
             self._note_known(bucket)
 
     def note_all(self) -> None:
-        """Take note that everything has travelled as it is."""
+        """Record that everything was sent unencoded."""
         self._unknown, self.has_residual = [], False
 
     def _combine(self, residual: Tensor, workers: int, rows: Tensor) -> Tensor:
-        """Average one share of all workers, encoded as it is sent; what that cuts off goes to the residual."""
+        """Average the workers' encoded shares, and encode the mean; its error is added to the residual."""
         combined = torch.zeros_like(rows[0])
         for (owed,), (encoded, *sent) in self._pieces([residual], [combined, *rows]):
             total = torch.zeros_like(owed)
@@ -220,10 +219,8 @@ class DeltaCodec:
             owed.add_(total, alpha=workers)
         return combined
 
-    # Pieces of whole blocks, but for the last one of a share
-
     def _pieces(self, parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[tuple[Pieces, Pieces]]:
-        """Pieces of tensors as long as a share, and of shares encoded, which may be longer."""
+        """Cut shares and encoded shares (which may be padded) into pieces of whole blocks; the last may be shorter."""
         block, block_bytes = self._codec.block, self._block_bytes(parts[0])
         blocks = blocks_in(len(parts[0]), block)
         length = min(max(1, PIECE // block), blocks) if rows[0].device.type == "cpu" else blocks
@@ -234,15 +231,18 @@ class DeltaCodec:
         return zip(elements, encoded, strict=True)
 
     def _encode_(self, piece: Tensor, encoded: Tensor) -> None:
-        """Encode a piece, and overwrite it by what that cuts off."""
-        whole = padded(piece, self._codec.block)
-        self._codec.encode_(whole[None], encoded[None])
-        if whole is not piece:
-            piece.copy_(whole[: len(piece)])
+        with self._whole_blocks(piece) as rows:
+            self._codec.encode_(rows, encoded[None])
 
     def _add_decoded_(self, encoded: Tensor, piece: Tensor) -> None:
+        with self._whole_blocks(piece) as rows:
+            self._codec.add_decoded_(encoded[None], rows)
+
+    @contextmanager
+    def _whole_blocks(self, piece: Tensor) -> Iterator[Tensor]:
+        """A piece as a row of whole blocks, to be changed in place."""
         whole = padded(piece, self._codec.block)
-        self._codec.add_decoded_(encoded[None], whole[None])
+        yield whole[None]
         if whole is not piece:
             piece.copy_(whole[: len(piece)])
 

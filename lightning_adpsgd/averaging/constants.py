@@ -1,4 +1,4 @@
-"""Keeps values that are equal on all workers bit for bit, where averaging would round them."""
+"""Keeps values that are equal on all workers bit for bit; averaging could round them."""
 
 import functools
 import random

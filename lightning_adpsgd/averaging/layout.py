@@ -218,11 +218,7 @@ class FlatLayout:
         return self._tiles[bucket]
 
     def are_finite(self, device: torch.device | str = "cpu") -> Tensor:
-        """Whether no element of a parameter group is NaN or infinite; a bool tensor of one element.
-
-        Args:
-            device: of the result. The host does not wait for it.
-        """
+        """Whether no element of a parameter group is NaN or infinite: a bool tensor of one element on ``device``."""
         together = self._looked_at_together
         return finite([extremes(views[0] if len(views) == 1 else torch.cat(views)) for views in together], device)
 

@@ -1,4 +1,4 @@
-"""How far momentum will carry parameters while a mean is on its way."""
+"""How far momentum will move parameters while a mean is in flight."""
 
 import math
 
@@ -8,34 +8,29 @@ from lightning_adpsgd.averaging.momentum import Momentum, MomentumReader
 
 
 class LookAhead:
-    """How far momentum will carry an optimizer's parameters, as a multiple of their latest step.
-
-    Args:
-        optimizer: whose momentum.
-        reader: of that momentum.
-    """
+    """How far momentum will move an optimizer's parameters, as a multiple of their latest step."""
 
     def __init__(self, optimizer: Optimizer, reader: MomentumReader) -> None:
         self._optimizer = optimizer
         self._reader = reader
 
     def factors(self, delay: int) -> list[float]:
-        r"""The multiple of the latest step that the next ``delay`` steps are expected to add up to, by momentum alone.
+        r"""What momentum alone is expected to add up to in the next ``delay`` steps, as a multiple of the latest step.
 
-        That is what they add up to on average if gradients to come are as likely to point one way as the other, and as
-        large as those before, so that second moments (bias corrected) stay what they are. In torch's optimizers
-        (source: the algorithms in the documentation of ``torch.optim``) the first moment is m_t = β m_{t−1} + κ g_t,
-        and a step is Δ_t ∝ a g_t + b_t m_t; so the next d add up to Σ_{j=1…d} b_{t+j} β^j m_t. Where a = 0, that is
+        This is their mean if future gradients have mean zero and the size of past ones, so that bias-corrected second
+        moments do not change. In torch's optimizers (source: the algorithms in the documentation of ``torch.optim``)
+        the first moment is m_t = β m_{t−1} + κ g_t and a step is Δ_t ∝ a g_t + b_t m_t, so the next d steps add up to
+        Σ_{j=1…d} b_{t+j} β^j m_t. If a = 0, that is
 
             Σ_{j=1…d} (b_{t+j} / b_t) β^j · Δ_t,
 
-        exactly. Where the gradient itself is a part of the step (a > 0), m_t is not known from Δ_t. Closest to it in
-        the mean square, for gradients that are independent from step to step as the noise of mini-batches is, comes
-        c · Δ_t (in place of 1 / b_t · Δ_t) with
+        exactly. If the gradient itself is part of the step (a > 0), Δ_t does not determine m_t. If gradients are
+        independent from step to step, like mini-batch noise, the estimate with the least mean square error is c · Δ_t
+        (in place of 1 / b_t · Δ_t) with
 
             c = E[m_t Δ_t] / E[Δ_t²] = (a κ + b_t s) / (a² + 2 a b_t κ + b_t² s),   s = κ² (1 − β^{2t}) / (1 − β²),
 
-        which is exact at the first step.
+        exact at the first step.
 
         ============================= ===== ======= ============================== ==========================
         optimizer                     β     κ       b_t                            a
@@ -47,12 +42,12 @@ class LookAhead:
         NAdam                         β₁    1 − β₁  μ_{t+1} / (1 − μ_1 … μ_{t+1})  (1 − μ_t) / (1 − μ_1 … μ_t)
         ============================= ===== ======= ============================== ==========================
 
-        RAdam's steps before its rectification begins say nothing of those after it, whose size is another one. Any
-        other optimizer has no momentum that its steps repeat (Adagrad, Rprop), or only where a gradient is not zero
-        (SparseAdam), or not in this way (Muon), or it is not known (Lion, Adan, schedule-free ones): 0.
+        RAdam's steps before rectification begins do not predict those after it, which differ in size. The factor is 0
+        for any other optimizer: its steps do not repeat its momentum (Adagrad, Rprop), or only where a gradient is not
+        zero (SparseAdam), or in a different way (Muon), or it is not known (Lion, Adan, schedule-free ones).
 
         Args:
-            delay: d, how many steps.
+            delay: d.
 
         Returns:
             A factor for each parameter group, ≥ 0.

@@ -1,4 +1,4 @@
-"""What is known of optimizers: which of their state are moments, and how their momentum moves parameters."""
+"""Known optimizers: which of their state entries are moments, and how momentum moves the parameters."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,46 +13,46 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 """An optimizer's state of one parameter."""
 NOISE = "exp_avg_sq_noise"
-"""The entry of a parameter's state that holds what rounds have taken from its second moment."""
+"""The entry of a parameter's state that holds what rounds have subtracted from its second moment."""
 
 
 class Momentum(NamedTuple):
-    """A first moment, m_t = β m_{t−1} + κ g_t after t steps; step t is −(a_t g_t + b_t m_t), times its size."""
+    """A first moment m_t = β m_{t−1} + κ g_t. Step t moves a parameter along −(a_t g_t + b_t m_t)."""
 
     decay: float
     """β."""
     gain: float
     """κ."""
     kept: Callable[[int], float]
-    """b_t; NaN for steps whose size has nothing to do with the latest one's."""
+    """b_t; NaN for steps whose size is unrelated to that of the latest step."""
     newest: Callable[[int], float] = lambda steps: 0.0
     """a_t."""
     coupled_decay: float = 0.0
-    """λ, of weight decay that is a part of the gradient, where a step's size is the learning rate alone."""
+    """λ of weight decay that is part of the gradient, if a step is scaled by the learning rate alone."""
     decoupled_decay: float = 0.0
-    """λ, of weight decay that multiplies parameters by 1 − γλ instead."""
+    """λ of weight decay that multiplies parameters by 1 − γλ."""
 
 
 class Known(NamedTuple):
-    """What is known of an optimizer."""
+    """What is known about an optimizer."""
 
     moments: Callable[[Group], Mapping[str, float | None]]
-    """Entries of a parameter's state that are moments, or that count their steps; and what they are before the first
-    step: None if they are not there."""
+    """Entries of a parameter's state that are moments or count their steps, with their values before the first step;
+    None: the entry does not exist then."""
     momentum: Callable[[Group, int], Momentum | None] = lambda group, steps: None
     """The first moment of a group after a number of steps, if every step repeats a part of it."""
     made_at_once: bool = False
-    """Whether state is made when the optimizer is constructed, not at a parameter's first step."""
+    """Whether the constructor creates the state, rather than a parameter's first step."""
     first_moment: str = ""
     """The entry that holds the first moment."""
     second_moment: str = ""
-    """The entry that holds the mean of squared gradients, corrected by β₂ for its bias."""
+    """The entry that holds the mean of squared gradients, whose bias is corrected with β₂."""
     divisors: Callable[[Group, list[State]], list[Tensor]] | None = None
-    """What each parameter's steps are divided by, element by element, beside the learning rate; None: by nothing."""
+    """What each parameter's steps are divided by, element by element; None: nothing."""
 
 
 def known(optimizer: Optimizer) -> Known | None:
-    """What is known of an optimizer of torch.optim, or of one that is derived from one; None of any other."""
+    """What is known about an optimizer of torch.optim or of a derived class; None for any other."""
     for class_ in type(optimizer).__mro__:
         if class_.__module__.split(".")[:2] == ["torch", "optim"] and class_.__name__ in _KNOWN:
             return _KNOWN[class_.__name__]
@@ -60,47 +60,38 @@ def known(optimizer: Optimizer) -> Known | None:
 
 
 def known_names(has: Callable[[Known], object]) -> list[str]:
-    """The names of optimizers of torch.optim of which is known what ``has`` asks for."""
+    """The names of the known optimizers for which ``has`` is true."""
     return [name for name, kind in _KNOWN.items() if has(kind)]
 
 
 def check_known_moments(optimizer: Optimizer) -> None:
-    """Make sure that it is known which of an optimizer's state are moments.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Raise ``ValueError`` if it is not known which of an optimizer's state entries are moments."""
     if known(optimizer) is None:
         class_ = type(optimizer)
         raise ValueError(
             f'optimizer_state="reset" with {class_.__module__}.{class_.__qualname__}: expected an optimizer of'
-            " torch.optim, or one derived from one. Which of another one's state are moments is not known, and setting"
-            ' anything else to zero could end training. Use optimizer_state="local" or "average".'
+            " torch.optim or of a derived class. For others it is not known which entries of the state are moments, and"
+            ' resetting anything else could ruin training. Use optimizer_state="local" or "average".'
         )
 
 
 class MomentumReader:
-    """Knows an optimizer's momentum as it is now.
+    """Reads an optimizer's current momentum.
 
     Args:
-        optimizer: whose momentum.
-        steps: says for how many steps its moments have been gathered. Asked only where the optimizer does not count
-            them itself, or does so on a device: reading that would have to wait for the device.
+        optimizer: the optimizer.
+        steps: returns the number of steps over which its moments have been accumulated. Called only if the optimizer
+            does not count them itself, or counts on a GPU, which the host would have to wait for.
     """
 
     def __init__(self, optimizer: Optimizer, steps: Callable[[], int]) -> None:
         self._optimizer = optimizer
         self._kind = known(optimizer)
         self._steps = steps
-        self._read: dict[int, tuple[Tensor, int, float]] = {}  # settings that are tensors
+        self._read: dict[int, tuple[Tensor, int, float]] = {}  # of settings that are tensors
 
     def of(self, group: Group, ago: int = 0) -> tuple[Momentum | None, int]:
-        """The momentum of a parameter group, if it is known to have one, and for how many steps it was gathered then.
-
-        Args:
-            group: one of the optimizer's.
-            ago: as it was that many steps ago.
-        """
+        """A parameter group's momentum ``ago`` steps ago, if any is known, and the number of steps it had seen."""
         steps = max(1, self._steps_of(group) - ago)
         momentum = None if self._kind is None else self._kind.momentum(self.plain(group), steps)
         return momentum, steps
@@ -116,7 +107,7 @@ class MomentumReader:
         return self._steps()
 
     def plain(self, group: Group) -> Group:
-        """A group's settings as numbers; those that are tensors are read again only after they have been changed."""
+        """A group's settings as numbers. Those that are tensors are read again only if they have changed."""
         return {
             **group,
             **{name: self._number(group[name]) for name in ("momentum", "momentum_decay") if name in group},
@@ -196,7 +187,7 @@ def _roots(group: Group, states: list[State]) -> list[Tensor]:
     roots = torch._foreach_sqrt([state[name] for state in states])
     beta, steps = group["betas"][1], [state["step"] for state in states]
     if all(isinstance(step, Tensor) and step.device.type != "cpu" for step in steps):
-        torch._foreach_div_(roots, [(1.0 - beta**step).sqrt() for step in steps])  # nobody waits for the device
+        torch._foreach_div_(roots, [(1.0 - beta**step).sqrt() for step in steps])  # without a device sync
     else:
         torch._foreach_div_(roots, [math.sqrt(1.0 - beta ** float(step)) for step in steps])
     torch._foreach_add_(roots, group["eps"])
@@ -212,7 +203,7 @@ def _start(**values: float) -> Callable[[Group], Mapping[str, float | None]]:
 
 
 def _start_of_sgd(group: Group) -> Mapping[str, float | None]:
-    # Its first step takes the whole gradient, whatever the dampening: that is another thing than from a velocity of 0.
+    # The first step takes the whole gradient, whatever the dampening, so it differs from a step from velocity 0.
     return {"momentum_buffer": None if group["dampening"] else 0.0}
 
 
@@ -224,9 +215,9 @@ _ADAM = Known(
     second_moment="exp_avg_sq",
 )
 
-# Counters of steps are those that a bias correction goes by; others (of a decay of the learning rate) are no moments.
+# Step counters are listed if a bias correction uses them, not if only a decay of the learning rate does.
 _KNOWN = {
-    "ASGD": Known(_start()),  # a mean of parameters, and what becomes of the learning rate
+    "ASGD": Known(_start()),  # a mean of parameters, and the decayed learning rate
     "Adadelta": Known(_start(square_avg=0.0, acc_delta=0.0)),
     "Adafactor": Known(_start(row_var=0.0, col_var=0.0, variance=0.0, step=0.0)),
     "Adagrad": Known(lambda group: {"sum": group["initial_accumulator_value"]}, made_at_once=True),
@@ -237,18 +228,14 @@ _KNOWN = {
     ),
     "LBFGS": Known(_start()),  # differences of gradients and of parameters
     "Muon": Known(_start(momentum_buffer=0.0)),
-    "NAdam": Known(
-        _start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0, **{NOISE: 0.0}),
-        _nadam,
-        first_moment="exp_avg",
-        divisors=_roots,
-        second_moment="exp_avg_sq",
+    "NAdam": _ADAM._replace(
+        moments=_start(exp_avg=0.0, exp_avg_sq=0.0, mu_product=1.0, step=0.0, **{NOISE: 0.0}), momentum=_nadam
     ),
     "RAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0), _radam),
     "RMSprop": Known(
         _start(square_avg=0.0, grad_avg=0.0, momentum_buffer=0.0), _velocity, first_moment="momentum_buffer"
     ),
-    "Rprop": Known(_start()),  # step sizes, and the latest gradient, whose signs they go by
+    "Rprop": Known(_start()),  # step sizes, and the latest gradient, whose signs change them
     "SGD": Known(_start_of_sgd, _velocity_of_sgd, first_moment="momentum_buffer"),
     "SparseAdam": Known(_start(exp_avg=0.0, exp_avg_sq=0.0, step=0.0)),
 }

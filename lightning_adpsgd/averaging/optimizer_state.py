@@ -29,10 +29,8 @@ def reset_moments(optimizer: Optimizer) -> None:
     """Set moments and their step counters to their values before the first step, and nothing else.
 
     So bias corrections start anew with the moments that they correct. Other state stays: step sizes, copies of the
-    weights, the history of L-BFGS, and all state of a parameter if a part of that state is quantized.
-
-    Args:
-        optimizer: of a class of torch.optim or of a derived class (see :func:`check_known_moments`).
+    weights, the history of L-BFGS, and all state of a parameter if a part of that state is quantized. The optimizer has
+    to be known (see :func:`check_known_moments`).
     """
     kind = known(optimizer)
     assert kind is not None
@@ -55,12 +53,7 @@ def state_at_start(optimizer: Optimizer) -> dict[Any, Any]:
 
 
 def forget(optimizer: Optimizer, at_start: Mapping[Any, Any]) -> None:
-    """Set the optimizer's state to what it was before the first step.
-
-    Args:
-        optimizer: whose state to forget.
-        at_start: the result of :func:`state_at_start`.
-    """
+    """Set the optimizer's state to what it was before the first step; ``at_start`` is from :func:`state_at_start`."""
     kind = known(optimizer)
     if kind is not None and kind.made_at_once:
         for group in optimizer.param_groups:

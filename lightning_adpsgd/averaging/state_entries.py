@@ -30,8 +30,7 @@ class StateEntries:
     def split(self, only_moments: bool = False) -> tuple[dict[Key, Tensor], dict[Key, Any], set[int]]:
         """Split the entries: those to average, the rest, and the places whose state comes whole from one worker.
 
-        Args:
-            only_moments: average only entries that have their parameter's shape.
+        With ``only_moments``, only entries that have their parameter's shape are averaged.
         """
         averaged: dict[Key, Tensor] = {}
         rest: dict[Key, Any] = {}

@@ -132,7 +132,7 @@ class StatePolicy:
             if self.anybody_has_state:
                 same = {id(moment) for moment in moments(self._optimizer)} if averages else set()
                 self._share(contribution, shared=same)
-                self._dropped_at = 0  # it has been given the others' moments
+                self._dropped_at = 0  # it now has the others' moments
                 if self._estimate is not None:
                     self._estimate.mark_shared()
             self.shared_at = self._steps

@@ -39,13 +39,7 @@ def _whereabouts(tensors: list[Tensor]) -> list[tuple[int, int, tuple[int, ...],
 
 
 class AveragedTensors:
-    """The tensors of a round in one layout, and their averager.
-
-    Args:
-        members: the tensors.
-        averager: averages them.
-        before: the tensors that were averaged until now.
-    """
+    """The tensors of a round in one layout, and their averager; ``before`` are those that were averaged until now."""
 
     def __init__(self, members: list[_Member], averager: ParameterAverager, before: "AveragedTensors | None") -> None:
         self.layout = averager.layout

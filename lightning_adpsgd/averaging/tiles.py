@@ -188,9 +188,7 @@ class Tile:
     def move(self, mean: Tensor, difference: Tensor) -> None:
         """Add ``difference`` to elements of parameter groups; set others to ``mean`` where ``difference`` is not 0.
 
-        Args:
-            mean: shape (len(self),).
-            difference: shape (len(self),).
+        Both have shape (len(self),).
         """
         targets, added = [], []
         means, changes = mean.split(self._lengths), difference.split(self._lengths)
@@ -237,7 +235,7 @@ def runs(pieces: list[Piece]) -> list[tuple[int, int, int]]:
 
 
 def _lots(pieces: list[Piece], longest: int) -> Iterator[list[Piece]]:
-    """Cut pieces into lots of at most ``longest`` elements; a piece without a flat view is a lot of its own."""
+    """Cut pieces into lots of at most ``longest`` elements; a piece without a flat view is a separate lot."""
     lot: list[Piece] = []
     room = longest
     for entry, start, stop in pieces:

@@ -1,4 +1,4 @@
-"""When to average: rules that turn measured numbers into an averaging period. No tensors, no networks."""
+"""When to average: rules that compute the averaging period from measured numbers. No tensors, no communication."""
 
 from lightning_adpsgd.periods.adaptive import AdaptivePeriod
 from lightning_adpsgd.periods.base import AveragingPeriod

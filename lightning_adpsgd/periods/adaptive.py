@@ -1,4 +1,4 @@
-"""ADPSGD's rule: let the averaging period follow the variance of the parameters among the workers."""
+"""ADPSGD's rule: adapt the averaging period to the variance of the parameters among the workers."""
 
 import math
 from collections.abc import Sequence
@@ -16,48 +16,47 @@ from lightning_adpsgd.validation import (
 )
 
 LARGEST_FACTOR = 2.0
-"""What a round multiplies or divides the period by at most, with ``growth="proportional"``."""
+"""With ``growth="proportional"``, the largest factor by which one round changes the period."""
 RISE = 1.001
-"""A learning rate has risen if it is more than so many times the highest one so far; less may be rounding."""
+"""A learning rate counts as risen if it is this many times the highest so far; less may be rounding."""
 
 
 class AdaptivePeriod(AveragingPeriod):
-    """Hold S_k / γ_k at a constant, and let the period be whatever does so (ADPSGD).
+    """Adapts the period so that S_k / γ_k stays near a target (ADPSGD).
 
-    During the *sampling phase*, the first ``sampling`` steps, the period stays at ``initial`` and the target C₂ is the
-    mean of the ratios r = S_k / γ_k seen at the rounds. Afterwards, at every round, the period grows by one step if
+    During the *sampling phase*, the first ``sampling`` steps, the period stays at ``initial``, and the target C₂ is the
+    mean of the ratios r = S_k / γ_k of the rounds so far. Afterwards, at every round, the period grows by one step if
     r < ``low`` · C₂, and shrinks by one if r > ``high`` · C₂.
 
     The defaults are the paper's setting, as we read it: P. Jiang and G. Agrawal, "Adaptive Periodic Averaging: A
     Practical Approach to Reducing Communication in Distributed Learning", arXiv:2007.06134.
 
-    A round at which every learning rate is 0 is neither sampled nor acted on. If no round could be sampled during the
-    sampling phase (a very short run, or one in which the warm-up lasts as long), the first one after both sets the
-    target alone.
+    A round at which every learning rate is 0 is ignored. If no round could be sampled during the sampling phase (a very
+    short run, or a warm-up as long), the first round after both phases alone sets the target.
 
-    Two options are not in the paper. A change by one step per round takes long where r is far from its target, as it is
-    after a strong decay of the learning rate. With ``growth="proportional"`` the new period is p · √(C₂ / r), rounded,
-    but at least p / 2, at most 2 p, and not p. That meets the target in one round if workers drift apart evenly
-    (r ∝ p²), and approaches it from one side if their steps are independent (r ∝ p).
+    Two options are not in the paper. A change by one step per round is slow if r is far from its target, as after a
+    strong decay of the learning rate. With ``growth="proportional"`` the new period is p · √(C₂ / r), rounded, but at
+    least p / 2, at most 2 p, and not p. That meets the target in one round if workers drift apart evenly (r ∝ p²), and
+    approaches it from one side if their steps are independent (r ∝ p).
 
-    While the learning rate warms up, workers mostly drift less than at its peak, and rounds sampled then lower the
-    target for the rest of the run. With ``skip_rising=True``, sampling starts again whenever the learning rate is
-    higher than at all rounds before, so that what remains in the mean was sampled at the highest rate of the sampling
-    phase or after it. A rate that does not rise changes nothing.
+    While the learning rate warms up, workers usually drift less than at its peak, and rounds sampled then lower the
+    target for the rest of the run. With ``skip_rising=True``, sampling restarts whenever the learning rate is higher
+    than at all earlier rounds, so the mean includes only rounds from its peak on. A rate that does not rise changes
+    nothing.
 
     Args:
-        initial: p_init, the period during the sampling phase. Larger means less communication in the whole run: the
-            target is what ``initial`` steps of drift amount to.
+        initial: p_init, the period during the sampling phase. A larger one means less communication in the whole run,
+            since the target is the ratio after ``initial`` steps of drift.
         sampling: K_s, length of the sampling phase in steps (int) or as a share of the run (float).
         low: below ``low`` · C₂ the period grows.
         high: above ``high`` · C₂ the period shrinks.
         minimum: the period never falls below this.
         maximum: the period never grows above this; None means no cap.
         warmup: steps (int) or share of the run (float) at the start during which workers average after every step;
-            these rounds are not sampled. Has to be shorter than ``sampling``, which counts from the first step too.
-            Of a number of steps and a share nobody knows before the run which is shorter: give both in the same unit.
+            these rounds are not sampled. Has to be shorter than ``sampling``, which also counts from the first step.
+            This is only checked if both are given in the same unit.
         growth: "additive", one step per round, or "proportional", by a factor.
-        skip_rising: leave samples out that were taken before the learning rate rose.
+        skip_rising: whether to discard samples taken before the learning rate rose.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -80,10 +79,10 @@ class AdaptivePeriod(AveragingPeriod):
         name = "AdaptivePeriod"
         self._initial = check_int(name, "initial", initial, at_least=1)
         self._sampling = Steps(name, "sampling", sampling)
-        grows = "a number from 0 to 1, because the period grows where the ratio is below low times the target"
+        grows = "a number from 0 to 1, because the period grows if the ratio is below low times the target"
         self._low = check_number(name, "low", low, grows, at_least=0.0, at_most=1.0)
         shrinks = (
-            "a finite number of at least 1, because the period shrinks where the ratio is above high times the target"
+            "a finite number of at least 1, because the period shrinks if the ratio is above high times the target"
         )
         self._high = check_number(name, "high", high, shrinks, at_least=1.0)
         self._minimum = check_int(name, "minimum", minimum, at_least=1)
@@ -116,12 +115,7 @@ class AdaptivePeriod(AveragingPeriod):
         return self._c2 if self._m > 0 else None
 
     def setup(self, total_steps: int | None) -> None:
-        """Turn shares of the run into steps.
-
-        Raises:
-            TypeError: if ``total_steps`` is neither an int nor None.
-            ValueError: if it is negative, or None while ``sampling`` or ``warmup`` is a share.
-        """
+        """Turn shares of the run into steps."""
         k = check_total_steps(total_steps, "AdaptivePeriod.setup")
         self._sampling_steps, self._warmup_steps = self._sampling.of(k), self._warmup.of(k)
 
@@ -133,7 +127,7 @@ class AdaptivePeriod(AveragingPeriod):
         ratio: float | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """Sample the ratio, or act on it (arXiv:2007.06134)."""
+        """Sample the ratio or adapt the period to it (arXiv:2007.06134)."""
         observation = as_observation(record, ratio, learning_rate)
         step, ratio = observation.step, observation.ratio
         self._k = step
@@ -155,7 +149,7 @@ class AdaptivePeriod(AveragingPeriod):
         self._m += 1
 
     def _proportional(self, ratio: float) -> int:
-        """The period p · √(C₂ / r), rounded; p itself if the period is to change by one step."""
+        """The period p · √(C₂ / r), rounded; p itself with additive growth."""
         if self._growth == "additive":
             return self._p
         factor = math.sqrt(self._c2 / ratio) if ratio > 0.0 else LARGEST_FACTOR
@@ -177,14 +171,10 @@ class AdaptivePeriod(AveragingPeriod):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the saved rule was.
+        """Continue from the saved rule.
 
-        The phases keep the lengths they had: a run that is resumed to be longer does not begin to sample again. The
-        bounds are this rule's own: a saved period beyond them is moved to the nearest.
-
-        Raises:
-            TypeError: if ``state`` or one of its entries is of the wrong type.
-            ValueError: if an entry is missing or out of range. The rule is then as it was before.
+        The phases keep their saved lengths: a resumed run that is longer does not sample again. The bounds are this
+        rule's own: a saved period beyond them is moved to the nearest.
         """
         names = tuple(name for name in self.state_dict() if name != "highest_rate")  # not in files of version 0.1
         saved = check_state("AdaptivePeriod", state, names)
@@ -221,11 +211,10 @@ def _check_bounds(initial: int, minimum: int, maximum: int | None) -> None:
 
 
 def _check_phases(warmup: int | float, sampling: int | float) -> None:
-    # Numbers of steps and shares of the run can only be compared once the run's length is known. Then a rule that finds
-    # nothing to sample takes its target from the first round after both: a short trial of a long run has to work.
+    # Steps and shares can only be compared once the run's length is known. That is too late for an error: a short trial
+    # of a long run has to work. Its target is the ratio of the first round after both phases.
     if warmup > 0 and isinstance(warmup, int) == isinstance(sampling, int) and warmup >= sampling:
         raise ValueError(
             f"AdaptivePeriod(warmup={warmup!r}, sampling={sampling!r}): expected warmup < sampling. Both count from the"
-            " first step, and rounds of the warm-up are not sampled, so nothing would be. Make sampling longer than"
-            " warmup."
+            " first step, and warm-up rounds are not sampled, so no round would be. Make sampling longer than warmup."
         )

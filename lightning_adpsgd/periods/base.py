@@ -1,4 +1,4 @@
-"""The interface of a rule that decides how many local steps lie between two averaging rounds."""
+"""The interface of rules that decide how many local steps lie between two averaging rounds."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from lightning_adpsgd.validation import LARGEST_INT, check_int, check_number, wr
 
 
 class Observation(Protocol):
-    """What rules read of a round's record."""
+    """The fields of a round's record that rules read."""
 
     @property
     def step(self) -> int:
@@ -25,7 +25,7 @@ class Observation(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """γ_k, the mean over the workers; 0 where every group's learning rate was 0."""
+        """γ_k, the mean over the workers; 0 if every group's learning rate is 0."""
 
 
 class _FormerObservation(NamedTuple):
@@ -35,7 +35,7 @@ class _FormerObservation(NamedTuple):
 
 
 def as_observation(record: Observation | int, ratio: float | None, learning_rate: float | None) -> Observation:
-    """A record, or what version 0.1 has given in place of one: ``update(step, ratio=…, learning_rate=…)``."""
+    """The record, which version 0.1 passed as ``update(step, ratio=…, learning_rate=…)``."""
     if not isinstance(record, Integral):
         return cast(Observation, record)
     if ratio is None or learning_rate is None:
@@ -46,12 +46,11 @@ def as_observation(record: Observation | int, ratio: float | None, learning_rate
 class AveragingPeriod(ABC):
     """How many local steps a worker takes between two averaging rounds.
 
-    A rule sees only numbers that were reduced over the workers first, so that every worker, holding its own copy of the
-    rule, takes the same decision. It keeps no tensors and never communicates.
+    A rule sees only numbers that are reduced over the workers, so every worker's copy of the rule takes the same
+    decision. It holds no tensors and never communicates.
 
-    The life of a rule: :meth:`setup` once before the first step; then, after each round that the period itself asked
-    for, :meth:`update`. Rounds asked for by something else (validation, a checkpoint, the end of training) are not
-    reported: their variance belongs to a shorter drift.
+    :meth:`setup` is called once before the first step, and :meth:`update` after each round that the period asked for.
+    Rounds for a validation, a checkpoint or the end of training are not reported: they have drifted for less.
     """
 
     @property
@@ -61,59 +60,59 @@ class AveragingPeriod(ABC):
 
     @property
     def target(self) -> float | None:
-        """The value at which the rule holds ``ratio`` (C₂ in the paper), or None where there is none (yet)."""
+        """The value near which the rule keeps ``ratio`` (C₂ in the paper); None if there is none (yet)."""
         return None
 
-    def setup(self, total_steps: int | None) -> None:  # noqa: B027 - a rule without shares of the run needs nothing
-        """Take note of the length of the run.
+    def setup(self, total_steps: int | None) -> None:  # noqa: B027 - only rules with shares of the run need it
+        """Set the length of the run.
 
         Args:
-            total_steps: K, the number of optimizer steps the whole run will take; None if it is not known.
+            total_steps: K, the number of optimizer steps of the whole run; None if it is not known.
 
         Raises:
             TypeError: if ``total_steps`` is neither an int nor None.
-            ValueError: if it is negative, or None while the rule was given a share of the run.
+            ValueError: if it is negative, or None although the rule was given a share of the run.
         """
 
     def scalars(self) -> Sequence[float | Tensor]:
-        """Numbers of this worker that are to ride along with the next round; :meth:`update` gets their means.
+        """This worker's numbers to send along with the next round; :meth:`update` receives their means.
 
-        A rule that needs the loss, for example, keeps the latest one that it was told, and returns it here.
+        A rule that needs the loss, for example, stores the latest loss and returns it here.
 
         Returns:
-            Always equally many, on all workers; floats, or tensors of one element that nobody need wait for.
+            Floats, or tensors of one element (read without a device sync); always as many, on all workers.
         """
         return ()
 
     @abstractmethod
     def update(self, record: Observation, scalars: Sequence[float] = ()) -> None:
-        """Learn from a round that the period asked for.
+        """Adapt to a round that the period asked for.
 
         Rules with the former signature, ``update(step, *, ratio, learning_rate)``, still work.
 
         Args:
-            record: the whole :class:`AveragingRound`. Its ``step`` is k, its ``ratio`` S_k / γ_k, summed over the
-                parameter groups whose learning rate is not 0; where that is 0 for all, ``learning_rate`` is 0, and
-                ``ratio`` says nothing.
-            scalars: the means over the workers of what :meth:`scalars` has returned when the round was measured.
+            record: the :class:`AveragingRound`. Its ``step`` is k; its ``ratio`` is S_k / γ_k, summed over the
+                parameter groups whose learning rate is not 0. If all are 0, ``learning_rate`` is 0, and ``ratio`` means
+                nothing.
+            scalars: the means over the workers of what :meth:`scalars` returned when the round was measured.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rule has learned, as plain numbers."""
+        """The rule's state, as plain numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` as if there had been no interruption.
+        """Restore the result of :meth:`state_dict`, so that the rule continues as if not interrupted.
 
         Raises:
             TypeError: if ``state`` or one of its entries is of the wrong type.
-            ValueError: if an entry is missing or out of range. The rule is then as it was before.
+            ValueError: if an entry is missing or out of range. The rule is unchanged then.
         """
 
 
 def report(rule: AveragingPeriod, record: Observation, scalars: Sequence[float]) -> None:
-    """Tell a rule of a round, in whichever way its ``update`` takes it."""
+    """Pass a round to a rule, with the arguments that its ``update`` takes."""
     parameters = inspect.signature(rule.update).parameters
     takes_anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     if "record" not in parameters and ("ratio" in parameters or takes_anything):  # the signature of version 0.1
@@ -126,10 +125,10 @@ def report(rule: AveragingPeriod, record: Observation, scalars: Sequence[float])
 
 
 class Steps:
-    """A number of optimizer steps, given as such (int) or as a share of the run (float between 0 and 1).
+    """A number of optimizer steps, given as an int or as a share of the run (float from 0 to 1).
 
     Args:
-        owner: the class the argument belongs to, for error messages.
+        owner: the class that takes the argument, for error messages.
         name: the argument's name, for error messages.
         amount: the number of steps, or the share of all steps.
 
@@ -153,10 +152,10 @@ class Steps:
             raise wrong_value(owner, name, amount, f"{expected}. {hint}")
 
     def of(self, total_steps: int | None) -> int:
-        """The number of steps in a run of ``total_steps``; a part of a step does not count.
+        """The number of steps in a run of ``total_steps``, rounded down.
 
         Raises:
-            ValueError: if this is a share of the run and the run's length is not known.
+            ValueError: if this is a share of the run, and ``total_steps`` is None.
         """
         if isinstance(self.amount, int):
             return self.amount
@@ -168,6 +167,6 @@ class Steps:
                 f" of this run is not known beforehand. Pass a number of steps instead, for example"
                 f" {self.name}=1000, or bound the run with Trainer(max_steps=...) or Trainer(max_epochs=...)."
             )
-        # 0.29 of 100 steps are 29, as written, although 0.29 * 100 < 29 in floating point.
+        # 0.29 of 100 steps are 29 steps, although 0.29 * 100 < 29 in floating point.
         as_written = Fraction(repr(self.amount)) * total_steps
         return min(total_steps, max(int(self.amount * total_steps), int(as_written)))

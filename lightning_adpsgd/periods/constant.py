@@ -11,8 +11,8 @@ class ConstantPeriod(AveragingPeriod):
     """Average every ``period`` optimizer steps (CPSGD, local SGD).
 
     Args:
-        period: optimizer steps between two rounds. 1 is full communication: with plain SGD it equals averaging the
-            gradients at every step.
+        period: optimizer steps between two rounds. 1 is full communication, which with plain SGD is the same as
+            averaging gradients at every step.
         warmup: steps (int) or share of the run (float) at the start during which workers average after every step.
 
     Raises:
@@ -34,12 +34,7 @@ class ConstantPeriod(AveragingPeriod):
         return 1 if self._step < self._warmup_steps else self._period
 
     def setup(self, total_steps: int | None) -> None:
-        """Turn a warm-up given as a share of the run into steps.
-
-        Raises:
-            TypeError: if ``total_steps`` is neither an int nor None.
-            ValueError: if it is negative, or None while ``warmup`` is a share.
-        """
+        """Turn a warm-up given as a share of the run into steps."""
         self._warmup_steps = self._warmup.of(check_total_steps(total_steps, "ConstantPeriod.setup"))
 
     def update(
@@ -50,20 +45,15 @@ class ConstantPeriod(AveragingPeriod):
         ratio: float | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """Take note of the step; the variance changes nothing."""
+        """Count the steps of the warm-up."""
         self._step = as_observation(record, ratio, learning_rate).step
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the warm-up has come."""
+        """The latest step, and the length of the warm-up."""
         return {"step": self._step, "warmup_steps": self._warmup_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the warm-up; the period is the one given to the constructor.
-
-        Raises:
-            TypeError: if ``state`` or one of its entries is of the wrong type.
-            ValueError: if an entry is missing or out of range. The rule is then as it was before.
-        """
+        """Continue the warm-up; the period is the constructor's."""
         saved = check_state("ConstantPeriod", state, ("step", "warmup_steps"))
         where = "ConstantPeriod.load_state_dict"
         step = check_int(where, "step", saved["step"], at_least=0)

@@ -1,4 +1,4 @@
-"""Lets reductions go on in the backward pass, where a step spends most of its time."""
+"""Advances reductions during the backward pass, which takes most of a step."""
 
 import weakref
 from collections.abc import Iterable
@@ -9,22 +9,21 @@ from torch.optim import Optimizer
 
 from lightning_adpsgd.rounds.pipeline import Pipeline
 
-_TIMES = 16  # that reductions are looked at in a backward pass
+_TIMES = 16  # checks per backward pass
 
 
 def advance_in_backward(optimizer: Optimizer, pipeline: Pipeline) -> None:
-    """Begin second phases of reductions as soon as their first has ended, while gradients are computed.
+    """Start the second phase of a reduction as soon as the first has ended, while gradients are computed.
 
-    A reduction in two phases would otherwise travel in one half of the time only: nobody waits for its first phase, but
-    the second begins where the result is needed.
+    Otherwise the second phase would start only when the result is needed, and the network would idle until then.
 
-    When that is differs from worker to worker, but phases have to begin in the same order on all of them. So there must
-    not be several fragments in flight. And this is for the CPU: NCCL wants one order for all groups of a device, and
-    somebody else may communicate in the backward pass.
+    Workers start it at different times, but have to start all phases in the same order. So at most one fragment may be
+    in flight. On CPU only: NCCL needs one order for all groups of a device, and there may be other communication in the
+    backward pass.
 
     Args:
-        optimizer: whose parameters' gradients are computed; some of them look after reductions.
-        pipeline: whose reductions; as long as it is alive.
+        optimizer: hooks on the gradients of some of its parameters check the reductions.
+        pipeline: has the reductions; hooks are removed with it.
     """
     pipeline_if_alive = weakref.ref(pipeline)
 

@@ -13,16 +13,7 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class Contact:
-    """Makes this rank's :class:`RankState`, and acts on the states of all ranks.
-
-    Args:
-        optimizer: the optimizer whose rounds these are.
-        workers: the workers to average over.
-        policy: is told whether any worker's optimizer has state.
-        guards: compare learning rates.
-        flags: bits that are sent along.
-        index: the optimizer's index.
-    """
+    """Makes this rank's :class:`RankState` for one optimizer, and acts on the states of all ranks."""
 
     def __init__(
         self,
@@ -57,12 +48,7 @@ class Contact:
         )
 
     def heed(self, handshake: Handshake, full: bool = False) -> None:
-        """Act on what all ranks have stated.
-
-        Args:
-            handshake: of a full round or of a fragment.
-            full: whether it is of a full round. If so, flags of earlier rounds are forgotten.
-        """
+        """Act on what all ranks have stated; if it is for a ``full`` round, flags of earlier rounds are forgotten."""
         self._guards.compare_learning_rates(handshake, self.steps)
         self._flags.agreed = handshake.flags | (0 if full else self._flags.agreed)
         self._policy.anybody_has_state = handshake.anybody_has_state

@@ -15,14 +15,7 @@ from lightning_adpsgd.rounds.backward import advance_in_backward
 from lightning_adpsgd.rounds.contact import Contact
 from lightning_adpsgd.rounds.full_round import FullRound
 from lightning_adpsgd.rounds.guards import Guards
-from lightning_adpsgd.rounds.handshake import (
-    Handshake,
-    Kind,
-    RankState,
-    SignalFlags,
-    lost,
-    naming_lost_workers,
-)
+from lightning_adpsgd.rounds.handshake import Handshake, Kind, SignalFlags, lost, naming_lost_workers
 from lightning_adpsgd.rounds.measures import Measures, Measuring, learning_rates
 from lightning_adpsgd.rounds.pipeline import Diverged, Drift, Pipeline, SpreadRound
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
@@ -156,14 +149,10 @@ class RoundEngine:
         self.state_policy.note_step()
         self.tracker.note_step()
         if self._pipeline is not None:
-            self._pipeline.count_step()
+            self._pipeline.steps += 1
 
     def launch(self, period: int) -> None:
-        """Start what is due after a step: a full round, or a fragment.
-
-        Args:
-            period: p of a round that starts now.
-        """
+        """Start what is due after a step, a full round or a fragment; ``period`` is that of a round starting now."""
         if self._pipeline is not None:
             self._send(self._pipeline, period)
         elif self.local_steps >= period:
@@ -243,16 +232,15 @@ class RoundEngine:
         if self._opened is not None:
             self._opened.close()
 
-    def _lost(self, state: RankState, error: CollectiveError) -> Exception:
-        return lost(self._workers, state, error) if self._pipeline is None else self._pipeline.lost(state, error)
-
     @contextmanager
     def _naming_lost_workers(self, kind: Kind, trigger: Trigger, period: int) -> Iterator[None]:
         try:
             yield
         except CollectiveError as error:
             state = self._contact.state(kind, trigger, period)
-            raise self._lost(state, error) from error
+            if self._pipeline is None:
+                raise lost(self._workers, state, error) from error
+            raise self._pipeline.lost(state, error) from error
 
     @contextmanager
     def _falling_back_to_a_whole_round(self, period: int) -> Iterator[None]:

@@ -18,17 +18,9 @@ from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 
 class FullRound:
-    """Completes the handshake, averages bucket by bucket, starts to reduce the measures, and treats optimizer state.
+    """Completes the handshake, averages bucket by bucket, starts to reduce the measures, and handles optimizer state.
 
-    Args:
-        contact: makes this rank's state, and acts on the others'.
-        tracker: knows the names of tensors.
-        workers: the workers to average over.
-        policy: is applied to the optimizer's state.
-        guards: report workers that have diverged.
-        measures: reduce what was measured.
-        drop: whether diverged workers are left out of the mean; otherwise they are an error.
-        bucket_bytes: size of the largest bucket.
+    With ``drop``, diverged workers are left out of the mean; otherwise they are an error.
     """
 
     def __init__(
@@ -65,13 +57,13 @@ class FullRound:
         """Run the round.
 
         Args:
-            trigger: who asks for it.
+            trigger: what the round is for.
             period: p, the period in force.
             tensors: the tensors to average.
             also: further tensors to average.
             trained: returns whether there is something to average; called again after averaging.
-            drifted: the number of steps over which any of them has drifted at most. If it is less for others, the
-                estimate errs on the safe side.
+            drifted: the largest number of steps over which any of them has drifted. If others have drifted less, their
+                moments are corrected too little.
 
         Returns:
             The reduction of the measures, and how many workers were left out.
@@ -107,8 +99,8 @@ class FullRound:
             if self._workers.count > 1 and trained():
                 as_it_is = trigger != "period" or contribution != self._workers.all_contribute
                 contributes = contribution.contributes  # otherwise the optimizer starts over
-                told = self._policy.estimate(tensors.tensors, drifted) if contributes else None
-                terms = Terms(contribution, as_it_is, told)
+                on_deviations = self._policy.estimate(tensors.tensors, drifted) if contributes else None
+                terms = Terms(contribution, as_it_is, on_deviations)
                 deviations = [*tensors.averager.average(terms)]
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:

@@ -1,4 +1,4 @@
-"""Finds what is wrong with a run: a warning, once and on rank 0, or an error on all ranks."""
+"""Detects problems of a run: warns once, on rank 0, or raises on all ranks."""
 
 import math
 import warnings
@@ -15,13 +15,7 @@ from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class Guards:
-    """Checks the handshakes and records of one optimizer.
-
-    Args:
-        workers: the workers that average.
-        index: the optimizer's index.
-        name_of: returns a tensor's name.
-    """
+    """Checks the handshakes and records of one optimizer."""
 
     def __init__(self, workers: WorkerGroup, index: int, name_of: Callable[[Tensor], str]) -> None:
         self._workers = workers
@@ -85,13 +79,9 @@ class Guards:
 
     def look_for_drift(self, round_: AveragingRound, parameters: Sequence[Tensor]) -> None:
         """Warn, once, if the workers' parameters are identical after local steps."""
-        if (
-            self._has_drifted
-            or "no drift" in self._warned_of
-            or round_.learning_rate == 0.0
-            or round_.local_steps == 0
-            or not parameters
-        ):
+        if self._has_drifted or "no drift" in self._warned_of:
+            return
+        if round_.learning_rate == 0.0 or round_.local_steps == 0 or not parameters:
             return
         if self._workers.count - round_.dropped == 1:
             return

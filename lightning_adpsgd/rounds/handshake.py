@@ -205,15 +205,7 @@ class Handshake:
 
 @contextmanager
 def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator[None]:
-    """If a collective fails, raise an error that names the missing workers.
-
-    Args:
-        workers: the workers that take part.
-        what: what they do, for the message.
-
-    Raises:
-        WorkerLostError: in place of ``CollectiveError``.
-    """
+    """Raise ``WorkerLostError``, which names the missing workers, in place of ``CollectiveError``."""
     try:
         yield
     except CollectiveError as error:
@@ -221,13 +213,7 @@ def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator
 
 
 def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) -> WorkerLostError:
-    """Make the error for a failed collective: tell the other ranks, and ask them which ranks are missing.
-
-    Args:
-        workers: the workers, at least one of which is missing.
-        what: what they were doing.
-        error: the backend's error.
-    """
+    """Make the error for a failed collective: tell the other ranks, and ask them which ranks are missing."""
     failed = f"Rank {workers.rank} could not finish {what}: {error}"
     # Log now: a launcher that notices the failure first ends this process without a message.
     _log.error(failed)
@@ -242,18 +228,12 @@ def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) ->
     elif silent:
         told.append(f"No word from rank(s) {', '.join(map(str, silent))}: killed, hanging, or gone early.")
     return WorkerLostError(
-        f"{failed} {' '.join(told)} Look for the first error of those ranks, and go on from the last checkpoint."
+        f"{failed} {' '.join(told)} Look for the first error of those ranks, and resume from the last checkpoint."
     )
 
 
 def difference(workers: WorkerGroup, what: str, mine: Sequence[Described]) -> str:
-    """Describe where the workers' tensors differ. They are known to differ; all ranks have to call this.
-
-    Args:
-        workers: the workers that disagree.
-        what: the first sentence of the message.
-        mine: this worker's tensors.
-    """
+    """Describe, after the sentence ``what``, where the workers' tensors differ. All ranks have to call this."""
     everybody = workers.gather_objects([*mine])
     reference = everybody[0]
     rank, theirs = next(

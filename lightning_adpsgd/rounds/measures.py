@@ -46,21 +46,10 @@ class Measuring(NamedTuple):
 
 
 class Measures:
-    """Reduces what rounds have measured, and books their cost to the next record.
-
-    Args:
-        optimizer: its learning rates are measured.
-        workers: the workers over which means are taken.
-        index: the optimizer's index.
-        scalars: returns the scalars that the rule sends along.
-    """
+    """Reduces what rounds have measured and the rule's ``scalars``, and books their cost to the next record."""
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        workers: WorkerGroup,
-        index: int,
-        scalars: Callable[[], Sequence[float | Tensor]],
+        self, optimizer: Optimizer, workers: WorkerGroup, index: int, scalars: Callable[[], Sequence[float | Tensor]]
     ) -> None:
         self._optimizer = optimizer
         self._workers = workers

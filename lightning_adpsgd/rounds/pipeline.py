@@ -125,7 +125,7 @@ class Pipeline:
         self._sent_at = 0
         self._round: SpreadRound | None = None  # the one that is being sent
         self.clock = DriftClock()
-        """For how many steps what is sent has drifted."""
+        """Counts the steps over which fragments have drifted."""
         self.in_flight: deque[_Fragment] = deque()
         """Fragments, the oldest first."""
         self._known: AveragedTensors | None = None  # what all workers have agreed to average
@@ -135,10 +135,6 @@ class Pipeline:
         """Record that all workers are the same. Nothing may be in flight."""
         assert not self.in_flight
         self._begin_anew()
-
-    def count_step(self) -> None:
-        """Count a local step."""
-        self.steps += 1
 
     def send(self, step: int, period: int) -> tuple[list[Handshake], list[SpreadRound]]:
         """Send a fragment if one is due.
@@ -179,9 +175,6 @@ class Pipeline:
         Otherwise a full round that comes before its last fragment would discard it. If full rounds are frequent, no
         staggered round would ever end.
 
-        Args:
-            step: the optimizer's step.
-
         Returns:
             The handshakes of fragments that have landed, and the rounds that have ended with them.
 
@@ -201,11 +194,7 @@ class Pipeline:
         return handshakes, ended
 
     def keep_for_look_ahead(self, period: int) -> None:
-        """Keep the current values of the fragment due after the next step, if its momentum will be needed then.
-
-        Args:
-            period: p when that fragment is sent, as far as is known.
-        """
+        """Keep the current values of the fragment due after the next step, if its momentum will be needed then."""
         self._before = None
         due = self._schedule.is_due(self.steps + 1, self._sent_at, period)
         if self._schedule.overlap == 0 or not due or not any(self._policy.look_ahead(1)):
@@ -300,10 +289,10 @@ class Pipeline:
         round_ = fragment.round
         as_sent = self.steps == fragment.step and not fragment.ahead and not self._tracker.moved_by_others
         self._tracker.rebind(fragment.tensors)
-        told = self._policy.estimate(
+        on_deviations = self._policy.estimate(
             fragment.tensors.tensors, fragment.drifted, self.steps - fragment.step, fragment.ahead
         )
-        round_.deviations += fragment.tensors.averager.adopt(fragment.buckets, not as_sent, told)
+        round_.deviations += fragment.tensors.averager.adopt(fragment.buckets, not as_sent, on_deviations)
         round_.landed += 1
         if round_.fragments == 1 and as_sent:
             self._begin_anew()
@@ -313,7 +302,7 @@ class Pipeline:
         others = [*self.in_flight]
         self.in_flight.clear()
         self._round = None
-        self.clock.restart()  # nobody will ask but for a round of everything
+        self.clock.restart()  # a full round follows
         for other in others:
             other.handshake.complete()
         waits = [bucket.reduction.wait for each in (fragment, *others) for bucket in each.buckets]

@@ -17,7 +17,7 @@ class AveragingRound(NamedTuple):
     optimizer: int
     """Index of the optimizer whose parameters were averaged."""
     trigger: Trigger
-    """Who asked for the round: the period, the start of validation, a checkpoint, the end of training, or pruning."""
+    """What the round was for: the period, a validation, a checkpoint, the end of training, or pruning."""
     local_steps: int
     """Optimizer steps since the previous round; 0 if only residuals, other tensors or optimizer state were averaged."""
     period: int

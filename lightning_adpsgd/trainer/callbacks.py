@@ -1,4 +1,4 @@
-"""The strategy's own callbacks: ahead of all others, and behind those that prune."""
+"""The strategy's own callbacks: one before all others, and one after those that prune."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def insert_callbacks(trainer: "pl.Trainer", strategy: "AveragedWeights", signals: DeferredSignals) -> list[Callback]:
-    """Have the strategy's callbacks called during a fit; return them."""
+    """Insert the strategy's callbacks for a fit; return them."""
     first, after_pruning = FirstCallback(strategy, signals), AfterPruning(strategy)
     callbacks = callbacks_of(trainer)
     callbacks.insert(0, first)
@@ -24,10 +24,10 @@ def insert_callbacks(trainer: "pl.Trainer", strategy: "AveragedWeights", signals
 
 
 class _OwnCallback(Callback):
-    """A callback that is not called at every step for nothing."""
+    """A callback without unused hooks at every step."""
 
-    # Lightning opens a profiler's context around every hook of every callback, those that do nothing among them, unless
-    # they cannot be called; at every step that would cost more than all else that this strategy does there.
+    # Lightning opens a profiler context around every callable hook of every callback, even if it does nothing. At every
+    # step, that would cost more than everything else that this strategy does.
     on_before_zero_grad = None  # type: ignore[assignment]
     on_before_backward = None  # type: ignore[assignment]
     on_after_backward = None  # type: ignore[assignment]
@@ -38,13 +38,13 @@ class _OwnCallback(Callback):
 
 
 class FirstCallback(_OwnCallback):
-    """Averages before somebody looks at the weights, and acts on signals, ahead of every other callback.
+    """Averages before the weights are read, and acts on signals, before every other callback.
 
-    The strategy's own hooks come after the callbacks' and the module's: somebody may have read the weights by then.
+    The strategy's own hooks run after those of callbacks and the module, which may read the weights.
 
     Args:
-        strategy: whose rounds and handshakes.
-        signals: that have been put off.
+        strategy: runs the rounds and handshakes.
+        signals: the deferred signals.
     """
 
     def __init__(self, strategy: "AveragedWeights", signals: DeferredSignals) -> None:
@@ -59,7 +59,7 @@ class FirstCallback(_OwnCallback):
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         averaging = [each for each in callbacks_of(trainer) if isinstance(each, StochasticWeightAveraging)]
         if any(trainer.current_epoch >= each.swa_start for each in averaging):
-            self._strategy.average("checkpoint")  # the callback is about to take a copy of the weights
+            self._strategy.average("checkpoint")  # the callback is about to copy the weights
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:
@@ -68,13 +68,13 @@ class FirstCallback(_OwnCallback):
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:
-        # Not inside of the optimizer's step: a checkpoint that a signal asks for belongs behind it.
+        # Not within the optimizer's step: a checkpoint that a signal asks for has to follow it.
         self._act_on_signals()
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if any(isinstance(module, Metric) for module in pl_module.modules()):
-            self._strategy.handshake("the end of an epoch")  # metrics that communicate by themselves may follow
+            self._strategy.handshake("the end of an epoch")  # metrics may communicate next
         if any(map(prunes_after_training, _pruning(trainer))):
             self._average_before_pruning(pl_module)
 
@@ -90,39 +90,39 @@ class FirstCallback(_OwnCallback):
             self._strategy.handshake("the end of training")
         session = self._strategy.session
         if session is not None:
-            # For ranks that go on, although they should have ended too.
+            # For ranks that continue, although they should have ended, too.
             steps = ", ".join(f"step {local_sgd.steps}" for local_sgd in session.local_sgd)
             session.workers.peers.post_status(f"had ended training at {steps}")
         if self._act_on_signals() & SIGTERM:
-            raise SIGTERMException  # no loop of Lightning's is left to do so
+            raise SIGTERMException  # Lightning's loops, which would raise it, have ended
 
     def _act_on_signals(self) -> int:
-        """Act, on every rank, on the signals that any rank had received when the latest round began; return them."""
+        """Act on the signals that any rank had received when the latest round began, on all ranks; return them."""
         session = self._strategy.session
         flags = 0 if session is None else session.flags.agreed
         if session is None or flags == 0:
             return 0
         if flags & (SIGTERM | REQUEUE):
-            self._strategy.average("checkpoint")  # with several optimizers, only one of them may have had its round
+            self._strategy.average("checkpoint")  # of several optimizers, only one may have had its round
         session.flags.agreed = 0
         session.flags.raised &= ~flags
         self._signals.act(flags)
         return flags
 
     def _average_before_pruning(self, module: "pl.LightningModule") -> None:
-        """Average what is about to be pruned, and what it will be judged by, for all workers to judge alike.
+        """Average what is about to be pruned and the weights that decide on it, so that all workers prune alike.
 
-        What was pruned before is judged by the masked weights of the latest forward pass: by those of one step before.
+        Where a mask exists already, the masked weights of the latest forward pass decide, from before the latest step.
         """
         masked = [getattr(part, name) for part, name in pruned(module)]
-        # Those of a validation are made of averaged weights, and cannot be written to.
+        # Those of a validation's forward pass are averaged already, and read-only.
         self._strategy.average("pruning", [tensor for tensor in masked if not tensor.is_inference()])
 
 
 class AfterPruning(_OwnCallback):
-    """Gives all workers rank 0's masks and weights, where they differ, right behind a callback that prunes.
+    """Gives all workers rank 0's masks and weights, if they differ, right after a callback that prunes.
 
-    Masks do that are drawn by chance, and so do weights that go back to where each worker had begun.
+    They differ if masks are random, or if weights are reset to each worker's initial ones.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""What Lightning itself communicates: together, or not at all."""
+"""Guards Lightning's own collectives: all ranks take part, or none."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end
 
 
 class GuardedCommunication(DDPStrategy):
-    """While fitting, workers make sure that all are about to communicate before Lightning does.
+    """While fitting, workers check that all of them are about to make the same call before Lightning communicates.
 
-    Where one is in a round, and another one in something else, they would wait for each other, or end each other's
-    process. A rank on its way out of an exception takes part in nothing: its peers may not either.
+    Ranks in different collectives would wait for each other, or crash. A rank that is handling an exception takes part
+    in nothing, since the others may not either.
     """
 
     def __init__(self, **launching: Any) -> None:
@@ -35,14 +35,14 @@ class GuardedCommunication(DDPStrategy):
         return self._session
 
     def handshake(self, kind: Kind) -> None:
-        """Make sure, while fitting, that all workers are about to do the same; warn if it happens at every step.
+        """While fitting, check that all workers are about to do the same; warn if this happens at every step.
 
         Args:
             kind: what they are about to do.
 
         Raises:
             WorkersDisagreeError: on every worker, if they are not.
-            WorkerLostError: if a worker does not come.
+            WorkerLostError: if a worker does not answer.
         """
         if not self._fitting or self._session is None or self._session.workers.size == 1:
             return
@@ -90,7 +90,7 @@ class GuardedCommunication(DDPStrategy):
         return is_interrupted(trainer_of(self.lightning_module))
 
     def _warn_of_communication(self) -> None:
-        """Warn if somebody communicates at two batches in a row."""
+        """Warn once if there is communication at two batches in a row."""
         trainer = trainer_of(self.lightning_module)
         if self._warned_of_communication or self.lightning_module is None or trainer is None:
             return
@@ -101,10 +101,9 @@ class GuardedCommunication(DDPStrategy):
         if self._communicated_at == batch - 1:
             self._warned_of_communication = True
             rank_zero_warn(
-                f"Something in `{hook}` communicates with all workers at every step, which costs the time that"
-                " averaging only once in a while saves. If it is `self.log(..., on_step=True, sync_dist=True)`, leave"
-                " sync_dist out, or log the mean of the epoch: `self.log(..., on_step=False, on_epoch=True,"
-                " sync_dist=True)`."
-                " If it is `ModelCheckpoint(train_time_interval=...)`, use `every_n_train_steps`."
+                f"Something in `{hook}` communicates with all workers at every step, which costs the time that periodic"
+                " averaging saves. If it is `self.log(..., on_step=True, sync_dist=True)`, leave out sync_dist, or log"
+                " the epoch's mean: `self.log(..., on_step=False, on_epoch=True, sync_dist=True)`. If it is"
+                " `ModelCheckpoint(train_time_interval=...)`, use `every_n_train_steps`."
             )
         self._communicated_at = batch

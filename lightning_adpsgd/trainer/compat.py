@@ -1,4 +1,4 @@
-"""Every private or version-dependent name of Lightning and torch that this package uses."""
+"""All private or version-dependent names of Lightning and torch that the trainer uses, and why."""
 
 import threading
 from typing import Any
@@ -13,10 +13,10 @@ from lightning_adpsgd.averaging.layout import has_mean
 from .family import AsyncCheckpointIO, ModelPruning, Timer, TrainerStatus, async_plugin, ddp_overrides, pl
 
 Method = tuple[Any, str]
-"""An object of Lightning's, and the name of a method to replace on it."""
+"""An object of Lightning, and the name of a method to replace on it."""
 
-# Starts all ranks from the same weights, wherever Lightning leaves out the `DistributedDataParallel` wrapper that
-# otherwise does so (validation, testing), as this package does.
+# Starts all ranks from the same weights, like the `DistributedDataParallel` wrapper. Lightning uses it where it leaves
+# out that wrapper (validation, testing), as this package does.
 sync_module_states = ddp_overrides._sync_module_states
 
 
@@ -31,7 +31,7 @@ def callbacks_of(trainer: "pl.Trainer") -> list[Any]:
 
 
 def is_interrupted(trainer: "pl.Trainer | None") -> bool:
-    """Whether this rank is handling an exception, about which other ranks may know nothing."""
+    """Whether this rank is handling an exception, which other ranks may not know of."""
     return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
 
@@ -50,7 +50,7 @@ def step_of_the_loss(trainer: "pl.Trainer") -> int:
 
 
 def current_hook(module: "pl.LightningModule") -> str | None:
-    """The hook that is running: tells a reduction at every step, which is worth a warning, from one per epoch."""
+    """The hook that is running, which tells communication at every step from that once per epoch."""
     return getattr(module, "_current_fx_name", None)
 
 
@@ -68,7 +68,7 @@ def prunes_after_training(callback: ModelPruning) -> bool:
 
 
 def pruned(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules that torch prunes, each with the name of the pruned parameter: torch has no public way to ask.
+    """The modules that torch prunes, with the pruned parameter's name, which torch has no public way to find.
 
     Of a pruned ``weight`` torch keeps ``weight_orig``, the parameter; ``weight_mask``, a buffer; and as ``weight``
     their product at the latest forward pass.
@@ -82,9 +82,9 @@ def pruned(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def snapshot(checkpoint: dict[str, Any], checkpoint_io: Any) -> dict[str, Any]:
-    """The checkpoint to hand to the plugin that writes files: a copy if it writes later and takes none itself.
+    """The checkpoint for the plugin that writes files: a copy if it writes later, and makes no copy itself.
 
-    In early Lightning 2.5, ``AsyncCheckpointIO`` writes whatever the tensors hold once it gets to them.
+    In early Lightning 2.5, ``AsyncCheckpointIO`` writes the tensors' values at the time of writing.
     """
     if not isinstance(checkpoint_io, AsyncCheckpointIO) or hasattr(async_plugin, "_clone_tensor"):
         return checkpoint
@@ -110,7 +110,7 @@ def wrap_for_gradients_of(strategy: "pl.strategies.DDPStrategy", group: Any) -> 
 def signal_methods(trainer: "pl.Trainer") -> tuple[Method, Method, Method]:
     """Lightning's handlers of SIGTERM and of SLURM's requeue signal, and its broadcast of the former at every batch.
 
-    There is no public way to replace them. Lightning before 2.5.2 has no such broadcast.
+    They cannot be replaced in a public way. Lightning before 2.5.2 has no such broadcast.
     """
     connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
     handlers = (connector, "_sigterm_notifier_fn"), (connector, "_slurm_sigusr_handler_fn")
@@ -118,7 +118,7 @@ def signal_methods(trainer: "pl.Trainer") -> tuple[Method, Method, Method]:
 
 
 def time_checks(trainer: "pl.Trainer") -> list[Method]:
-    """What asks rank 0 at every step whether the time is up, for each timer that has a limit."""
+    """The methods that ask rank 0 at every step whether the time is up, of all timers that have a limit."""
     timers = [timer for timer in callbacks_of(trainer) if isinstance(timer, Timer) and timer._interval == "step"]
     return [(timer, "_check_time_remaining") for timer in timers if timer.time_remaining() is not None]
 
@@ -134,7 +134,7 @@ def stop_as_after_sigterm(trainer: "pl.Trainer") -> None:
 
 
 def stop_watching_children() -> None:
-    """End the thread with which Lightning's launcher kills this process as soon as a child has failed."""
+    """End the thread of Lightning's launcher that kills this process once a child has failed."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
-            vars(thread)["_run"] = lambda: True  # "finished", instead of one more look at the children
+            vars(thread)["_run"] = lambda: True  # True: finished

@@ -1,4 +1,4 @@
-"""How a process ends after a failure: without leaving other processes waiting for it, and without waiting for them."""
+"""Ends a process after a failure, without leaving others waiting for it, and without waiting for them."""
 
 import atexit
 import signal
@@ -20,11 +20,12 @@ _failures: list[tuple[DDPStrategy, WorkerGroup, BaseException]] = []
 
 
 def end_others_at_exit(strategy: DDPStrategy, workers: WorkerGroup, exception: BaseException) -> None:
-    """After a failure on this rank: make sure that no other rank waits for it once the process has ended.
+    """After a failure on this rank, make sure that no other rank waits for it once the process has ended.
 
-    Lightning does not stop the processes that its launcher has started: they would find out in their next collective,
-    with NCCL only after its timeout. So at exit this process closes its connections, which they notice, and gives them
-    some seconds to report before it kills them. If the script goes on instead, call :func:`forget_failure`.
+    Lightning does not stop the processes that its launcher has started: they would only notice in their next
+    collective, with NCCL after its timeout. So at exit this process closes its connections, which they notice, and
+    gives them some seconds to report before it kills them. If the script continues instead, call
+    :func:`forget_failure`.
     """
     if workers.size == 1:
         return
@@ -34,13 +35,13 @@ def end_others_at_exit(strategy: DDPStrategy, workers: WorkerGroup, exception: B
 
 
 def forget_failure() -> None:
-    """The script has caught the error and goes on: leave the other processes alone."""
+    """Leave the other processes alone, since the script has caught the error and continues."""
     _failures.clear()
     atexit.unregister(_end_others)
 
 
 def _end_others() -> None:
-    stop_watching_children()  # it would kill this process, with another exit code, as soon as a child has ended
+    stop_watching_children()  # Lightning would kill this process, with another exit code, once a child has ended
     for strategy, workers, _ in _failures:
         workers.peers.abort()
         workers.peers.linger(seconds=_SECONDS_FOR_OTHERS_TO_READ)
@@ -53,14 +54,14 @@ def _end_others() -> None:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 if workers.peers.is_ending(rank):
-                    continue  # by itself, and it may still have files to upload
+                    continue  # it exits by itself, and may still have files to upload
                 child.kill()
                 child.wait()
 
 
-@atexit.register  # when this package is imported, so that it runs after what scripts and loggers register later
+@atexit.register  # at import, so that it runs after the exit handlers of scripts and loggers
 def _limit_the_time_to_exit() -> None:
-    """Have the system end this process if native threads that wait for another rank keep it from exiting."""
+    """Have an alarm end this process if native threads that wait for another rank keep it from exiting."""
     if not any(_ends_the_process(exception) for *_, exception in _failures) or not hasattr(signal, "alarm"):
         return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -70,13 +71,13 @@ def _limit_the_time_to_exit() -> None:
 
 def _ends_the_process(exception: BaseException) -> bool:
     if isinstance(exception, SIGTERMException):
-        return False  # all ranks have raised it at the same step: none waits for another
-    # The interpreter records an uncaught error, unless it stands for an exit.
+        return False  # all ranks have raised it at the same step, so none waits for another
+    # The interpreter records uncaught errors, but not SystemExit.
     return not isinstance(exception, Exception) or getattr(sys, "last_value", None) is not None
 
 
 def _postpone_the_alarm() -> None:
-    """Postpone it for as long as the interpreter runs threads: other work at exit may take the time it needs."""
+    """Postpone the alarm while the interpreter runs threads: other work at exit may take its time."""
     while True:
         signal.alarm(_SECONDS_TO_EXIT)
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""What crossed the network and why: averaging rounds as log entries, a history, a summary and a plot."""
+"""Reports averaging rounds and their bytes: log entries, a history, a summary and a plot."""
 
 from functools import partial
 
@@ -12,26 +12,26 @@ from .family import Callback, pl, rank_zero_warn
 
 
 class CommunicationMonitor(RoundHistory, Callback):
-    """Logs every averaging round to all of the Trainer's loggers, and sums up at the end of ``fit``.
+    """Logs every averaging round to all of the Trainer's loggers, and prints a summary at the end of ``fit``.
 
-    At each round, at the step at which Lightning logs the loss of that batch, are logged: ``adpsgd/variance`` (S_k),
+    Each round logs, at the step at which Lightning logs that batch's loss: ``adpsgd/variance`` (S_k),
     ``adpsgd/variance_over_lr`` (S_k / γ_k), ``adpsgd/target`` (C₂, once there is one), ``adpsgd/period``,
     ``adpsgd/syncs`` (rounds so far), ``adpsgd/sent_bytes`` (by this rank so far), ``adpsgd/sent_bytes_ddp`` (what DDP's
     gradient all-reduce would have sent so far: one ring all-reduce of the trainable parameters' gradients per step) and
-    ``adpsgd/round_seconds``. Where workers have been dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how
-    many so far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
+    ``adpsgd/round_seconds``. If workers were dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how many so
+    far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
 
-    Counts go on after a checkpoint is restored.
+    Counts continue after a checkpoint is restored.
 
     Args:
-        prefix: what the names begin with, and what the plot's file is called; "train/adpsgd" makes it "adpsgd.png" in a
-            folder "train". Characters that not every file system takes are refused.
-        plot: at the end of ``fit``, draw ``<prefix>.png`` into the Trainer's log directory, which may be in any file
-            system that Lightning writes to (``s3://…``). Needs matplotlib.
+        prefix: prefix of the log entries, and the plot's path: "train/adpsgd" is "adpsgd.png" in a folder "train".
+            Characters that some file systems do not allow are refused.
+        plot: whether to draw ``<prefix>.png`` in the Trainer's log directory at the end of ``fit``, in any file system
+            that Lightning writes to (``s3://…``). Needs matplotlib.
 
     Raises:
         TypeError: if ``prefix`` is not a string, or ``plot`` not a bool.
-        ValueError: if ``prefix`` is empty, or would not name a file inside of the log directory.
+        ValueError: if ``prefix`` is empty, or does not name a file within the log directory.
         ModuleNotFoundError: if ``plot`` is set and matplotlib is not installed.
     """
 
@@ -54,7 +54,7 @@ class CommunicationMonitor(RoundHistory, Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.plot and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of Trainer's own file
-            # All ranks have to ask, because Lightning broadcasts the answer.
+            # On all ranks, because Lightning broadcasts log_dir.
             folder = str(trainer.log_dir or trainer.default_root_dir)
             self._plot_path = f"{folder.rstrip('/')}/{self.prefix}.png"
 

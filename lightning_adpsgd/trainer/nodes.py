@@ -1,4 +1,4 @@
-"""Nodes as workers: whose ranks average their gradients after every backward pass, as DDP does."""
+"""Nodes as workers: their ranks average gradients after every backward pass, as in DDP."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .steps import CountedSteps
 
 
 class NodeGradients(CountedSteps):
-    """Leaves out DDP's wrapper, and with it the gradient all-reduce, except inside of a node that is one worker."""
+    """Leaves out DDP's wrapper, and so its gradient all-reduce, except within a node that is one worker."""
 
     def __init__(self, **launching: Any) -> None:
         super().__init__(**launching)
@@ -24,10 +24,7 @@ class NodeGradients(CountedSteps):
 
     @override
     def configure_ddp(self) -> None:
-        """No wrapper, hence no gradient all-reduce, except inside of a node that is one worker.
-
-        All ranks start from rank 0's weights.
-        """
+        """Start all ranks from rank 0's weights; wrap the model only if gradients are averaged within a node."""
         assert self.model is not None
         sync_module_states(self.model)
         if self._shares_gradients:
@@ -35,7 +32,7 @@ class NodeGradients(CountedSteps):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Wrap again where layers have been frozen or unfrozen: a wrapper knows those that were trained at first."""
+        """Wrap the model again if layers were frozen or unfrozen: the wrapper has hooks on trained parameters only."""
         super().on_train_batch_start(batch, batch_idx)
         if self._shares_gradients and self._trained() != self._wrapped_for:
             self.handshake("a change of what is trained")
@@ -69,16 +66,16 @@ class NodeGradients(CountedSteps):
 
 
 def find_nodes(everybody: WorkerGroup, node_rank: int, local_rank: int, strategy: str) -> int:
-    """How many ranks make up a node, as the Trainer was told and the cluster has placed them.
+    """The number of ranks of a node. All ranks have to call this.
 
     Args:
-        everybody: all ranks; all of them have to ask.
+        everybody: all ranks.
         node_rank: this rank's node.
-        local_rank: this rank's place there.
-        strategy: the name of the strategy's class.
+        local_rank: this rank's place in its node.
+        strategy: the name of the strategy's class, for messages.
 
     Raises:
-        MisconfigurationException: on every rank, if nodes have different numbers of ranks, or a strange order.
+        MisconfigurationException: on every rank, if nodes differ in size or ranks are not numbered node by node.
     """
     places = everybody.table([node_rank, local_rank]).long().tolist()
     nodes = [node for node, _ in places]
@@ -88,13 +85,13 @@ def find_nodes(everybody: WorkerGroup, node_rank: int, local_rank: int, strategy
         each = ", ".join(f"node {node}: {size}" for node, size in sizes.items())
         raise MisconfigurationException(
             f'{strategy}(worker="node") found nodes with different numbers of ranks, or ranks that are not numbered'
-            f" node by node (ranks of {each}). Every node has to run as many as the others, Trainer(devices=...), and"
-            " ranks have to be numbered from the first node to the last."
+            f" node by node (ranks of {each}). Every node has to run the same number of ranks (Trainer(devices=...)),"
+            " numbered from the first node to the last."
         )
     if len(sizes) == 1 and everybody.size > 1:
         rank_zero_warn(
-            f'{strategy}(worker="node") on one node: there is no other worker to average with, so this trains as DDP'
-            " does, with a gradient all-reduce at every step. For workers inside of a node leave out"
-            ' worker="node"; for several nodes pass Trainer(num_nodes=...).'
+            f'{strategy}(worker="node") on one node: there is no other worker to average with, so this trains like'
+            " DDP, with a gradient all-reduce at every step. To average between the devices of a node, leave out"
+            ' worker="node"; for several nodes, pass Trainer(num_nodes=...).'
         )
     return ranks_per_node

@@ -1,4 +1,4 @@
-"""Signals and time limits that stop a run: they wait for an averaging round, so that all ranks act at the same step."""
+"""Defers signals and time limits that stop a run to an averaging round, so that all ranks act at the same step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ TIME_IS_UP = 4
 
 
 class DeferredSignals:
-    """Makes preemption wait for an averaging round, instead of communicating at every batch or in a signal handler.
+    """Defers preemption to an averaging round, instead of communicating at every batch or in a signal handler.
 
-    From 2.5.2 on, Lightning broadcasts at every batch whether SIGTERM has come, and its signal handler broadcasts too;
-    on SLURM, the handler of the requeue signal saves a checkpoint, which here would be an averaging round. The other
-    ranks would not take part between two rounds. So while this is installed, the handlers only raise a flag. All ranks
-    learn of it in the next round, and then :meth:`act` does on every rank, at the same step, what the handler would
-    have done. The same goes for ``Timer`` (``Trainer(max_time=...)``), which asks rank 0 for the time at every batch.
+    From 2.5.2 on, Lightning broadcasts at every batch whether SIGTERM was received, and its signal handler broadcasts,
+    too; on SLURM, the handler of the requeue signal saves a checkpoint, which here is an averaging round. Between two
+    rounds the other ranks would not take part. So while this is installed, the handlers only raise a flag. All ranks
+    learn of it in the next round, and :meth:`act` then does on every rank, at the same step, what the handler would
+    have done. The same holds for ``Timer`` (``Trainer(max_time=...)``), which asks rank 0 at every batch.
 
     Args:
         trainer: the Trainer whose signal handling is deferred.
@@ -41,18 +41,18 @@ class DeferredSignals:
         setattr(*broadcast, lambda: None)
 
     def install_timers(self) -> None:
-        """Replace what timers do at every step, once they have looked at the clock at the start of the run."""
+        """Replace the timers' checks at every step, after they have started their clocks."""
         self._time_checks = time_checks(self._trainer)
         for check in self._time_checks:
             setattr(*check, self._on_time_check)
 
     def remove(self) -> None:
-        """Restore what Lightning does; may be called more than once."""
+        """Restore Lightning's methods; may be called more than once."""
         for owner, name in (*signal_methods(self._trainer), *self._time_checks):
             owner.__dict__.pop(name, None)
 
     def act(self, flags: int) -> None:
-        """Do what the ``flags`` ask for, on this rank as on all others."""
+        """Do what the ``flags`` ask for."""
         if flags & REQUEUE and self._requeue is not None:
             self._requeue(requeue_signal(self._trainer), None)
         if flags & TIME_IS_UP:

@@ -1,4 +1,4 @@
-"""Counts optimizer steps, however they are taken, and says where on the axis of the loss their rounds belong."""
+"""Counts optimizer steps, and finds the step at which to log a round."""
 
 from collections import deque
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from .compat import step_of_the_loss, trainer_of
 from .family import MisconfigurationException, pl
 from .weights import AveragedWeights
 
-_LATEST_STEPS = 16  # of which it is known where they belong, beside those of a round in flight
+_LATEST_STEPS = 16  # whose logged step is remembered, in addition to those of a round in flight
 
 
 class CountedSteps(AveragedWeights):
-    """Tells the session of every step of an optimizer, also of those that are taken past Lightning."""
+    """Reports every optimizer step to the session, even if it bypasses Lightning."""
 
     def __init__(self, **launching: Any) -> None:
         super().__init__(**launching)
@@ -37,7 +37,7 @@ class CountedSteps(AveragedWeights):
         model: "pl.LightningModule | Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        """Step the optimizer, then count the attempt, which averages if the period is over."""
+        """Step the optimizer, then count the step, which averages if the period is over."""
         self._stepping = True
         try:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -47,10 +47,10 @@ class CountedSteps(AveragedWeights):
         return output
 
     def logged_step(self, round_: AveragingRound) -> int:
-        """The step at which to log a round of this fit, on the axis of the loss: that of the batch it came after.
+        """The step at which to log a round of this fit: the one at which Lightning logs that batch's loss.
 
-        Lightning counts batches that led to a step there, where ``trainer.global_step`` counts the steps of all
-        optimizers. The record of a round that the period asks for may come some steps after the round.
+        It counts batches that led to a step, while ``trainer.global_step`` counts the steps of all optimizers. The
+        record of a round that the period asks for may come some steps after the round.
         """
         if round_.trigger == "period":
             for step, logged_step in self._logged_steps.get(round_.optimizer, ()):
@@ -60,10 +60,10 @@ class CountedSteps(AveragedWeights):
         return round_.step if trainer is None else step_of_the_loss(trainer)
 
     def _watch_steps(self, session: TrainingSession) -> None:
-        """Be told of steps that are taken past Lightning, until :meth:`_stop_watching`."""
+        """Watch for steps that bypass Lightning, until :meth:`_stop_watching`."""
         self._logged_steps = {}
         for local_sgd in session.local_sgd:
-            with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
+            with suppress(AttributeError):  # a wrapper may not have called Optimizer.__init__
                 self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
 
     def _stop_watching(self) -> None:
@@ -72,7 +72,7 @@ class CountedSteps(AveragedWeights):
         self._step_hooks = []
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that was taken past Lightning, with ``self.optimizers(use_pl_optimizer=False)`` for example."""
+        """Count a step that bypasses Lightning, for example by ``self.optimizers(use_pl_optimizer=False)``."""
         if not self._stepping:
             self._count_step(optimizer)
 
@@ -89,7 +89,7 @@ class CountedSteps(AveragedWeights):
         elif optimizer.param_groups:
             raise MisconfigurationException(
                 f"A {type(optimizer).__name__} was stepped that is none of the optimizers that configure_optimizers()"
-                f" had returned when fit began. {type(self).__name__} keeps count of each optimizer's local steps:"
-                " return all optimizers from configure_optimizers(), and change them in place (add_param_group) instead"
-                " of replacing them."
+                f" had returned when fit began. {type(self).__name__} counts each optimizer's local steps: return all"
+                " optimizers from configure_optimizers(), and change them in place (add_param_group) instead of"
+                " replacing them."
             )

@@ -1,4 +1,4 @@
-"""The door to Lightning: turns the Trainer's hooks into local steps and averaging rounds."""
+"""Lightning's strategy: turns the Trainer's hooks into local steps and averaging rounds."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,10 +23,7 @@ from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.peers import closed_at_exit
 
 from .callbacks import insert_callbacks
-from .compat import (
-    callbacks_of,
-    trainer_of,
-)
+from .compat import callbacks_of, trainer_of
 from .family import CheckpointIO, ClusterEnvironment, Precision, SIGTERMException, StrategyRegistry, TrainerFn, pl
 from .lifecycle import end_others_at_exit, forget_failure
 from .nodes import NodeGradients
@@ -48,46 +45,47 @@ _log = logging.getLogger(__name__)
 class ADPSGDStrategy(NodeGradients):
     """Adaptive periodic parameter averaging (ADPSGD) in place of DDP's gradient all-reduce.
 
-    Every process trains its own replica on its own share of the data, and no gradient crosses the network. Every p
-    optimizer steps, p being the *averaging period*, the replicas are replaced by their mean. How often is decided by
-    the variance of the parameters among the workers: P. Jiang and G. Agrawal, "Adaptive Periodic Averaging: A Practical
-    Approach to Reducing Communication in Distributed Learning", arXiv:2007.06134.
+    Every process trains its own replica on its own share of the data, and sends no gradients. Every p optimizer steps
+    (the *averaging period*), the replicas are replaced by their mean. The period adapts to the variance of the
+    parameters among the workers: P. Jiang and G. Agrawal, "Adaptive Periodic Averaging: A Practical Approach to
+    Reducing Communication in Distributed Learning", arXiv:2007.06134.
 
     This is **not** AD-PSGD, the asynchronous decentralized (gossip) method of Lian et al., arXiv:1710.06952.
 
-    Workers also average before validation starts, before a checkpoint is taken and when training ends, so whoever looks
-    at the model sees the average. For a checkpoint they average the optimizer's state too, and go on from the average:
-    going on from the file is the same as not having stopped.
+    Workers also average before a validation, before a checkpoint and at the end of training, so whoever reads the
+    weights sees the average. For a checkpoint they also average the optimizer's state, and continue from the average:
+    resuming from the file is the same as not having stopped.
 
     Args:
         period: when to average. :class:`~lightning_adpsgd.AdaptivePeriod` if None; an int is a constant period
-            (CPSGD, local SGD). Each optimizer gets a copy of its own.
-        average_buffers: floating-point module buffers (BatchNorm statistics) join each round; caches
-            (``register_buffer(..., persistent=False)``) and integers stay each worker's own.
-        exclude_buffers: names of buffers that stay each worker's own (queues, hidden states), as patterns of
-            :mod:`fnmatch`, in which ``*`` is any text: ``["*.queue", "memory.*"]``. A checkpoint holds rank 0's.
-        optimizer_state: what a round does to momentum and moments: "local" leaves them to each worker, as the paper
-            does; "average" averages them too (as many bytes again for each); "estimate" brings momentum together as the
-            drift of parameters tells it, without a byte; "reset" makes them what they are before the first step.
-        bucket_size_mb: parameters are averaged in ranges of at most this many MiB; up to two are in memory.
-        on_divergence: what a round does when parameters of some ranks are not finite: "raise" an error on every rank,
-            before anything is overwritten; or "drop" these ranks from the mean, for them to go on from that.
+            (CPSGD, local SGD). Each optimizer gets its own copy.
+        average_buffers: whether floating-point buffers (BatchNorm statistics) are averaged too. Caches
+            (``register_buffer(..., persistent=False)``) and integers never are.
+        exclude_buffers: :mod:`fnmatch` patterns of the names of buffers that are not averaged (queues, hidden states),
+            such as ``["*.queue", "memory.*"]``. A checkpoint holds rank 0's.
+        optimizer_state: what a round does to momentum and moments: "local" leaves them alone, as in the paper;
+            "average" averages them too (as many bytes as the parameters for each); "estimate" corrects them by what the
+            drift of parameters tells, and sends nothing; "reset" sets them to their values before the first step.
+        bucket_size_mb: size of the largest bucket, in MiB; up to two are in memory.
+        on_divergence: what a round does if parameters of some ranks are not finite: "raise" an error on every rank,
+            before anything is overwritten; or "drop" these ranks from the mean, from which they then continue.
         stagger: spread each round over the period: after each step one p-th of all elements is averaged.
-        overlap: d, the number of local steps that go on while a round (or a fragment of it) travels; at most p − 1.
-            What is sent is a snapshot, and when the mean w̄ arrives, each worker adds w̄ − (its snapshot), which keeps
-            those steps. Best with ``stagger=True``: alone, it costs accuracy where d is not small against p.
-        worker: what drifts and is averaged: each "device", or each "node", whose devices then average their gradients
-            after every backward pass, as DDP does. A node sends the model once per round.
-        reduce_dtype: "bf16", "fp16", "int8" or "int4" (or a ``Codec``): in rounds that the period asks for, differences
-            from the last average travel in it; what rounding cuts off travels in the next round. Keeps two more copies.
+        overlap: d, the number of local steps during which a round (or a fragment of it) is in flight; at most p − 1.
+            A snapshot is sent, and when the mean w̄ arrives, each worker adds w̄ − (its snapshot), which keeps those
+            steps. Best with ``stagger=True``: alone, it costs accuracy unless d is small compared to p.
+        worker: what is averaged: each "device", or each "node", whose devices then average their gradients after every
+            backward pass, as in DDP. A node sends the model once per round.
+        reduce_dtype: "bf16", "fp16", "int8", "int4" or a ``Codec``: in rounds that the period asks for, the change
+            since the last average is sent in this type, and the rounding error in the next round. Keeps two copies of
+            the parameters.
         update: what is done with the mean in rounds that the period asks for; None: it is adopted. Each optimizer gets
-            a copy of its own.
+            its own copy.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
         checkpoint_io: as for ``DDPStrategy``.
         precision_plugin: as for ``DDPStrategy``.
-        process_group_backend: "nccl" or "gloo"; by default what suits the device.
+        process_group_backend: "nccl" or "gloo"; None: what suits the device.
         timeout: how long a collective waits for other ranks.
         start_method: how processes are started: "popen", "spawn", "fork" or "forkserver".
 
@@ -122,7 +120,7 @@ class ADPSGDStrategy(NodeGradients):
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            # Checked here because Lightning would find out at the end of training, or never.
+            # Lightning would notice at the end of training, or never.
             checkpoint_io=check_instance(None, "checkpoint_io", checkpoint_io, CheckpointIO, optional=True),
             precision_plugin=check_instance(None, "precision_plugin", precision_plugin, Precision, optional=True),
             process_group_backend=process_group_backend,
@@ -158,15 +156,15 @@ class ADPSGDStrategy(NodeGradients):
 
     @property
     def transport(self) -> str:
-        """How rounds travel, in words: "at once" where neither of the options that change it is set."""
+        """How rounds are sent, in words: "at once" if no option changes it."""
         told = [self._options.transport] if self._options.transport != "at once" else []
         return ", ".join([*told, *(["between nodes"] if self._worker == "node" else [])]) or "at once"
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
-        """Have ``listener`` called, on every rank, with the record of each round.
+        """Call ``listener`` on every rank with the record of each round.
 
-        Given before ``fit``, it hears the rounds of every fit to come. Given while a fit is under way, in a hook of a
-        callback for example, it hears those of that fit.
+        A listener that subscribes before ``fit`` hears the rounds of all further fits; one that subscribes during a
+        fit, for example in a callback's hook, hears those of that fit.
         """
         check_listener(listener)
         trainer = trainer_of(self.lightning_module)
@@ -181,7 +179,7 @@ class ADPSGDStrategy(NodeGradients):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks, until the script ends: it may fit, validate or communicate again before it does."""
+        """Connect the ranks until the script ends: it may fit, validate or communicate again."""
         self._listeners_of_this_fit = []
         with closed_at_exit():
             super().setup_environment()
@@ -204,13 +202,13 @@ class ADPSGDStrategy(NodeGradients):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Post a status for the other ranks, who may be waiting for this one."""
+        """Post a status for the other ranks, which may be waiting for this one."""
         super().on_exception(exception)
         if self._workers is None:
             return
         end_others_at_exit(self, self._workers, exception)
         if isinstance(exception, WorkerLostError):
-            return  # it was lost by the others as well, and has been told
+            return  # lost() has posted a status, and the other ranks know
         where = self._session.progress if self._session is not None and self._session.local_sgd else "setup"
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
         self._workers.peers.post_status(f"had failed at {where}: {what}", failed=True)
@@ -235,7 +233,7 @@ class ADPSGDStrategy(NodeGradients):
 
     @override
     def on_train_start(self) -> None:
-        """Tell the rule how long the run is. Not before: counting the steps sets up the loaders, and restores them."""
+        """Tell the rule how long the run is. Not earlier: counting the steps sets up and restores the loaders."""
         super().on_train_start()
         trainer = trainer_of(self.lightning_module)
         if trainer is None or self._workers is None or self._session is None or not self._fitting:
@@ -246,23 +244,23 @@ class ADPSGDStrategy(NodeGradients):
             total_steps = self._workers.broadcast_object(total_steps, 0)
         self._session.setup(total_steps)
 
-    # Other ways to make one
+    # Alternative constructors
 
     @classmethod
     def int4(cls, **overrides: Any) -> Self:
-        """What ``strategy="adpsgd_int4"`` stands for: meant for about a twentieth of full communication's bytes.
+        """The strategy named "adpsgd_int4", meant to send about a twentieth of full communication's bytes.
 
-        Rounds in 4 bits, estimated moments, and a period of 2 at first that follows in proportion.
+        Rounds in 4 bits, estimated moments, and a period that starts at 2 and grows proportionally.
 
         Args:
-            overrides: arguments of the class that take the place of these, or are given besides.
+            overrides: arguments of the class, which override these settings.
         """
         return cls(**{**int4_settings(), **overrides})
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any = StrategyRegistry) -> None:
-        """Register the names, among Lightning's own; a second time changes nothing."""
+        """Register the strategy names with Lightning; may be called again."""
         register(cls, strategy_registry)
 
     # Details
@@ -273,7 +271,7 @@ class ADPSGDStrategy(NodeGradients):
         warn_of_sync_batchnorm(self.lightning_module)
         former = self._session
         self._session = TrainingSession(
-            # Lightning stands in for an optimizer where configure_optimizers() returns none.
+            # If configure_optimizers() returns none, Lightning substitutes a mock without parameter groups.
             [optimizer for optimizer in self.optimizers if optimizer.param_groups],
             self._period,
             self._options,

@@ -1,4 +1,4 @@
-"""Whoever looks at the weights sees the average; checkpoints among them, which hold all that is needed to go on."""
+"""Makes sure that whoever reads the weights sees the average, and writes what a run needs to resume."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,33 +16,25 @@ CHECKPOINT_KEY = "adpsgd"
 
 
 class AveragedWeights(GuardedCommunication):
-    """Averages before somebody reads weights, and keeps the session's state in checkpoints."""
+    """Averages before the weights are read, and stores the session's state in checkpoints."""
 
     def __init__(self, **launching: Any) -> None:
         super().__init__(**launching)
         self._second_weights_moved = False
 
     def average(self, trigger: Trigger, further: Sequence[Tensor] = ()) -> bool:
-        """Average what has been trained since the latest round, if anything has.
-
-        Args:
-            trigger: who asks.
-            further: tensors to average along, with which there is a round in any case.
-
-        Returns:
-            Whether there was a round, so that all workers are known to be at the same point.
-        """
+        """Average what has been trained since the latest round, if anything; see :meth:`TrainingSession.average`."""
         also = [*further]
         trainer = trainer_of(self.lightning_module)
         if self._second_weights_moved and trainer is not None:
-            # The mean of moving averages is the moving average of means: once, when somebody looks, is enough.
+            # The mean of moving averages is the moving average of means: averaging them before a read is enough.
             also += second_weights(trainer)
             self._second_weights_moved = False
         return self._session is not None and self._session.average(trigger, also)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The averaged weights; after an exception, when peers may be gone, this rank's own."""
+        """The averaged weights; this rank's own after an exception, when others may be gone."""
         if not self._is_alone():
             self.average("checkpoint")
         return super().lightning_module_state_dict()
@@ -56,20 +48,20 @@ class AveragedWeights(GuardedCommunication):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Restore the weights; say so if they are not an average."""
+        """Restore the weights; warn if they are not an average."""
         super().load_model_state_dict(checkpoint, strict=strict)
         state = checkpoint.get(CHECKPOINT_KEY, {})
         if not state.get("averaged", True):
-            ranks = state.get("ranks", state["workers"])  # files of an earlier version count ranks as workers
+            ranks = state.get("ranks", state["workers"])  # early files have no "ranks"
             rank_zero_warn(
                 f"This checkpoint was saved when rank {state['rank']} of {ranks} failed: it holds the weights and the"
-                " optimizer state of that worker alone, not the average. All workers go on from these. If you have an"
-                " earlier checkpoint, it may be the better start."
+                " optimizer state of that worker alone, not the average. All workers continue from these. An earlier"
+                " checkpoint may be a better start."
             )
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimizers, and with them the rules; a checkpoint of another strategy starts the rules anew."""
+        """Restore the optimizers and the rules; with a checkpoint of another strategy, the rules start anew."""
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:
@@ -84,8 +76,8 @@ class AveragedWeights(GuardedCommunication):
         count = self._session.workers.count
         if self._session.local_sgd and state["workers"] != count:
             rank_zero_warn(
-                f"This checkpoint was written by {state['workers']} worker(s), and now there are {count}. All"
-                " go on from its average, and the averaging rule goes on with its period and its target, which was"
-                f" measured among {state['workers']}. The phases of the rule keep their lengths in steps, while an"
-                " epoch now has another number of steps."
+                f"This checkpoint was written by {state['workers']} worker(s), and now there are {count}. All continue"
+                " from its average, and the averaging rule continues with its period and its target, which was measured"
+                f" among {state['workers']}. The rule's phases keep their lengths in steps, although an epoch now has a"
+                " different number of steps."
             )

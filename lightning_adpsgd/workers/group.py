@@ -1,4 +1,4 @@
-"""The workers, and the collectives between them; bytes are counted here."""
+"""The workers, and the collectives between them. Counts the bytes sent."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ from lightning_adpsgd.workers.reduction import (
 class Contribution(NamedTuple):
     """What this worker contributes to a mean over the workers."""
 
-    contributors: int  # workers whose values make up the mean
+    contributors: int  # the number of workers that are averaged
     contributes: bool  # whether this worker is one of them; if not, it receives the others' mean
 
 
@@ -40,7 +40,7 @@ class WorkerGroup:
 
     Args:
         group: the process group; None is the default group.
-        device: where small tensors are made; with NCCL it has to be this rank's GPU.
+        device: where small tensors are created; with NCCL, this rank's GPU.
     """
 
     ranks_per_worker = 1
@@ -48,22 +48,22 @@ class WorkerGroup:
     def __init__(self, group: "dist.ProcessGroup | None" = None, device: torch.device | str = "cpu") -> None:
         self._group: Any = group
         self.device = torch.device(device)
-        self.size: int = dist.get_world_size(group) if dist.is_initialized() else 1  # ranks; a worker may have several
+        self.size: int = dist.get_world_size(group) if dist.is_initialized() else 1  # ranks, not workers
         self.rank: int = dist.get_rank(group) if dist.is_initialized() else 0
         self.peers = Peers(self.rank, self.size, self.device)
         self.patience = Patience(_seconds_to_wait(self.device) if self.size > 1 else math.inf, self.peers.who_failed)
-        """How long this rank waits for what its device does together with others."""
+        """How long this rank waits for its device to finish a collective."""
         self._counter = SimpleNamespace(payload_bytes=0)
         self._opened: list[Any] = []  # process groups, to be closed
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of all tensors that this rank has put into collectives since the start."""
+        """Bytes of all tensors that this rank has passed to collectives so far."""
         return int(self._counter.payload_bytes)
 
     @property
     def count(self) -> int:
-        """How many workers there are."""
+        """The number of workers."""
         return self.size // self.ranks_per_worker
 
     def worker_of(self, rank: int) -> int:
@@ -85,7 +85,7 @@ class WorkerGroup:
         return self.count > 1 and backend_of(self.device, self._group) == "nccl"
 
     def new_async_group(self) -> Self:
-        """The same workers, on connections where nothing else travels; bytes count together. All ranks have to ask."""
+        """The same workers in a separate process group; bytes are counted together. All ranks have to call this."""
         if self.size == 1:
             return self
         group = new_group([self._global_rank(rank) for rank in range(self.size)], self.device)
@@ -94,7 +94,7 @@ class WorkerGroup:
         return other
 
     def close(self) -> None:
-        """Close the connections that were opened for this group, which is of no use afterwards. Waits for nobody."""
+        """Close the connections that were opened for this group, without waiting for others. It is unusable then."""
         opened, self._opened = self._opened, []
         if self._group in opened:
             self._group = ClosedGroup()
@@ -102,7 +102,7 @@ class WorkerGroup:
             close_without_waiting(partial(close_groups, opened))
 
     def mean_(self, buffer: Tensor, share: Contribution | None = None) -> Reduction:
-        """Begin to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
+        """Start to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
         if self.count == 1:
             return Reduction(buffer, None)
         share = share or self.all_contribute
@@ -110,31 +110,32 @@ class WorkerGroup:
         return self.sum_(buffer.div_(share.contributors) if share.contributes else buffer.zero_())
 
     def sum_(self, buffer: Tensor) -> Reduction:
-        """Begin to replace ``buffer`` (contiguous) by its sum over the workers."""
+        """Start to replace ``buffer`` (contiguous) by its sum over the workers."""
         return Reduction(buffer, self._all_reduce(buffer) if self.count > 1 else None)
 
     def largest(self, buffer: Tensor) -> Reduction:
-        """Begin to replace ``buffer`` (contiguous, integers) by the largest that any rank has of each element."""
+        """Start to replace ``buffer`` (contiguous, integers) by its element-wise maximum over the ranks."""
         return Reduction(buffer, self._all_reduce(buffer, op=dist.ReduceOp.MAX) if self.size > 1 else None)
 
     def shares(self, buffer: Tensor) -> list[Tensor]:
-        """Each rank's part of a flat ``buffer``, which it combines in :meth:`exchange`; the first is the longest."""
+        """The part of a flat ``buffer`` that each rank combines in :meth:`exchange`; the first is the longest."""
         cut = [(part, -(-len(part) // self.count)) for part in buffer.tensor_split(self.ranks_per_worker)]
         return [part[worker * length : (worker + 1) * length] for worker in range(self.count) for part, length in cut]
 
     def exchange(self, rows: Tensor, combine: TensorOp, residuals: Sequence[Tensor], sizes: Sequence[int]) -> Reduction:
-        """Begin to reduce encoded values: each rank combines its share, and all gather the combined shares.
+        """Start to reduce encoded values: each rank combines its share, and all gather the combined shares.
 
         Args:
             rows: the encoded :meth:`shares` of this worker's values; uint8, shape (ranks, bytes per share), contiguous.
-            combine: decodes, adds up and encodes this rank's share: from what all workers have sent, uint8, shape
-                (workers, bytes per share), to uint8, shape (bytes of a combined share,), as many on every rank.
-            residuals: for each rank, where its ``combine`` adds what rounding cuts off. When the result has arrived,
-                all ranks of a worker hold the same there.
-            sizes: of each row, the bytes that are no padding.
+            combine: decodes, averages and encodes this rank's share: takes what all workers have sent, uint8, shape
+                (workers, bytes per share), and returns uint8, shape (bytes of a combined share,). That length is the
+                same on all ranks.
+            residuals: for each rank, the tensor to which its ``combine`` adds the encoding error. Once the result has
+                arrived, it is the same on all ranks of a worker.
+            sizes: of each row, the bytes that are not padding.
 
         Returns:
-            On its way: uint8, shape (ranks, bytes of a combined share).
+            The reduction; its result is uint8, shape (ranks, bytes of a combined share).
         """
         self._counter.payload_bytes += sum(sizes)
         return Exchange(rows, combine, self._group)
@@ -142,36 +143,36 @@ class WorkerGroup:
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite ``tensors`` with those of rank 0."""
         for whole in (tensor.data for tensor in tensors if self.size > 1 and tensor.numel() > 0):
-            mine = whole[tuple(0 if stride == 0 else slice(None) for stride in whole.stride())]  # expanded: one of each
+            mine = whole[tuple(0 if stride == 0 else slice(None) for stride in whole.stride())]  # expanded: once
             packed = mine.resolve_conj().resolve_neg().contiguous()
             self._counter.payload_bytes += packed.nbytes
             with collective():
-                # As bytes: backends refuse some types, such as int16 or those of 8-bit floats.
+                # As bytes: backends refuse some dtypes, such as int16 and 8-bit floats.
                 dist.broadcast(packed.view(-1).view(torch.uint8), self._global_rank(0), group=self._group)
             if packed is not mine:
                 mine.copy_(packed)
 
     def launch_mean(self, values: "Sequence[float | Tensor]", share: Contribution | None = None) -> Reduction:
-        """Begin to find the mean of a few numbers or tensors of one element over the workers that contribute."""
+        """Start to average a few numbers or tensors of one element over the workers that contribute."""
         share = share or self.all_contribute
         row = on_device(values, self.device)
-        # Over all ranks, so that ranks of one worker, too, have the same numbers, bit for bit; 0 · NaN would be NaN.
+        # Over all ranks, so that ranks of one worker also have the same bits. Not multiplied by 0: 0 · NaN is NaN.
         row = row.div_(share.contributors * self.ranks_per_worker) if share.contributes else row.zero_()
         return on_host(row, self._all_reduce(row) if self.size > 1 else None, self.patience)
 
     def launch_table(self, row: "Sequence[float | Tensor]") -> Reduction:
-        """Begin to fill a :meth:`table`; entries may be tensors of one element."""
+        """Start to fill a :meth:`table`; entries may be tensors of one element."""
         table = torch.zeros(self.size, len(row), dtype=torch.float64, device=self.device)
         table[self.rank] = on_device(row, self.device)
-        # An all-reduce to which other ranks add zeros: every backend has it, and it costs what the ring costs.
+        # An all-reduce to which other ranks add zeros: every backend has it.
         return on_host(table, self._all_reduce(table) if self.size > 1 else None, self.patience)
 
     def table(self, row: Sequence[float]) -> Tensor:
-        """Every rank's ``row``: float64, shape (ranks, len(row)), on the CPU. Integers up to 2⁵³ arrive as they are."""
+        """Every rank's ``row``: float64, shape (ranks, len(row)), on the CPU. Integers up to 2⁵³ are exact."""
         return self.launch_table(row).wait()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's ``value``. For error messages; not counted as payload."""
+        """Every rank's ``value``, for error messages; not counted as payload."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             with collective():
@@ -179,7 +180,7 @@ class WorkerGroup:
         return values
 
     def broadcast_object(self, value: Any, source: int) -> Any:
-        """The ``value`` of one rank, on all. For what is rare and no tensor; not counted as payload."""
+        """The ``value`` of rank ``source``, on all ranks; not counted as payload."""
         values = [value]
         if self.size > 1:
             with collective():
@@ -196,18 +197,18 @@ class WorkerGroup:
 
 
 def new_group(ranks: list[int], device: torch.device) -> Any:
-    """A process group with the time-out of the default group; all ranks have to call it."""
+    """A process group with the default group's timeout. All ranks have to call this."""
     with collective():
         return dist.new_group(ranks, timeout=_timeout(device))
 
 
 def _timeout(device: torch.device) -> timedelta:
-    """How long collectives wait; there is no public way to it."""
+    """The timeout of collectives; torch has no public way to read it."""
     return dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
 
 
 def _seconds_to_wait(device: torch.device) -> float:
-    """A little less than the backend's own time-out: when that is over, NCCL ends the process without a message."""
+    """A little less than the backend's timeout, at which NCCL ends the process without a message."""
     try:
         seconds = _timeout(device).total_seconds()
     except (AttributeError, RuntimeError):  # another backend than gloo and NCCL

@@ -1,4 +1,4 @@
-"""Nodes as workers: the ranks of a node hold one replica, and send it once."""
+"""Nodes as workers: the ranks of a node hold the same replica, and send it once."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,36 +14,36 @@ from lightning_adpsgd.workers.reduction import Exchange, Reduction, TensorOp
 
 
 class NodeWorkerGroup(WorkerGroup):
-    """Workers each of which is a node: the ranks of one node hold the same replica, and send it once.
+    """Workers that are nodes: the ranks of a node hold the same replica, and send it once.
 
-    Each rank of a node reduces its own slice of a buffer with its counterparts in the other nodes; then the slices are
-    gathered within the node. So a node sends one buffer per ring, however many ranks it has. What passes within a node
-    is not counted.
+    Each rank reduces its own slice of a buffer with its counterparts on the other nodes; then the slices are gathered
+    within the node. So a node sends one buffer per ring, whatever its number of ranks. Bytes within a node are not
+    counted.
 
     Args:
-        ranks_per_node: how many consecutive ranks make up a node, the same number for each.
-        device: where small tensors are made; with NCCL it has to be this rank's GPU.
+        ranks_per_node: number of consecutive ranks of a node, the same for all nodes.
+        device: where small tensors are created; with NCCL, this rank's GPU.
 
     Raises:
-        ValueError: if the number of ranks is no multiple of it.
+        ValueError: if the number of ranks is not a multiple of ``ranks_per_node``.
     """
 
     def __init__(self, ranks_per_node: int, device: torch.device | str = "cpu") -> None:
         super().__init__(None, device)
         if self.size % ranks_per_node != 0:
-            raise ValueError(f"{self.size} ranks cannot be nodes of {ranks_per_node} ranks each.")
+            raise ValueError(f"{self.size} ranks cannot be divided into nodes of {ranks_per_node} ranks each.")
         self.ranks_per_worker = ranks_per_node
-        self._place = self.rank % ranks_per_node  # in the node
+        self._place = self.rank % ranks_per_node  # within the node
         self._first = self.rank - self._place
         self.open()
 
     def open(self) -> list[Any]:
-        """The process groups of this rank's node and of its counterparts in the others; all ranks have to ask."""
+        """The process groups of this rank's node and of its counterparts. All ranks have to call this."""
         if self.size == 1:
             return [None, None]
-        if not self._opened:  # or not any more: a round for a checkpoint may come after the end of training
+        if not self._opened:  # also after close(): a checkpoint's round may follow the end of training
             ranks, step = range(self.size), self.ranks_per_worker
-            # Every rank takes part in making all of them.
+            # Every rank has to take part in creating every group.
             nodes = [new_group([*ranks[first : first + step]], self.device) for first in ranks[::step]]
             counterparts = [new_group([*ranks[place::step]], self.device) for place in ranks[:step]]
             self._opened = [nodes[self.rank // step], counterparts[self._place]]
@@ -51,7 +51,7 @@ class NodeWorkerGroup(WorkerGroup):
 
     @property
     def ranks_per_node(self) -> int:
-        """How many consecutive ranks make up a node."""
+        """Number of consecutive ranks of a node."""
         return self.ranks_per_worker
 
     @property
@@ -82,7 +82,7 @@ class NodeWorkerGroup(WorkerGroup):
         def gather(combined: Tensor) -> Tensor:
             gathered = combined.new_empty(step, *combined.shape)
             gathered[self._place] = combined
-            # The next cut may give an element to another rank of the node, which then has to know its residual.
+            # The next round may assign an element to another rank of the node, which then needs its residual.
             self._gather_(residuals[self._first : self._first + step], gathered)
             return self._gather_(gathered.unbind(), gathered).transpose(0, 1).reshape(self.size, -1)
 
@@ -90,7 +90,7 @@ class NodeWorkerGroup(WorkerGroup):
         return Exchange(rows[mine].contiguous(), combine, self.open()[1], gather)
 
     def _gather_(self, parts: Sequence[Tensor], whole: Tensor) -> Tensor:
-        """Overwrite each part by that of the rank at its place in the node; returns what they are parts of."""
+        """Overwrite each part with that of the rank at its place in the node; return ``whole``."""
         sent = [(part, self._first + place) for place, part in enumerate(parts) if len(part) > 0]
         works: list[Any] = [dist.broadcast(part, rank, group=self.node, async_op=True) for part, rank in sent]
         for work in works:

@@ -1,4 +1,4 @@
-"""Reductions that are under way, and how long to wait for them."""
+"""Reductions in flight, and how long to wait for them."""
 
 import contextlib
 import functools
@@ -21,12 +21,12 @@ _SECONDS_OF_GRACE = 2.0
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out: some worker is not there any more, or never came."""
+    """A collective failed or timed out: a worker is gone, or never joined."""
 
 
 @contextlib.contextmanager
 def collective() -> Iterator[None]:
-    """Raise ``CollectiveError`` in place of torch's error, unless it is an error of this rank's own device."""
+    """Raise ``CollectiveError`` in place of torch's errors, except those of this rank's own device."""
     try:
         yield
     except RuntimeError as error:
@@ -37,26 +37,26 @@ def collective() -> Iterator[None]:
 
 
 def backend_of(device: torch.device, group: "dist.ProcessGroup | None" = None) -> str:
-    """Which backend carries a device's tensors; a group may have several, and then ``get_backend`` does not say."""
+    """The backend for a device's tensors. A group may have several, which ``get_backend`` does not tell apart."""
     return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type, "")
 
 
 class Reduction:
-    """A reduction that is under way; ``wait`` returns its result: the buffer, or what ``finish`` makes of it then."""
+    """A reduction in flight. ``wait`` returns its result: the buffer, or what ``finish`` returns for it."""
 
     def __init__(self, buffer: Tensor, work: Any, finish: TensorOp | None = None) -> None:
         self._buffer, self._work, self._finish = buffer, work, finish
 
     def advance(self) -> None:
-        """Begin the second phase, if there is one, which waits for the first."""
+        """Start the second phase, if there is one; waits for the first."""
 
     def advance_if_ready(self) -> bool:
-        """Begin the second phase if the first has ended; whether nothing is left to begin. Raises nothing."""
+        """Start the second phase if the first has ended; return whether no phase is left to start. Never raises."""
         return True
 
     def wait(self) -> Tensor:
         """Wait for the result (on CUDA: until the current stream may use it), or raise ``CollectiveError``."""
-        # A connection stays open as long as anybody holds a piece of work, and a traceback holds this object.
+        # A connection stays open as long as its work object is referenced, and a traceback may reference self.
         work, self._work = self._work, None
         try:
             with collective():
@@ -70,17 +70,17 @@ class Reduction:
 
 
 class Exchange(Reduction):
-    """The two phases of ``WorkerGroup.exchange``: ranks send each other rows, and gather what each has combined."""
+    """The two phases of ``WorkerGroup.exchange``: ranks exchange rows, then gather the combined shares."""
 
     def __init__(self, rows: Tensor, combine: TensorOp, group: Any, finish: TensorOp = lambda result: result) -> None:
         self._device, self._combine, self._group, self._finish_on_device = rows.device, combine, group, finish
-        # gloo exchanges from the host only. What is sent has to stay alive while it travels.
+        # gloo exchanges host tensors only. The tensor has to stay alive until the exchange has ended.
         self._sent: Tensor | None = rows.cpu() if backend_of(rows.device, group) == "gloo" else rows
         received = torch.empty_like(self._sent)
         with collective():
             work = dist.all_to_all_single(received, self._sent, group=group, async_op=True)
         super().__init__(received, work)
-        self._failed: str | None = None  # why, if that was found out where nobody expects an error
+        self._failed: str | None = None  # the error of advance_if_ready, to be raised later
 
     @override
     def advance(self) -> None:
@@ -114,21 +114,21 @@ class Exchange(Reduction):
 
 
 class Patience(NamedTuple):
-    """How long to wait for what this rank's device does together with others.
+    """How long to wait for this rank's device to finish a collective.
 
-    With NCCL, waiting for a collective only orders streams: if a worker is gone, the device just never finishes.
+    With NCCL, waiting for a collective only orders streams: if a worker is gone, the device never finishes.
     """
 
-    seconds: float  # that a collective may take
-    failed: Callable[[], str | None]  # says who has failed, if anybody has; asked about once per second
+    seconds: float  # limit for a collective
+    failed: Callable[[], str | None]  # says which rank has failed, if any; called about once per second
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def wait_for(self, event: Any, begun: float) -> None:
-        """Wait until the device reaches an ``event`` (with a ``query``) that follows a collective ``begun`` then.
+        """Wait until the device reaches an ``event`` recorded after a collective that was ``begun`` at that time.
 
         Raises:
-            CollectiveError: if a worker has failed, or the time is up. This rank's own errors go up as they are.
+            CollectiveError: if a worker has failed or the time is up. This rank's own errors are not translated.
         """
         now = started = self.clock()
         check_at = started + _SECONDS_BETWEEN_CHECKS
@@ -138,14 +138,14 @@ class Patience(NamedTuple):
                 raise CollectiveError(who or f"it has not ended after {now - begun:.0f} s")
             if who is None and now >= check_at:
                 who, check_at = self.failed(), now + _SECONDS_BETWEEN_CHECKS
-                # It may have done its part before it failed.
+                # Not at once: it may have completed its part before it failed.
                 give_up_at = give_up_at if who is None else min(give_up_at, now + _SECONDS_OF_GRACE)
             self.sleep(min(1e-3, (now - started) / 16))
             now = self.clock()
 
 
 def on_host(numbers: Tensor, work: Any, patience: Patience) -> Reduction:
-    """A few numbers on their way to all workers, and to the host: on CUDA, a stream of its own copies them."""
+    """Copy the result of a small reduction to the host; on CUDA, in a separate stream."""
     if numbers.device.type != "cuda":
         return Reduction(numbers, work, Tensor.cpu)
     begun, side = patience.clock(), _side_stream(numbers.device)
@@ -169,9 +169,9 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
 
 
 def on_device(entries: "Sequence[float | Tensor]", device: torch.device) -> Tensor:
-    """Numbers and tensors of one element as a float64 tensor on the device, which the host does not wait for."""
+    """Numbers and tensors of one element as a float64 tensor on the device, without a device sync."""
     known = [0.0 if isinstance(entry, Tensor) else float(entry) for entry in entries]
-    # torch hands out page-locked memory again only once the device has copied it.
+    # Safe: torch does not reuse pinned memory before the device has copied it.
     row = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     for place, entry in enumerate(entries):
         if isinstance(entry, Tensor):
