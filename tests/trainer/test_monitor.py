@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_adpsgd.trainer.monitor
 from lightning_adpsgd import ADPSGDStrategy, AveragingRound, CommunicationMonitor
 from tests.test_plot import RUN, SIZE, a_round, png_size
 
@@ -305,7 +304,7 @@ def test_counts_continue_from_a_restored_state_which_replaces_what_was_recorded_
 
 
 def test_plot_without_matplotlib_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(lightning_adpsgd.trainer.monitor, "find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_adpsgd.history.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"plot=True.*pip install matplotlib.*plot=False"):
         CommunicationMonitor(plot=True)
     assert CommunicationMonitor(plot=False).plot is False
