@@ -253,11 +253,11 @@ class LocalSGD(FormerNames):
         record = result.record._replace(target=self.period.target)
         self._engine.guards.check_variance(record)
         if result.drift == "a period":
-            self._rule.see(result.record, result.scalars)
+            self._rule.see(record, result.scalars)
         self._engine.guards.look_for_drift(record, result.parameters)
         for listener in self._listeners:
             listener(record)
         if result.drift == "at least a period":
             # Its variance is larger than others'. If there are no others, it is comparable with its like.
-            self._rule.reserve(result.record, result.scalars)
+            self._rule.reserve(record, result.scalars)
         return record

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_adpsgd import (
     AdaptivePeriod,
     AveragingPeriod,
+    AveragingRound,
     ConstantPeriod,
     LocalSGD,
     WorkerGroup,
@@ -765,3 +766,23 @@ def restored_counts() -> dict:
 def test_a_restored_count_knows_whether_a_checkpoint_has_yet_to_average(pool):
     for outcome in pool.run(restored_counts):
         assert outcome == {2: (False, False), 3: (True, True)}
+
+
+class RuleThatLooks(AdaptivePeriod):
+    """Keeps the targets of the records that it is shown."""
+
+    def update(self, record: AveragingRound, scalars: Sequence[float] = ()) -> None:
+        self.seen = [*getattr(self, "seen", []), record.target]
+        super().update(record, scalars)
+
+
+def test_a_rule_sees_the_record_that_listeners_see():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    rule, heard = RuleThatLooks(2, sampling=4), []
+    local_sgd = LocalSGD(optimizer, rule, total_steps=8)
+    local_sgd.subscribe(heard.append)
+    for _ in range(8):
+        local_sgd.step()
+    assert rule.seen[0] is None
+    assert rule.seen[1] is not None
+    assert rule.seen == [record.target for record in heard]

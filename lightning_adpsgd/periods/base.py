@@ -85,7 +85,7 @@ class AveragingPeriod(ABC):
         return ()
 
     @abstractmethod
-    def update(self, record: Observation, scalars: Sequence[float] = ()) -> None:
+    def update(self, record: Any, scalars: Sequence[float] = ()) -> None:
         """Adapt to a round that the period asked for.
 
         Rules with the former signature, ``update(step, *, ratio, learning_rate)``, still work.
@@ -114,11 +114,12 @@ class AveragingPeriod(ABC):
 def report(rule: AveragingPeriod, record: Observation, scalars: Sequence[float]) -> None:
     """Pass a round to a rule, with the arguments that its ``update`` takes."""
     parameters = inspect.signature(rule.update).parameters
-    takes_anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    if "record" not in parameters and ("ratio" in parameters or takes_anything):  # the signature of version 0.1
+    kinds = {each.kind for each in parameters.values()}
+    named_only = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
+    if "record" not in parameters and ("ratio" in parameters or named_only):  # the signature of version 0.1
         former: Any = rule
         former.update(record.step, ratio=record.ratio, learning_rate=record.learning_rate)
-    elif len(parameters) == 1:
+    elif len(parameters) == 1 and inspect.Parameter.VAR_POSITIONAL not in kinds:
         rule.update(record)
     else:
         rule.update(record, scalars)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self, override
 
+from lightning_adpsgd.validation import check_int
 from lightning_adpsgd.workers.group import WorkerGroup, new_group
 from lightning_adpsgd.workers.reduction import Exchange, Reduction, TensorOp
 
@@ -25,13 +26,18 @@ class NodeWorkerGroup(WorkerGroup):
         device: where small tensors are created; with NCCL, this rank's GPU.
 
     Raises:
-        ValueError: if the number of ranks is not a multiple of ``ranks_per_node``.
+        TypeError: if ``ranks_per_node`` is not an int.
+        ValueError: if it is less than 1, or the number of ranks is not a multiple of it.
     """
 
     def __init__(self, ranks_per_node: int, device: torch.device | str = "cpu") -> None:
         super().__init__(None, device)
+        check_int("NodeWorkerGroup", "ranks_per_node", ranks_per_node, at_least=1)
         if self.size % ranks_per_node != 0:
-            raise ValueError(f"{self.size} ranks cannot be divided into nodes of {ranks_per_node} ranks each.")
+            raise ValueError(
+                f"NodeWorkerGroup(ranks_per_node={ranks_per_node}): {self.size} ranks cannot be divided into nodes of"
+                " as many. Pass the number of ranks that each node runs."
+            )
         self.ranks_per_worker = ranks_per_node
         self._place = self.rank % ranks_per_node  # within the node
         self._first = self.rank - self._place

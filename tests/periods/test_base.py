@@ -1,5 +1,5 @@
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -147,6 +147,21 @@ def test_a_rule_with_the_former_signature_gets_numbers_and_any_other_the_whole_r
     assert former.seen == (3, 2.0, 0.1)
     assert whole.seen == Record()
     assert [rule.state_dict()["step"] for rule in (former, scalars)] == [3, 3]
+
+
+class WrappedRule(ConstantPeriod):
+    """A rule that passes on whatever it is given, as wrappers do."""
+
+    def update(self, *args: Any, **named: Any) -> None:
+        self.seen = args
+        super().update(*args, **named)
+
+
+def test_a_rule_that_takes_anything_gets_the_whole_record_too():
+    rule = WrappedRule(4)
+    report(rule, Record(), [1.0])
+    assert rule.seen == (Record(), [1.0])
+    assert rule.state_dict()["step"] == 3
 
 
 def test_a_rule_that_is_called_in_neither_way_says_what_it_expects():

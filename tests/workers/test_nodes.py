@@ -173,3 +173,9 @@ class _Placed:
 def test_nodes_with_different_numbers_of_ranks_are_refused_with_those_numbers(pool):
     for message in pool.run_trainer(uneven_nodes, workers=3):
         assert "ranks of node 0: 2, node 1: 1" in message
+
+
+@pytest.mark.parametrize(("given", "error"), [("2", TypeError), (2.0, TypeError), (0, ValueError), (-1, ValueError)])
+def test_ranks_per_node_are_an_int_of_at_least_one(given, error):
+    with pytest.raises(error, match=r"NodeWorkerGroup\(ranks_per_node=.*expected an int of at least 1"):
+        NodeWorkerGroup(given)
