@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 # Needed only to work on the package, or to compare it with others
 OWN_TOOLS = (
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "ruff",
     "mypy",
