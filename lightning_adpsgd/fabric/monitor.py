@@ -29,6 +29,7 @@ class CommunicationMonitor(RoundHistory):
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
         super().__init__(prefix, plot)
         self._fabric: Fabric | None = None
+        self._warned = False
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Hear of the rounds, from the first ``fabric.setup`` on."""
@@ -36,6 +37,7 @@ class CommunicationMonitor(RoundHistory):
             return
         subscribe = getattr(fabric.strategy, "subscribe", None)
         if subscribe is None:
+            self._warned = True
             rank_zero_warn(
                 f"CommunicationMonitor has nothing to record: {type(fabric.strategy).__name__} has no averaging rounds."
                 ' Use it with Fabric(strategy="adpsgd").'
@@ -44,6 +46,16 @@ class CommunicationMonitor(RoundHistory):
         self._fabric = fabric
         self._transport = getattr(fabric.strategy, "transport", self._transport)
         subscribe(self._on_round)
+
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
+        """Warn if the rounds go by unheard: ``fabric.setup_module`` tells callbacks nothing."""
+        if self._fabric is None and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "CommunicationMonitor records nothing: fabric.setup_module and fabric.setup_optimizers do not tell"
+                " callbacks of the set-up, as fabric.setup does. Add this line after them:"
+                ' fabric.call("on_after_setup", fabric=fabric, module=model).'
+            )
 
     def on_train_end(self) -> None:
         """Print the summary, and draw the plot."""

@@ -1,11 +1,13 @@
 """Local steps and averaging rounds in place of gradient all-reduces, in a loop of one's own."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,6 +26,10 @@ from .family import DDPStrategy, MisconfigurationException, rank_zero_warn
 
 ASSUMED_STEPS = 4000
 """K, for rules that need it, where nobody has said how long the run is: a quarter of it are 1,000 steps."""
+
+
+_hooks: "weakref.WeakKeyDictionary[Optimizer, Any]" = weakref.WeakKeyDictionary()
+"""By which steps past Fabric are counted: one per optimizer, for the Fabric that has set it up last."""
 
 
 class LocalSteps(DDPStrategy):
@@ -54,6 +60,8 @@ class LocalSteps(DDPStrategy):
         self._session: TrainingSession | None = None  # from the first step on
         self._listeners: list[Callable[[AveragingRound], None]] = []
         self._stepping = False
+        self._has_stepped = False
+        self._warned_of_no_optimizer = False
         self._buffers_after_round: list[tuple[int, int]] = []
 
     @property
@@ -83,12 +91,14 @@ class LocalSteps(DDPStrategy):
             ValueError: if it is negative.
             MisconfigurationException: if the first step was taken already.
         """
-        if self._session is not None:
+        if self._has_stepped:
             raise MisconfigurationException(
                 f"set_total_steps({total_steps!r}) came after the first step, by which the phases of the averaging rule"
                 " have begun. Call it between fabric.launch() and the loop."
             )
         self._total_steps = check_total_steps(total_steps)
+        if self._session is not None:  # since a checkpoint was loaded
+            self._session.setup(self._known_steps())
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called, on every rank, with the record of each round."""
@@ -107,7 +117,7 @@ class LocalSteps(DDPStrategy):
         """
         if self._session is None:
             return False
-        if self._buffers() != self._buffers_after_round:
+        if self._any_worker(self._buffers() != self._buffers_after_round):
             self._session.note_forward()
         averaged = self._session.average(trigger)
         self._buffers_after_round = self._buffers()
@@ -135,12 +145,27 @@ class LocalSteps(DDPStrategy):
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         self._check_nothing_has_begun("optimizer", optimizer)
+        if any(optimizer is each for each in self._optimizers):
+            return optimizer
         self._optimizers.append(optimizer)
+        if (former := _hooks.pop(optimizer, None)) is not None:  # of a Fabric before this one
+            former.remove()
         with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
-            optimizer.register_step_post_hook(self._on_unseen_step)
+            _hooks[optimizer] = optimizer.register_step_post_hook(self._on_unseen_step)
         return optimizer
 
     # Steps
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        super().backward(tensor, module, *args, **kwargs)
+        if not self._optimizers and self._modules and not self._warned_of_no_optimizer and self._workers.size > 1:
+            self._warned_of_no_optimizer = True
+            rank_zero_warn(
+                "A backward pass was run, but no optimizer was set up: its steps are not counted, nothing is averaged,"
+                " and each worker trains a model of its own. Pass it to fabric.setup(model, optimizer) or"
+                " fabric.setup_optimizers(optimizer)."
+            )
 
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
@@ -211,9 +236,23 @@ class LocalSteps(DDPStrategy):
                 f"A {type(optimizer).__name__} was stepped that was not set up. Each optimizer's local steps are"
                 " counted: pass all of them to fabric.setup(model, optimizer) or fabric.setup_optimizers(optimizer)."
             )
+        self._has_stepped = True
         session.step(local_sgd)
         if not local_sgd.has_trained:
             self._buffers_after_round = self._buffers()
+
+    def _any_worker(self, moved: bool) -> bool:
+        """Whether buffers have moved anywhere: all workers have to come to the round that this asks for.
+
+        One worker alone may have run the model. Where there were steps, there is a round in any case.
+        """
+        if self._workers.size == 1 or not self._options.average_buffers or self._session is None:
+            return moved
+        if any(local_sgd.has_trained for local_sgd in self._session.local_sgd):
+            return moved
+        self._session.handshake("a validation")
+        with naming_lost_workers(self._workers, "asking whose buffers have moved"):
+            return bool(self._workers.largest(torch.tensor([int(moved)], device=self._workers.device)).wait())
 
     def _buffers(self) -> list[tuple[int, int]]:
         """Which buffers there are, and how often each was changed.

@@ -16,6 +16,7 @@ from lightning_adpsgd.options import AveragingOptions, as_period, check_timeout
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import Kind
 from lightning_adpsgd.validation import check_instance
+from lightning_adpsgd.workers.group import is_default
 
 from .family import (
     STRATEGY_REGISTRY,
@@ -29,8 +30,6 @@ from .family import (
 from .steps import LocalSteps
 
 CHECKPOINT_KEY = "adpsgd"
-ASSUMED_STEPS = 4000
-"""K, for rules that need it, where nobody has said how long the run is: a quarter of it are 1,000 steps."""
 
 
 class ADPSGDStrategy(LocalSteps):
@@ -170,16 +169,16 @@ class ADPSGDStrategy(LocalSteps):
 
     @override
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
-        self._handshake("Lightning's reduction")
+        self._handshake("Lightning's reduction", group)
         return super().all_reduce(tensor, group, reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        self._handshake("Lightning's gathering")
+        self._handshake("Lightning's gathering", group)
         return super().all_gather(tensor, group, sync_grads)
 
-    def _handshake(self, kind: Kind) -> None:
-        if self._session is not None:
+    def _handshake(self, kind: Kind, group: Any | None = None) -> None:
+        if self._session is not None and is_default(group):  # others do not come to what a subgroup does
             self._session.handshake(kind)
 
     # Other ways to make one

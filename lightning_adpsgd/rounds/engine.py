@@ -135,6 +135,7 @@ class RoundEngine:
 
     def mark_synchronized(self) -> None:
         """Record that all workers were given the same values, for example from a file."""
+        self._measures.discard()  # of rounds whose average has been replaced
         self.local_steps = 0
         self.tracker.moved_by_others = False
         if self._pipeline is not None:

@@ -132,8 +132,8 @@ class Pipeline:
         self._before: _Before | None = None  # of the fragment that is sent after the next step
 
     def restart(self) -> None:
-        """Record that all workers are the same. Nothing may be in flight."""
-        assert not self.in_flight
+        """Record that all workers are the same. What is still in flight is waited for, and dropped."""
+        self._drop([*self.in_flight])
         self._begin_anew()
 
     def send(self, step: int, period: int) -> tuple[list[Handshake], list[SpreadRound]]:
@@ -299,15 +299,16 @@ class Pipeline:
 
     def _abandon(self, fragment: _Fragment) -> None:
         """Wait for everything in flight, discard it, and raise ``Diverged``."""
-        others = [*self.in_flight]
-        self.in_flight.clear()
         self._round = None
         self.clock.restart()  # a full round follows
-        for other in others:
-            other.handshake.complete()
-        waits = [bucket.reduction.wait for each in (fragment, *others) for bucket in each.buckets]
-        self._all(fragment.state, waits)
+        self._drop([fragment, *self.in_flight])
         raise Diverged
+
+    def _drop(self, fragments: Sequence[_Fragment]) -> None:
+        self.in_flight.clear()
+        for each in fragments:
+            each.handshake.complete()
+            self._all(each.state, [bucket.reduction.wait for bucket in each.buckets])
 
     def _all(self, state: RankState, actions: Sequence[Callable[[], object]]) -> None:
         """Run actions that wait for other workers; raise the error for a lost worker if one is gone."""

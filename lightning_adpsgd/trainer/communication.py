@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_adpsgd.former_names import warn_of_former_name
 from lightning_adpsgd.rounds.handshake import Kind
 from lightning_adpsgd.session import TrainingSession
+from lightning_adpsgd.workers.group import is_default
 
 from .compat import current_hook, is_interrupted, trainer_of
 from .family import DDPStrategy, rank_zero_warn
@@ -72,7 +73,8 @@ class GuardedCommunication(DDPStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
         if self._is_alone():
             return tensor
-        self.handshake("Lightning's reduction")
+        if is_default(group):  # others do not come to what a subgroup does
+            self.handshake("Lightning's reduction")
         return super().reduce(tensor, group, reduce_op)
 
     @override
@@ -83,7 +85,8 @@ class GuardedCommunication(DDPStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self._is_alone():
             return tensor.unsqueeze(0)
-        self.handshake("Lightning's gathering")
+        if is_default(group):
+            self.handshake("Lightning's gathering")
         return super().all_gather(tensor, group, sync_grads)
 
     def _is_alone(self) -> bool:

@@ -202,6 +202,11 @@ def new_group(ranks: list[int], device: torch.device) -> Any:
         return dist.new_group(ranks, timeout=_timeout(device))
 
 
+def is_default(group: Any) -> bool:
+    """Whether collectives in ``group`` are those of all ranks in the default process group."""
+    return group is None or group is dist.group.WORLD
+
+
 def _timeout(device: torch.device) -> timedelta:
     """The timeout of collectives; torch has no public way to read it."""
     return dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
