@@ -133,20 +133,28 @@ class LocalSteps(DDPStrategy):
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """No wrapper, hence no gradient all-reduce. All workers start from the first one's weights."""
-        self._check_nothing_has_begun("module", module)
+        """No wrapper, hence no gradient all-reduce. All workers start from the first one's weights.
+
+        The buffers of a module that is set up after the first step (to test with, for example) join no rounds.
+        """
         if self._workers.size > 1:
             check_module(self._workers, module)
             with naming_lost_workers(self._workers, "the broadcast of a module's weights"):
                 self._workers.broadcast_([*module.parameters(), *module.buffers()])
-        self._modules.append(module)
+        if self._session is None:
+            self._modules.append(module)
         return module
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        self._check_nothing_has_begun("optimizer", optimizer)
         if any(optimizer is each for each in self._optimizers):
             return optimizer
+        if self._session is not None:
+            raise MisconfigurationException(
+                f"An optimizer ({type(optimizer).__name__}) was set up after the first step. All workers have to know"
+                " from the start what they average: set up all optimizers before the loop, and change them in place"
+                " (add_param_group)."
+            )
         self._optimizers.append(optimizer)
         if (former := _hooks.pop(optimizer, None)) is not None:  # of a Fabric before this one
             former.remove()
@@ -181,7 +189,11 @@ class LocalSteps(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        """End the run: optimizers no longer count their steps, and nothing is averaged any more."""
         super().teardown()
+        for optimizer in self._optimizers:
+            if (hook := _hooks.pop(optimizer, None)) is not None:
+                hook.remove()
         if self._session is not None:
             self._session.close()
 
@@ -215,14 +227,6 @@ class LocalSteps(DDPStrategy):
             )
             return ASSUMED_STEPS
         return self._total_steps
-
-    def _check_nothing_has_begun(self, what: str, given: object) -> None:
-        if self._session is not None:
-            raise MisconfigurationException(
-                f"A {what} ({type(given).__name__}) was set up after the first optimizer step. All workers have to know"
-                " from the start what they average: set up all modules and optimizers before the loop, and change them"
-                " in place (add_param_group)."
-            )
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a step that was taken past Fabric, with the optimizer that was given to ``fabric.setup``."""

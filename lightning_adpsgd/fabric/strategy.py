@@ -122,7 +122,16 @@ class ADPSGDStrategy(LocalSteps):
     def save_checkpoint(
         self, path: Any, state: dict[str, Any], storage_options: Any | None = None, filter: Any | None = None
     ) -> None:
-        """Save the average, and what the rules need to go on if ``state`` has optimizers."""
+        """Save the average, and what the rules need to go on if ``state`` has optimizers.
+
+        Raises:
+            ValueError: if ``state`` has an entry of its own under the key that is used for this.
+        """
+        if CHECKPOINT_KEY in state:
+            raise ValueError(
+                f"fabric.save(..., state) was given an entry {CHECKPOINT_KEY!r}, under which the strategy saves the"
+                " averaging rule. Choose another name for it."
+            )
         if self._session is not None:
             self.average("checkpoint")
             with_optimizers = any(isinstance(each, Optimizer) for each in state.values())
@@ -141,8 +150,9 @@ class ADPSGDStrategy(LocalSteps):
         session = self._begun()
         if saved is None or "optimizers" not in saved:
             rank_zero_info(
-                "This checkpoint holds no averaging period: it was written by another strategy, or without optimizers."
-                " Weights and optimizers are restored; the averaging rule and its count of steps start anew."
+                "This checkpoint holds no averaging period: it was written by another strategy, without optimizers, or"
+                " before the first step. Weights and optimizers are restored; the averaging rule and its count of steps"
+                " start anew."
             )
             for local_sgd in session.local_sgd:
                 local_sgd.mark_synchronized()

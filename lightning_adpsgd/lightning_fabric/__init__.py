@@ -11,9 +11,25 @@ __path__ = [*__path__, str(Path(__file__).parents[1] / "fabric")]
 
 import_module("lightning_fabric")  # first, because the strategies' names are registered as soon as it is there
 
-if TYPE_CHECKING:
-    from lightning_adpsgd.fabric.monitor import CommunicationMonitor
-    from lightning_adpsgd.fabric.strategy import ADPSGDStrategy
+if TYPE_CHECKING:  # what a type checker can know: the base classes of this family
+    from typing import Any
+
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    from lightning_adpsgd.history import RoundHistory
+
+    class ADPSGDStrategy(DDPStrategy):
+        """See :class:`lightning_adpsgd.fabric.ADPSGDStrategy`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        @classmethod
+        def int4(cls, **overrides: Any) -> "ADPSGDStrategy":
+            """Make what ``strategy="adpsgd_int4"`` stands for."""
+
+    class CommunicationMonitor(RoundHistory):
+        """See :class:`lightning_adpsgd.fabric.CommunicationMonitor`."""
+
 else:
     from .monitor import CommunicationMonitor
     from .strategy import ADPSGDStrategy

@@ -13,9 +13,26 @@ __path__ = [*__path__, str(Path(__file__).parents[1] / "trainer")]
 
 import_module("pytorch_lightning")  # first, because the strategies' names are registered as soon as it is there
 
-if TYPE_CHECKING:
-    from lightning_adpsgd.trainer.monitor import CommunicationMonitor
-    from lightning_adpsgd.trainer.strategy import ADPSGDStrategy
+if TYPE_CHECKING:  # what a type checker can know: the base classes of this family
+    from typing import Any
+
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.strategies.ddp import DDPStrategy
+
+    from lightning_adpsgd.history import RoundHistory
+
+    class ADPSGDStrategy(DDPStrategy):
+        """See :class:`lightning_adpsgd.ADPSGDStrategy`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        @classmethod
+        def int4(cls, **overrides: Any) -> "ADPSGDStrategy":
+            """Make what ``strategy="adpsgd_int4"`` stands for."""
+
+    class CommunicationMonitor(RoundHistory, Callback):
+        """See :class:`lightning_adpsgd.CommunicationMonitor`."""
+
 else:
     from .monitor import CommunicationMonitor
     from .strategy import ADPSGDStrategy

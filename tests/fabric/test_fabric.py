@@ -399,6 +399,7 @@ def without_a_length() -> list[str]:
     for wrong in (
         lambda: fabric.strategy.set_total_steps(3),
         lambda: fabric.setup(new_model(), momentum_sgd(new_model())),
+        lambda: fabric.save("never.ckpt", {"adpsgd": 3}),
         lambda: fabric.strategy.optimizer_step(momentum_sgd(new_model())),
         lambda: fabric.strategy.subscribe(3),
         lambda: ADPSGDStrategy(total_steps=-1),
@@ -408,14 +409,20 @@ def without_a_length() -> list[str]:
         with pytest.raises((TypeError, ValueError, RuntimeError, Exception)) as caught:
             wrong()
         errors.append(f"{type(caught.value).__name__}: {caught.value}")
+    assert fabric.setup_module(new_model(seed=fabric.global_rank))  # to test with, for example
+    fabric.strategy.teardown()
+    steps = fabric.strategy.local_sgd[0].steps
+    optimizer.optimizer.step()
+    assert fabric.strategy.local_sgd[0].steps == steps
     return errors
 
 
 def test_errors_say_what_to_change(pool):
-    late, set_up, unknown, listener, negative, period, stagger = pool.run_trainer(without_a_length)[0]
+    late, set_up, key, unknown, listener, negative, period, stagger = pool.run_trainer(without_a_length)[0]
     assert "set_total_steps(3) came after the first step" in late
     assert "between fabric.launch() and the loop" in late
-    assert "A module (Sequential) was set up after the first optimizer step" in set_up
+    assert "An optimizer (SGD) was set up after the first step" in set_up
+    assert "given an entry 'adpsgd'" in key
     assert "A SGD was stepped that was not set up" in unknown
     assert listener.startswith("TypeError")
     assert "total_steps" in negative
