@@ -118,6 +118,12 @@ def test_no_file_and_no_class_is_too_long_to_be_read_at_once():
                 assert node.end_lineno - node.lineno < 250, (file, node.name)
 
 
+def test_no_two_files_of_tests_have_one_name():
+    names = [file.name for file in (PACKAGE.parent / "tests").rglob("*.py")]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == {"__init__.py", "conftest.py"}  # which have to be called that
+
+
 def test_local_sgd_works_where_lightning_is_not_installed():
     script = """
 import sys

@@ -13,7 +13,7 @@ from benchmarks.paper.against_bytes import (
     rows,
 )
 from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, BYTES, FASTER, FULL, POWERSGD, QSGD, Study
-from tests.benchmarks.paper.helpers import TASK, a_result, outcomes_of
+from tests.benchmarks.paper.samples import TASK, a_result, outcomes_of
 
 STUDY = Study("bytes", "Bytes", [TASK], BYTES, 2, more={TASK.name: [*FASTER[FULL], *FASTER[ADPSGD_INT4]]})
 

@@ -7,7 +7,7 @@ from benchmarks.paper.links import Link
 from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, CPSGD_8, MATCHED, QSGD, RARE
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store
-from tests.benchmarks.paper.helpers import TASK, a_result, outcomes_of
+from tests.benchmarks.paper.samples import TASK, a_result, outcomes_of
 
 
 @pytest.mark.parametrize(

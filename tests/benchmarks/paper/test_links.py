@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks.paper.links import communication_share, middle_share, read_links
 from benchmarks.paper.plan import ADPSGD, CPSGD_8, MATCHED, QSGD, RARE
-from tests.benchmarks.paper.helpers import write_link
+from tests.benchmarks.paper.samples import write_link
 
 
 @pytest.mark.parametrize(("computes", "communicates", "period"), [(1.0, 1.0, 8), (3.0, 1.0, 4), (1.0, 5.0, 2)])

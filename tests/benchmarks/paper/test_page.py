@@ -9,7 +9,7 @@ from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, BYTES, CPSGD_8, FULL, GRI
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store
 from tests.benchmarks.helpers import REPOSITORY
-from tests.benchmarks.paper.helpers import TASK, a_result, some_runs, write_link
+from tests.benchmarks.paper.samples import TASK, a_result, some_runs, write_link
 
 
 def page_of(folder, results, studies, links=None):

@@ -10,7 +10,7 @@ from benchmarks.frame.trainer import parameter_count
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.networks import new_network
 from benchmarks.paper.plan import BF16, FULL, INT8, PAPER, POWERSGD, Study
-from tests.benchmarks.paper.helpers import TASK
+from tests.benchmarks.paper.samples import TASK
 from tests.examples.test_image_classification import write_cifar10
 
 INT8_LIKE = replace(INT8, name="adpsgd-bf16", title="ADPSGD, bf16", reduce_dtype="bf16")

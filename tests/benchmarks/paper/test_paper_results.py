@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks.paper.plan import ADPSGD, FULL, PAPER, QSGD
 from benchmarks.paper.results import by_quarter, final_loss, in_words, quarters_over_seeds, spread, until
-from tests.benchmarks.paper.helpers import TASK, a_result, outcomes_of
+from tests.benchmarks.paper.samples import TASK, a_result, outcomes_of
 
 
 def test_spread_is_the_sample_deviation_and_one_run_has_none():

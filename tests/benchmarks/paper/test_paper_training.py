@@ -26,7 +26,7 @@ from benchmarks.paper.plan import (
 from benchmarks.paper.text import CONTEXT, Windows
 from benchmarks.paper.training import Classifier, averaged, judge_text, new_period, new_strategy, rate_factor
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, ConstantPeriod
-from tests.benchmarks.paper.helpers import TASK
+from tests.benchmarks.paper.samples import TASK
 
 
 def rates(schedule, total=100, **changes):

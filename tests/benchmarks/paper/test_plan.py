@@ -23,7 +23,7 @@ from benchmarks.paper.plan import (
     runs_of,
 )
 from tests.benchmarks.helpers import REPOSITORY
-from tests.benchmarks.paper.helpers import TASK
+from tests.benchmarks.paper.samples import TASK
 
 
 @pytest.mark.parametrize("scale", SCALES)

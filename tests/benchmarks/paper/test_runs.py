@@ -7,7 +7,7 @@ from benchmarks.frame.results import machine
 from benchmarks.paper.plan import ADPSGD, CPSGD_8, FULL, MATCHED, QSGD, Run
 from benchmarks.paper.runs import Store, combine, do, time_left
 from tests.benchmarks.helpers import FakeRanks
-from tests.benchmarks.paper.helpers import TASK, some_runs
+from tests.benchmarks.paper.samples import TASK, some_runs
 
 ORDER = {"data": "data", "verify": True, "device": "cpu", "backend": "gloo"}
 
