@@ -109,8 +109,8 @@ def test_two_targets_divide_the_suite(tmp_path):
     (tmp_path / "bin").mkdir()
     for file in ("bin/pip", ".installed-dev"):
         (tmp_path / file).touch()
-    run = [f"{tmp_path}/bin/python", "-m", "pytest"]
-    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, "--ignore=tests/benchmarks"]
+    run, beside = [f"{tmp_path}/bin/python", "-m", "pytest"], ["-n", "2", "--dist", "loadfile"]
+    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, "--ignore=tests/benchmarks"]
     assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
 
 

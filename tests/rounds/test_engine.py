@@ -132,12 +132,12 @@ class RuleOfVersion01(ConstantPeriod):
         self.seen = (k, learning_rate)
 
 
-class RuleThatTakesAnything(ConstantPeriod):
-    def update(self, *args, **more):
-        self.seen = (args[0], more["learning_rate"])
+class RuleThatTakesAnyNumbers(ConstantPeriod):
+    def update(self, step, **more):
+        self.seen = (step, more["learning_rate"])
 
 
-@pytest.mark.parametrize("kind", [RuleOfVersion01, RuleThatTakesAnything])
+@pytest.mark.parametrize("kind", [RuleOfVersion01, RuleThatTakesAnyNumbers])
 def test_rules_of_version_0_1_are_given_numbers(kind):
     rule = kind(2)
     trained(2, period=rule)
