@@ -222,7 +222,7 @@ class ParameterAverager:
         self,
         part: int,
         parts: int,
-        carrier: WorkerGroup,
+        async_group: WorkerGroup,
         before: Sequence[Tensor] | None = None,
         ahead: Sequence[float | Tensor] = (),
     ) -> tuple[list[BucketInFlight], Tensor]:
@@ -231,7 +231,7 @@ class ParameterAverager:
         Args:
             part: index of the part, from 0.
             parts: number of parts.
-            carrier: the workers, in the process group to use.
+            async_group: the workers, in the process group to use.
             before: the part's values before the latest step, from :meth:`keep`; None: send the current values.
             ahead: for each parameter group, how many times to add the change since ``before``.
 
@@ -239,7 +239,7 @@ class ParameterAverager:
             The buckets in flight, and whether all parameters in them are finite (a bool tensor of one element).
         """
         in_flight, found = [], []
-        terms = Terms(carrier.all_contribute, as_it_is=False)
+        terms = Terms(async_group.all_contribute, as_it_is=False)
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
             for tile in self.layout.tiles(bucket):
@@ -249,7 +249,7 @@ class ParameterAverager:
                         _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
                     values[tile.start : tile.stop].copy_(mine)
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
-            in_flight.append(self._launch(bucket, values, carrier, terms)._replace(snapshot=snapshot))
+            in_flight.append(self._launch(bucket, values, async_group, terms)._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, report: OnDeviations | None = None) -> Tensor:

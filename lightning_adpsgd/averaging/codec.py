@@ -168,8 +168,8 @@ class DeltaCodec:
         sizes = [blocks_in(len(share), self._codec.block) * self._block_bytes(values) for share in shares]
         rows = values.new_zeros(len(shares), sizes[0], dtype=torch.uint8)
         for row, *parts in zip(rows, shares, workers.shares(average), workers.shares(error), strict=True):
-            for (change, known, owed), (encoded,) in self._pieces(parts, [row]):
-                self._encode_(change.sub_(known).add_(owed), encoded)
+            for (change, known, residual), (encoded,) in self._pieces(parts, [row]):
+                self._encode_(change.sub_(known).add_(residual), encoded)
         combine = partial(self._combine, shares[workers.rank], workers.count)
         return workers.exchange(rows, combine, shares, sizes), values
 
@@ -211,12 +211,12 @@ class DeltaCodec:
     def _combine(self, residual: Tensor, workers: int, rows: Tensor) -> Tensor:
         """Average the workers' encoded shares, and encode the mean; its error is added to the residual."""
         combined = torch.zeros_like(rows[0])
-        for (owed,), (encoded, *sent) in self._pieces([residual], [combined, *rows]):
-            total = torch.zeros_like(owed)
+        for (piece,), (encoded, *sent) in self._pieces([residual], [combined, *rows]):
+            total = torch.zeros_like(piece)
             for each in sent:
                 self._add_decoded_(each, total)
             self._encode_(total.div_(workers), encoded)
-            owed.add_(total, alpha=workers)
+            piece.add_(total, alpha=workers)
         return combined
 
     def _pieces(self, parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[tuple[Pieces, Pieces]]:

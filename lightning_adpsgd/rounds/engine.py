@@ -1,7 +1,7 @@
 """Runs the averaging rounds of one optimizer, in one piece or in fragments, and makes their records."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +15,13 @@ from lightning_adpsgd.rounds.backward import advance_in_backward
 from lightning_adpsgd.rounds.contact import Contact
 from lightning_adpsgd.rounds.full_round import FullRound
 from lightning_adpsgd.rounds.guards import Guards
-from lightning_adpsgd.rounds.handshake import Handshake, Kind, SignalFlags, lost, naming_lost_workers
+from lightning_adpsgd.rounds.handshake import Handshake, Kind, SignalFlags, naming_lost_workers
 from lightning_adpsgd.rounds.measures import Measures, Measuring, learning_rates
 from lightning_adpsgd.rounds.pipeline import Diverged, Drift, Pipeline, SpreadRound
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.rounds.schedule import StaggeredRounds, WholeRounds
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
 from lightning_adpsgd.workers.group import WorkerGroup
-from lightning_adpsgd.workers.reduction import CollectiveError
 
 _READS_LATER: bool | None = None
 """Whether a full round's measures are read in the next step; None: on CUDA only. Tests without a GPU set it."""
@@ -233,15 +232,9 @@ class RoundEngine:
         if self._opened is not None:
             self._opened.close()
 
-    @contextmanager
-    def _naming_lost_workers(self, kind: Kind, trigger: Trigger, period: int) -> Iterator[None]:
-        try:
-            yield
-        except CollectiveError as error:
-            state = self._contact.state(kind, trigger, period)
-            if self._pipeline is None:
-                raise lost(self._workers, state, error) from error
-            raise self._pipeline.lost(state, error) from error
+    def _naming_lost_workers(self, kind: Kind, trigger: Trigger, period: int) -> AbstractContextManager[None]:
+        in_flight = tuple if self._pipeline is None else self._pipeline.handshakes
+        return naming_lost_workers(self._workers, lambda: self._contact.state(kind, trigger, period), in_flight)
 
     @contextmanager
     def _falling_back_to_a_whole_round(self, period: int) -> Iterator[None]:

@@ -10,11 +10,11 @@ from lightning_adpsgd.averaging.state_policy import StatePolicy
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
 from lightning_adpsgd.rounds.contact import Contact
 from lightning_adpsgd.rounds.guards import Guards, all_finite
-from lightning_adpsgd.rounds.handshake import Handshake, lost
+from lightning_adpsgd.rounds.handshake import Handshake, naming_lost_workers
 from lightning_adpsgd.rounds.measures import Measures
 from lightning_adpsgd.rounds.record import Trigger
 from lightning_adpsgd.workers.group import WorkerGroup
-from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
+from lightning_adpsgd.workers.reduction import Reduction
 
 
 class FullRound:
@@ -87,7 +87,7 @@ class FullRound:
         handshake = Handshake(self._workers, state).complete()
         self.handshakes += 1
         index, step = self._contact.index, self._contact.steps
-        try:
+        with naming_lost_workers(self._workers, state):
             what = f"The workers of optimizer {index} do not average the same tensors at step {step}."
             handshake.check_tensors(what, describe)
             tensors.agree(handshake.know_the_same)
@@ -106,6 +106,4 @@ class FullRound:
             if more is not None:
                 ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(Terms(contribution))
             self._policy.apply(contribution, trained(), checkpoint=trigger == "checkpoint")
-        except CollectiveError as error:
-            raise lost(self._workers, state, error) from error
         return numbers, len(handshake.diverged_workers)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple, get_args
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 # Ranks notice a lost round at nearly the same time. A rank that has not answered by then will not answer.
 _ROLL_CALL_SECONDS = 2.0
-_STAY_SECONDS = 2.0
+_LINGER_SECONDS = 2.0
 
 Kind = Literal[
     "an averaging round",
@@ -204,25 +204,37 @@ class Handshake:
 
 
 @contextmanager
-def naming_lost_workers(workers: WorkerGroup, what: RankState | str) -> Iterator[None]:
-    """Raise ``WorkerLostError``, which names the missing workers, in place of ``CollectiveError``."""
+def naming_lost_workers(
+    workers: WorkerGroup,
+    what: RankState | str | Callable[[], RankState],
+    in_flight: Callable[[], Iterable["Handshake"]] = tuple,
+) -> Iterator[None]:
+    """Raise ``WorkerLostError``, which names the missing workers, in place of ``CollectiveError``.
+
+    Args:
+        workers: among whom a collective may fail.
+        what: what this rank is doing, in words or as its state.
+        in_flight: the handshakes in flight. If one of them tells that ranks disagree, that is the error instead.
+    """
     try:
         yield
     except CollectiveError as error:
-        raise lost(workers, what, error) from error
+        for handshake in in_flight():
+            handshake.peek()
+        raise _lost(workers, what() if callable(what) else what, error) from error
 
 
-def lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) -> WorkerLostError:
+def _lost(workers: WorkerGroup, what: RankState | str, error: CollectiveError) -> WorkerLostError:
     """Make the error for a failed collective: tell the other ranks, and ask them which ranks are missing."""
     failed = f"Rank {workers.rank} could not finish {what}: {error}"
     # Log now: a launcher that notices the failure first ends this process without a message.
     _log.error(failed)
     workers.peers.post_status(f"could not finish {what}", failed=True)
     workers.peers.abort()  # others may be waiting for this worker
-    words, answered = workers.peers.statuses(seconds=_ROLL_CALL_SECONDS)
-    workers.peers.linger(seconds=_STAY_SECONDS)
-    told = [f"Rank {rank} {words[rank]}." for rank in sorted(words)]
-    silent = sorted({*range(workers.size)} - {workers.rank, *words})
+    statuses, answered = workers.peers.statuses(seconds=_ROLL_CALL_SECONDS)
+    workers.peers.linger(seconds=_LINGER_SECONDS)
+    told = [f"Rank {rank} {statuses[rank]}." for rank in sorted(statuses)]
+    silent = sorted({*range(workers.size)} - {workers.rank, *statuses})
     if silent and not answered and workers.size > 2:
         told.append("No word from rank(s) 0, which would know of the others: killed, hanging, or gone early.")
     elif silent:

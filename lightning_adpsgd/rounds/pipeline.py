@@ -11,10 +11,9 @@ from torch import Tensor
 from lightning_adpsgd.averaging.averager import BucketInFlight
 from lightning_adpsgd.averaging.state_policy import StatePolicy
 from lightning_adpsgd.averaging.tensors import AveragedTensors, TensorTracker
-from lightning_adpsgd.rounds.handshake import Handshake, RankState, lost
+from lightning_adpsgd.rounds.handshake import Handshake, RankState, naming_lost_workers
 from lightning_adpsgd.rounds.schedule import DriftClock, Schedule
 from lightning_adpsgd.workers.group import WorkerGroup
-from lightning_adpsgd.workers.reduction import CollectiveError
 
 Drift = Literal["a period", "at least a period", "less"]
 """How long the values that a round sent had drifted.
@@ -225,11 +224,9 @@ class Pipeline:
             self._known = None  # as in a run that resumes from a checkpoint taken now
         return landed
 
-    def lost(self, state: RankState, error: CollectiveError) -> Exception:
-        """Make the error for a lost worker; if ranks disagree, raise ``WorkersDisagreeError`` instead."""
-        for fragment in self.in_flight:
-            fragment.handshake.peek()
-        return lost(self._workers, state, error)
+    def handshakes(self) -> list[Handshake]:
+        """Those in flight, the oldest first."""
+        return [fragment.handshake for fragment in self.in_flight]
 
     # Details
 
@@ -257,10 +254,8 @@ class Pipeline:
         before = self._before
         values = before.values if before is not None and before.is_of(tensors, round_) and any(ahead) else None
         drifted = self.clock.send(self.steps)
-        try:
+        with naming_lost_workers(self._workers, state, self.handshakes):
             buckets, finite = tensors.averager.send(round_.sent, round_.fragments, self._async_group, values, ahead)
-        except CollectiveError as error:
-            raise self.lost(state, error) from error
         handshake = Handshake(self._workers, state._replace(finite=finite))
         ahead = [] if values is None else ahead
         self.in_flight.append(_Fragment(round_, tensors, state, handshake, buckets, self.steps, ahead, drifted))
@@ -312,8 +307,6 @@ class Pipeline:
 
     def _all(self, state: RankState, actions: Sequence[Callable[[], object]]) -> None:
         """Run actions that wait for other workers; raise the error for a lost worker if one is gone."""
-        try:
+        with naming_lost_workers(self._workers, state, self.handshakes):
             for action in actions:
                 action()
-        except CollectiveError as error:
-            raise self.lost(state, error) from error

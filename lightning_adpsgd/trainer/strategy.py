@@ -208,7 +208,7 @@ class ADPSGDStrategy(NodeGradients):
             return
         end_others_at_exit(self, self._workers, exception)
         if isinstance(exception, WorkerLostError):
-            return  # lost() has posted a status, and the other ranks know
+            return  # naming_lost_workers() has posted a status, and the other ranks know
         where = self._session.progress if self._session is not None and self._session.local_sgd else "setup"
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
         self._workers.peers.post_status(f"had failed at {where}: {what}", failed=True)

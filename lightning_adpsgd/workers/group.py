@@ -101,13 +101,13 @@ class WorkerGroup:
         if opened:
             close_without_waiting(partial(close_groups, opened))
 
-    def mean_(self, buffer: Tensor, share: Contribution | None = None) -> Reduction:
+    def mean_(self, buffer: Tensor, contribution: Contribution | None = None) -> Reduction:
         """Start to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
         if self.count == 1:
             return Reduction(buffer, None)
-        share = share or self.all_contribute
+        contribution = contribution or self.all_contribute
         # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
-        return self.sum_(buffer.div_(share.contributors) if share.contributes else buffer.zero_())
+        return self.sum_(buffer.div_(contribution.contributors) if contribution.contributes else buffer.zero_())
 
     def sum_(self, buffer: Tensor) -> Reduction:
         """Start to replace ``buffer`` (contiguous) by its sum over the workers."""
@@ -152,12 +152,13 @@ class WorkerGroup:
             if packed is not mine:
                 mine.copy_(packed)
 
-    def launch_mean(self, values: "Sequence[float | Tensor]", share: Contribution | None = None) -> Reduction:
+    def launch_mean(self, values: "Sequence[float | Tensor]", contribution: Contribution | None = None) -> Reduction:
         """Start to average a few numbers or tensors of one element over the workers that contribute."""
-        share = share or self.all_contribute
+        contribution = contribution or self.all_contribute
         row = on_device(values, self.device)
         # Over all ranks, so that ranks of one worker also have the same bits. Not multiplied by 0: 0 · NaN is NaN.
-        row = row.div_(share.contributors * self.ranks_per_worker) if share.contributes else row.zero_()
+        ranks = contribution.contributors * self.ranks_per_worker
+        row = row.div_(ranks) if contribution.contributes else row.zero_()
         return on_host(row, self._all_reduce(row) if self.size > 1 else None, self.patience)
 
     def launch_table(self, row: "Sequence[float | Tensor]") -> Reduction:
