@@ -1,13 +1,15 @@
 """The history of a run's averaging rounds: totals, numbers to log, a summary; the same behind every door."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_adpsgd.plot import draw
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
 from lightning_adpsgd.validation import check_instance, wrong_value
 
@@ -111,6 +113,26 @@ class RoundHistory:
             "dropped": f"{summary['dropped']} time(s) a worker that had diverged" if summary["dropped"] else None,
         }
         return "\n".join(["Averaging rounds", *(f"  {name:<15} {text}" for name, text in lines.items() if text)])
+
+    def _listen(self, strategy: Any, listener: Callable[[AveragingRound], None], door: str) -> bool:
+        """Have a strategy tell of its rounds, or warn that it has none; returns whether it has."""
+        subscribe = getattr(strategy, "subscribe", None)
+        if subscribe is None:
+            rank_zero_warn(
+                f"CommunicationMonitor has nothing to record: {type(strategy).__name__} has no averaging rounds. Use it"
+                f' with {door}(strategy="adpsgd").'
+            )
+            return False
+        self._transport = getattr(strategy, "transport", self._transport)
+        subscribe(listener)
+        return True
+
+    def _print_summary(self, plot_path: str | None) -> None:
+        """Print the summary, and draw the plot if there is a path for it."""
+        print(f"\n{self._report()}")
+        if plot_path is not None:
+            draw(self.rounds, plot_path, transport=self._transport)
+            print(f"  plot            {plot_path}")
 
     def _note(self, round_: AveragingRound, optimizers: Sequence[Optimizer], ranks: int) -> dict[str, float]:
         """Keep a record, and return what to log of it, by name."""

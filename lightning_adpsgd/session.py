@@ -26,6 +26,9 @@ from lightning_adpsgd.rounds.handshake import (
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.workers.group import WorkerGroup
 
+CHECKPOINT_KEY = "adpsgd"
+"""Under which a checkpoint holds the result of :meth:`TrainingSession.state_dict`."""
+
 
 class TrainingSession:
     """Holds one :class:`LocalSGD` per optimizer, and does what concerns all of them.
@@ -178,6 +181,17 @@ class TrainingSession:
         for local_sgd, saved in zip(self.local_sgd, state["optimizers"], strict=False):
             local_sgd.load_state_dict(saved)
             local_sgd.mark_synchronized()
+
+    def workers_changed(self, state: Mapping[str, Any]) -> str | None:
+        """What to warn of if :meth:`state_dict` was written by another number of workers; None if it was not."""
+        if not self.local_sgd or state["workers"] == self.workers.count:
+            return None
+        return (
+            f"This checkpoint was written by {state['workers']} worker(s), and now there are {self.workers.count}. All"
+            " continue from its average, and the averaging rule continues with its period and its target, which was"
+            f" measured among {state['workers']}. The rule's phases keep their lengths in steps, although an epoch now"
+            " has a different number of steps."
+        )
 
     def go_on_from(self, former: "TrainingSession") -> None:
         """Take over the counters and rules of an earlier session on the same model, if it had as many optimizers."""

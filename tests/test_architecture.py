@@ -1,14 +1,13 @@
 """The package's parts: which may import which, and how large files and classes may grow."""
 
 import ast
-import subprocess
-import sys
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 import lightning_adpsgd
+from tests.hidden import run
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
@@ -127,16 +126,6 @@ def test_no_two_files_of_tests_have_one_name():
 def test_local_sgd_works_where_lightning_is_not_installed():
     script = """
 import sys
-from importlib.machinery import PathFinder
-
-class Hidden(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning") else (
-            PathFinder.find_spec(name, path, target)
-        )
-
-sys.meta_path = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
 import torch
 from lightning_adpsgd import AdaptivePeriod, LocalSGD
 
@@ -150,6 +139,4 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "lightning" in done.stdout
+    assert "lightning" in run(script, *LIGHTNING)

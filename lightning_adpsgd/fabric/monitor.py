@@ -3,7 +3,6 @@
 from typing import Any
 
 from lightning_adpsgd.history import RoundHistory
-from lightning_adpsgd.plot import draw
 from lightning_adpsgd.rounds.record import AveragingRound
 
 from .family import Fabric, rank_zero_warn
@@ -35,17 +34,10 @@ class CommunicationMonitor(RoundHistory):
         """Hear of the rounds, from the first ``fabric.setup`` on."""
         if self._fabric is fabric:
             return
-        subscribe = getattr(fabric.strategy, "subscribe", None)
-        if subscribe is None:
+        if self._listen(fabric.strategy, self._on_round, "Fabric"):
+            self._fabric = fabric
+        else:
             self._warned = True
-            rank_zero_warn(
-                f"CommunicationMonitor has nothing to record: {type(fabric.strategy).__name__} has no averaging rounds."
-                ' Use it with Fabric(strategy="adpsgd").'
-            )
-            return
-        self._fabric = fabric
-        self._transport = getattr(fabric.strategy, "transport", self._transport)
-        subscribe(self._on_round)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
         """Warn if the rounds go by unheard: ``fabric.setup_module`` tells callbacks nothing."""
@@ -61,12 +53,11 @@ class CommunicationMonitor(RoundHistory):
         """Print the summary, and draw the plot."""
         if self._fabric is None or not self._fabric.is_global_zero or not self.rounds:
             return
-        print(f"\n{self._report()}")
+        path = None
         if self.plot:
             folders = [getattr(logger, "log_dir", None) or logger.root_dir for logger in self._fabric.loggers]
             path = f"{str(next(filter(None, folders), '.')).rstrip('/')}/{self.prefix}.png"
-            draw(self.rounds, path, transport=self._transport)
-            print(f"  plot            {path}")
+        self._print_summary(path)
 
     def _on_round(self, round_: AveragingRound) -> None:
         assert self._fabric is not None

@@ -1,6 +1,5 @@
 """Local steps and averaging rounds in place of gradient all-reduces, in a loop of one's own."""
 
-import copy
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -98,7 +97,7 @@ class LocalSteps(DDPStrategy):
             )
         self._total_steps = check_total_steps(total_steps)
         if self._session is not None:  # since a checkpoint was loaded
-            self._session.setup(self._known_steps())
+            self._set_up(self._session)
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Have ``listener`` called, on every rank, with the record of each round."""
@@ -117,7 +116,7 @@ class LocalSteps(DDPStrategy):
         """
         if self._session is None:
             return False
-        if self._any_worker(self._buffers() != self._buffers_after_round):
+        if self._any_worker(self._session, self._buffers() != self._buffers_after_round):
             self._session.note_forward()
         averaged = self._session.average(trigger)
         self._buffers_after_round = self._buffers()
@@ -210,12 +209,13 @@ class LocalSteps(DDPStrategy):
                 workers=self._workers,
                 listeners=self._listeners,
             )
-            self._session.setup(self._known_steps())
+            self._set_up(self._session)
         return self._session
 
-    def _known_steps(self) -> int | None:
+    def _set_up(self, session: TrainingSession) -> None:
+        """Tell the rules how long the run is, as far as that is known."""
         try:
-            copy.deepcopy(self._period).setup(self._total_steps)
+            session.setup(self._total_steps)
         except ValueError:
             if self._total_steps is not None:
                 raise
@@ -225,8 +225,7 @@ class LocalSteps(DDPStrategy):
                 " fabric.strategy.set_total_steps(epochs * len(loader)), or give the phases in steps, such as"
                 " AdaptivePeriod(sampling=1000)."
             )
-            return ASSUMED_STEPS
-        return self._total_steps
+            session.setup(ASSUMED_STEPS)
 
     def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a step that was taken past Fabric, with the optimizer that was given to ``fabric.setup``."""
@@ -245,16 +244,16 @@ class LocalSteps(DDPStrategy):
         if not local_sgd.has_trained:
             self._buffers_after_round = self._buffers()
 
-    def _any_worker(self, moved: bool) -> bool:
+    def _any_worker(self, session: TrainingSession, moved: bool) -> bool:
         """Whether buffers have moved anywhere: all workers have to come to the round that this asks for.
 
         One worker alone may have run the model. Where there were steps, there is a round in any case.
         """
-        if self._workers.size == 1 or not self._options.average_buffers or self._session is None:
+        if self._workers.size == 1 or not self._options.average_buffers:
             return moved
-        if any(local_sgd.has_trained for local_sgd in self._session.local_sgd):
+        if any(local_sgd.has_trained for local_sgd in session.local_sgd):
             return moved
-        self._session.handshake("a validation")
+        session.handshake("a validation")
         with naming_lost_workers(self._workers, "asking whose buffers have moved"):
             return bool(self._workers.largest(torch.tensor([int(moved)], device=self._workers.device)).wait())
 

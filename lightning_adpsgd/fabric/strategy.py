@@ -15,6 +15,7 @@ from lightning_adpsgd.names import int4_settings, register
 from lightning_adpsgd.options import AveragingOptions, as_period, check_timeout
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import Kind
+from lightning_adpsgd.session import CHECKPOINT_KEY
 from lightning_adpsgd.validation import check_instance
 from lightning_adpsgd.workers.group import is_default
 
@@ -28,8 +29,6 @@ from .family import (
     rank_zero_warn,
 )
 from .steps import LocalSteps
-
-CHECKPOINT_KEY = "adpsgd"
 
 
 class ADPSGDStrategy(LocalSteps):
@@ -158,12 +157,8 @@ class ADPSGDStrategy(LocalSteps):
                 local_sgd.mark_synchronized()
             return
         session.load_state_dict(saved)
-        if saved["workers"] != self._workers.count:
-            rank_zero_warn(
-                f"This checkpoint was written by {saved['workers']} worker(s), and now there are {self._workers.count}."
-                " All go on from its average, and the averaging rule goes on with its period and its target, which was"
-                f" measured among {saved['workers']}."
-            )
+        if (warning := session.workers_changed(saved)) is not None:
+            rank_zero_warn(warning)
 
     # What Fabric itself communicates
 

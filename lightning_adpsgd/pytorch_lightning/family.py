@@ -1,8 +1,4 @@
-"""Every name of Lightning that this package uses, as ``lightning.pytorch`` has it.
-
-The classes of ``lightning`` and of ``pytorch_lightning`` look alike and cannot be mixed. The modules beside this one
-take them all from here, so that :mod:`lightning_adpsgd.pytorch_lightning` can load the same modules with the others.
-"""
+"""Every name of Lightning that this package uses, as ``pytorch_lightning`` has it: see ``trainer/family.py``."""
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment

@@ -5,10 +5,9 @@ from functools import partial
 from typing_extensions import override
 
 from lightning_adpsgd.history import RoundHistory
-from lightning_adpsgd.plot import draw
 from lightning_adpsgd.rounds.record import AveragingRound
 
-from .family import Callback, pl, rank_zero_warn
+from .family import Callback, pl
 
 
 class CommunicationMonitor(RoundHistory, Callback):
@@ -41,15 +40,7 @@ class CommunicationMonitor(RoundHistory, Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        subscribe = getattr(trainer.strategy, "subscribe", None)
-        if subscribe is None:
-            rank_zero_warn(
-                f"CommunicationMonitor has nothing to record: {type(trainer.strategy).__name__} has no averaging"
-                ' rounds. Use it with Trainer(strategy="adpsgd").'
-            )
-            return
-        self._transport = getattr(trainer.strategy, "transport", self._transport)
-        subscribe(partial(self._on_round, trainer))
+        self._listen(trainer.strategy, partial(self._on_round, trainer), "Trainer")
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -60,12 +51,8 @@ class CommunicationMonitor(RoundHistory, Callback):
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.is_global_zero or not self.rounds:
-            return
-        print(f"\n{self._report()}")
-        if self._plot_path is not None:
-            draw(self.rounds, self._plot_path, transport=self._transport)
-            print(f"  plot            {self._plot_path}")
+        if trainer.is_global_zero and self.rounds:
+            self._print_summary(self._plot_path)
 
     def _on_round(self, trainer: "pl.Trainer", round_: AveragingRound) -> None:
         metrics = self._note(round_, trainer.optimizers, trainer.world_size)

@@ -7,12 +7,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import Trigger
+from lightning_adpsgd.session import CHECKPOINT_KEY
 
 from .communication import GuardedCommunication
 from .compat import second_weights, snapshot, trainer_of
 from .family import rank_zero_info, rank_zero_warn
-
-CHECKPOINT_KEY = "adpsgd"
 
 
 class AveragedWeights(GuardedCommunication):
@@ -73,11 +72,5 @@ class AveragedWeights(GuardedCommunication):
         if self._session is None:
             return
         self._session.load_state_dict(state)
-        count = self._session.workers.count
-        if self._session.local_sgd and state["workers"] != count:
-            rank_zero_warn(
-                f"This checkpoint was written by {state['workers']} worker(s), and now there are {count}. All continue"
-                " from its average, and the averaging rule continues with its period and its target, which was measured"
-                f" among {state['workers']}. The rule's phases keep their lengths in steps, although an epoch now has a"
-                " different number of steps."
-            )
+        if (warning := self._session.workers_changed(state)) is not None:
+            rank_zero_warn(warning)
