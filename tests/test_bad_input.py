@@ -37,8 +37,8 @@ from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Adopt, Update
 from lightning_adpsgd.cli import main
 from lightning_adpsgd.options import AveragingOptions
+from lightning_adpsgd.plot import draw
 from lightning_adpsgd.rounds.handshake import SignalFlags
-from lightning_adpsgd.trainer.monitor import draw
 
 INT64 = 2**63 - 1
 
