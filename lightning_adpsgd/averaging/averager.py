@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.codec import Codec, DeltaCodec
-from lightning_adpsgd.averaging.constants import Blocks, Comparison, is_exact
 from lightning_adpsgd.averaging.layout import Bucket, FlatLayout, extremes, finite
 from lightning_adpsgd.averaging.scratch import BufferPool
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.averaging.squares import add_squares, add_up, sum_of
 from lightning_adpsgd.averaging.tiles import Tile
 from lightning_adpsgd.averaging.update import Adopt, Update
-from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
 # Limit on the CPU: a packed bucket should still be in the cache when it is sent.
@@ -44,8 +44,6 @@ class BucketInFlight(NamedTuple):
     terms: Terms
     cut_off: Tensor | None = None
     """What rounding cut off, if the encoded change of the average is sent; None if the values are sent unencoded."""
-    alike: Comparison | None = None
-    """Finds blocks that are equal on all workers, to keep them bit for bit; None if that is not needed."""
     snapshot: Tensor | None = None
     """The values that this worker sent, before rounding; None if the tensors still hold them."""
 
@@ -86,7 +84,6 @@ class ParameterAverager:
         self._workers = workers
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
-        self._blocks: dict[Bucket, Blocks] = {}
         self._buffers = BufferPool(layout, workers.device, keeps=on_cpu)
 
     @property
@@ -126,14 +123,11 @@ class ParameterAverager:
 
     def launch(self, bucket: Bucket, buffer: Tensor, terms: Terms) -> BucketInFlight:
         """Pack a bucket into ``buffer`` and start its reduction."""
-        contributes, contributors = terms.contribution.contributes, terms.contribution.contributors
-        # Dividing first keeps the sum within the range of the workers' own values.
-        divides = self.delta is None and is_exact(contributors)
-        with span("pack"):
-            packed = self.layout.pack(bucket, buffer, contributors if divides else 1)
-        if divides:
-            return BucketInFlight(bucket, self._workers.sum_(packed if contributes else packed.zero_()), terms)
-        return self._launch(bucket, packed, self._workers, terms)
+        prepare_ = self._preparation(bucket, terms)
+        for tile in self.layout.tiles(bucket):
+            with span("pack"):
+                prepare_(tile, tile.pack(buffer[tile.start : tile.stop]))
+        return self._launch(bucket, buffer, self._workers, terms)
 
     def finish(self, in_flight: BucketInFlight) -> Tensor:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
@@ -142,7 +136,7 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
         report = in_flight.terms.report
-        mean, alike = self._mean(in_flight, report is not None)
+        mean = self._mean(in_flight, report is not None)
         rounding = _rounding(self.delta, in_flight) if report is not None else None
         adopts = in_flight.terms.as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(in_flight.bucket)
@@ -151,8 +145,6 @@ class ParameterAverager:
         for tile in tiles:
             arrived = mean[tile.start : tile.stop]
             with span("measure"):
-                if alike is not None:
-                    alike.keep(tile.pack(scratch[: len(tile)]), arrived, tile.start, tile.stop)
                 if tile.runs:
                     # From differences: mean‖w‖² − ‖w̄‖² is noise in fp32 when the drift is small.
                     deviations = tile.difference(arrived, scratch[: len(tile)])
@@ -178,36 +170,39 @@ class ParameterAverager:
             position = stop
         return updated
 
-    def _launch(self, bucket: Bucket, values: Tensor, workers: WorkerGroup, terms: Terms) -> BucketInFlight:
-        """Start the reduction of a bucket's values, which are overwritten."""
-        if self.delta is not None and not terms.as_it_is and self.delta.knows(bucket):
-            with span("encode"):
-                reduction, cut_off = self.delta.send(bucket, values, workers)
-            return BucketInFlight(bucket, reduction, terms, cut_off)
-        residual = None if self.delta is None else self.delta.residual(bucket)
-        alike = None
-        if not is_exact(terms.contribution.contributors):
-            if bucket not in self._blocks:
-                self._blocks[bucket] = Blocks(len(bucket), self.layout.boundaries(bucket), values.device)
-            alike = self._blocks[bucket].compare(values, residual, workers)
-        if residual is not None:
-            values.add_(residual)
-        return BucketInFlight(bucket, workers.mean_(values, terms.contribution), terms, alike=alike)
+    def _sends_change(self, bucket: Bucket, terms: Terms) -> bool:
+        return self.delta is not None and not terms.as_it_is and self.delta.knows(bucket)
 
-    def _mean(self, in_flight: BucketInFlight, with_rounding: bool) -> tuple[Tensor, Comparison | None]:
-        """Wait for a bucket's mean, and for the comparison that finds blocks equal on all workers, if there is one."""
+    def _preparation(self, bucket: Bucket, terms: Terms) -> Callable[[Tile, Tensor], object]:
+        """What to do with each packed tile of a bucket, in place, before :meth:`_launch`."""
+        if self._sends_change(bucket, terms):
+            return lambda tile, packed: packed
+        residual = None if self.delta is None else self.delta.residual(bucket)
+        if residual is None:
+            return lambda tile, packed: terms.contribution.part_(packed)
+        return lambda tile, packed: terms.contribution.part_(packed.add_(residual[tile.start : tile.stop]))
+
+    def _launch(self, bucket: Bucket, prepared: Tensor, workers: WorkerGroup, terms: Terms) -> BucketInFlight:
+        """Start the reduction of a bucket's prepared values, which are overwritten."""
+        if self.delta is not None and self._sends_change(bucket, terms):
+            with span("encode"):
+                reduction, cut_off = self.delta.send(bucket, prepared, workers)
+            return BucketInFlight(bucket, reduction, terms, cut_off)
+        return BucketInFlight(bucket, workers.sum_(prepared), terms)
+
+    def _mean(self, in_flight: BucketInFlight, with_rounding: bool) -> Tensor:
+        """Wait for a bucket's mean."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
-                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, with_rounding), None
-        if in_flight.alike is None:
-            return arrived, None
-        largest = torch.finfo(arrived.dtype).max
-        for _, start, stop in self.layout.groups(in_flight.bucket):
-            # The mean of finite numbers is finite, but their sum of n-th parts may round to infinity.
-            arrived[start:stop].clamp_(-largest, largest)
-        return arrived, in_flight.alike.wait()
+                return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, with_rounding)
+        if not in_flight.terms.contribution.divides:
+            largest = torch.finfo(arrived.dtype).max
+            for _, start, stop in self.layout.groups(in_flight.bucket):
+                # The mean of finite numbers is finite, but the sum of their parts may round to infinity.
+                arrived[start:stop].clamp_(-largest, largest)
+        return arrived
 
     def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
         if self.delta is not None and in_flight.cut_off is None:
@@ -242,12 +237,13 @@ class ParameterAverager:
         terms = Terms(async_group.all_contribute, as_it_is=False)
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
             snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
+            prepare_ = self._preparation(bucket, terms)
             for tile in self.layout.tiles(bucket):
                 with span("pack"):
                     mine = tile.pack(snapshot[tile.start : tile.stop])
                     if before is not None:
                         _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
-                    values[tile.start : tile.stop].copy_(mine)
+                    prepare_(tile, values[tile.start : tile.stop].copy_(mine))
                 found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
             in_flight.append(self._launch(bucket, values, async_group, terms)._replace(snapshot=snapshot))
         return in_flight, finite(found, self._workers.device)
@@ -271,7 +267,7 @@ class ParameterAverager:
         for part in in_flight:
             snapshot = part.snapshot
             assert snapshot is not None
-            mean, alike = self._mean(part, report is not None)
+            mean = self._mean(part, report is not None)
             rounding = _rounding(self.delta, part) if report is not None else None
             squares: dict[int, list[Tensor]] = defaultdict(list)
             adopts = isinstance(self.update, Adopt)
@@ -279,8 +275,6 @@ class ParameterAverager:
             for tile in tiles:
                 here = slice(tile.start, tile.stop)
                 with span("measure"):
-                    if alike is not None:
-                        alike.keep(snapshot[here], mean[here], tile.start, tile.stop)
                     add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
                 if report is not None:
                     _report(report, tile, -snapshot[here], rounding)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
@@ -195,10 +194,10 @@ class FlatLayout:
         here = buffer.device == space.buffers_on(device)
         return buffer.dtype == space.packed_dtype and here and len(buffer) >= len(bucket)
 
-    def pack(self, bucket: Bucket, out: Tensor, divisor: int = 1) -> Tensor:
-        """Copy a bucket of the tensors, divided by ``divisor``, into ``out`` (shape (len(bucket),)); return ``out``."""
+    def pack(self, bucket: Bucket, out: Tensor) -> Tensor:
+        """Copy a bucket of the tensors into ``out`` (shape (len(bucket),)); return ``out``."""
         for tile in self.tiles(bucket):
-            tile.pack(out[tile.start : tile.stop], divisor)
+            tile.pack(out[tile.start : tile.stop])
         return out
 
     def unpack(self, bucket: Bucket, buffer: Tensor) -> None:
@@ -238,11 +237,6 @@ class FlatLayout:
                 together[-1].append(values)
                 room = 0 if entry.flat is None else room - values.numel()
         return together
-
-    def boundaries(self, bucket: Bucket) -> list[int]:
-        """Where each tensor's elements begin in a bucket; relative to the bucket, ascending from 0."""
-        pieces = self._spaces[bucket.space].pieces(bucket.start, bucket.stop)
-        return [0, *accumulate(stop - start for _, start, stop in pieces[:-1])]
 
     def groups(self, bucket: Bucket) -> list[tuple[int, int, int]]:
         """The bucket's runs of elements of one parameter group: (group, start, stop), relative to the bucket."""

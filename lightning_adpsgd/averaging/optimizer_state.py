@@ -11,7 +11,8 @@ from lightning_adpsgd.averaging.averager import ParameterAverager, Terms
 from lightning_adpsgd.averaging.layout import FlatLayout, hash48
 from lightning_adpsgd.averaging.momentum import known
 from lightning_adpsgd.averaging.state_entries import Key, StateEntries, is_plain, map_tensors, named, set_entries
-from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.group import WorkerGroup
 
 
 def has_state(optimizer: Optimizer) -> bool:

@@ -19,7 +19,8 @@ from lightning_adpsgd.averaging.optimizer_state import (
     share_state,
     state_at_start,
 )
-from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.group import WorkerGroup
 
 
 class StatePolicy:

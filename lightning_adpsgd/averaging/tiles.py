@@ -155,18 +155,16 @@ class Tile:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def pack(self, out: Tensor, divisor: int = 1) -> Tensor:
-        """Copy the elements, divided by ``divisor``, into ``out`` (shape (len(self),)); return ``out``."""
+    def pack(self, out: Tensor) -> Tensor:
+        """Copy the elements into ``out`` (shape (len(self),)); return ``out``."""
         sources = self._values()
-        if len(sources) == 1 and divisor != 1 and _alike(sources[0], out):
-            return torch.div(sources[0], divisor, out=out)
         if len(sources) == 1:
             out.copy_(sources[0])
         elif _alike(sources[0], out):
             torch.cat(sources, out=out)
         else:
             torch._foreach_copy_([*out.split(self._lengths)], sources)
-        return out if divisor == 1 else out.div_(divisor)
+        return out
 
     def difference(self, values: Tensor, out: Tensor) -> Tensor:
         """Write the elements minus ``values`` into ``out`` (both of shape (len(self),)); return ``out``."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -255,7 +254,7 @@ class LocalSteps(DDPStrategy):
             return moved
         session.handshake("a validation")
         with naming_lost_workers(self._workers, "asking whose buffers have moved"):
-            return bool(self._workers.largest(torch.tensor([int(moved)], device=self._workers.device)).wait())
+            return bool(self._workers.table([moved]).any())
 
     def _buffers(self) -> list[tuple[int, int]]:
         """Which buffers there are, and how often each was changed.

@@ -13,7 +13,8 @@ from lightning_adpsgd.averaging.layout import Described, hash48
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.errors import WorkerLostError, WorkersDisagreeError
 from lightning_adpsgd.rounds.record import TRIGGERS
-from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import CollectiveError
 
 _log = logging.getLogger(__name__)
@@ -178,9 +179,9 @@ class Handshake:
     @property
     def contribution(self) -> Contribution:
         """What this worker contributes to the mean over those whose parameters are finite."""
-        diverged = self.diverged_workers
-        contributes = self._workers.worker_of(self._workers.rank) not in diverged
-        return Contribution(self._workers.count - len(diverged), contributes)
+        finite = sorted({*range(self._workers.count)} - self.diverged_workers)
+        mine = self._workers.worker_of(self._workers.rank)
+        return Contribution(len(finite), finite.index(mine) if mine in finite else None)
 
     @property
     def flags(self) -> int:

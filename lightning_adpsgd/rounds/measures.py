@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_adpsgd.rounds.pipeline import Drift, SpreadRound
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger, ring_bytes
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
-from lightning_adpsgd.workers.group import Contribution, WorkerGroup
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_adpsgd.workers.contribution import Contribution
 from lightning_adpsgd.workers.peers import ClosedGroup, Peers, close_groups, close_without_waiting
 from lightning_adpsgd.workers.reduction import (
     Exchange,
@@ -24,13 +25,6 @@ from lightning_adpsgd.workers.reduction import (
     on_device,
     on_host,
 )
-
-
-class Contribution(NamedTuple):
-    """What this worker contributes to a mean over the workers."""
-
-    contributors: int  # the number of workers that are averaged
-    contributes: bool  # whether this worker is one of them; if not, it receives the others' mean
 
 
 class WorkerGroup:
@@ -73,7 +67,7 @@ class WorkerGroup:
     @property
     def all_contribute(self) -> Contribution:
         """What this worker contributes to a mean over all workers."""
-        return Contribution(self.count, True)
+        return Contribution(self.count, self.worker_of(self.rank))
 
     @property
     def can_share_async_group(self) -> bool:
@@ -101,21 +95,9 @@ class WorkerGroup:
         if opened:
             close_without_waiting(partial(close_groups, opened))
 
-    def mean_(self, buffer: Tensor, contribution: Contribution | None = None) -> Reduction:
-        """Start to replace ``buffer`` (contiguous, fp32 or fp64) by its mean over the workers that contribute."""
-        if self.count == 1:
-            return Reduction(buffer, None)
-        contribution = contribution or self.all_contribute
-        # Dividing first keeps the sum within the range of the workers' own values: it cannot overflow.
-        return self.sum_(buffer.div_(contribution.contributors) if contribution.contributes else buffer.zero_())
-
     def sum_(self, buffer: Tensor) -> Reduction:
         """Start to replace ``buffer`` (contiguous) by its sum over the workers."""
         return Reduction(buffer, self._all_reduce(buffer) if self.count > 1 else None)
-
-    def largest(self, buffer: Tensor) -> Reduction:
-        """Start to replace ``buffer`` (contiguous, integers) by its element-wise maximum over the ranks."""
-        return Reduction(buffer, self._all_reduce(buffer, op=dist.ReduceOp.MAX) if self.size > 1 else None)
 
     def shares(self, buffer: Tensor) -> list[Tensor]:
         """The part of a flat ``buffer`` that each rank combines in :meth:`exchange`; the first is the longest."""
@@ -191,10 +173,10 @@ class WorkerGroup:
     def _global_rank(self, rank: int) -> int:
         return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
-    def _all_reduce(self, tensor: Tensor, group: Any = None, op: Any = dist.ReduceOp.SUM) -> Any:
+    def _all_reduce(self, tensor: Tensor, group: Any = None) -> Any:
         self._counter.payload_bytes += tensor.nbytes
         with collective():
-            return dist.all_reduce(tensor, op=op, group=group or self._group, async_op=True)
+            return dist.all_reduce(tensor, group=group or self._group, async_op=True)
 
 
 def new_group(ranks: list[int], device: torch.device) -> Any:

@@ -16,7 +16,7 @@ def mean_of_ranks() -> dict:
     workers = WorkerGroup()
     buffer = torch.arange(5.0) * (workers.rank + 1)
     storage = buffer.data_ptr()
-    result = workers.mean_(buffer).wait()
+    result = workers.sum_(workers.all_contribute.part_(buffer)).wait()
     small = workers.launch_mean([1.0 * workers.rank, 2.0 * workers.rank]).wait()
     return {
         "mean": result,
@@ -42,7 +42,8 @@ def test_every_byte_put_into_a_collective_is_counted(pool):
 
 def largest_values() -> torch.Tensor:
     largest = torch.finfo(torch.float32).max
-    return WorkerGroup().mean_(torch.full((3,), largest)).wait() / largest
+    workers = WorkerGroup()
+    return workers.sum_(workers.all_contribute.part_(torch.full((3,), largest))).wait() / largest
 
 
 def test_mean_of_the_largest_numbers_does_not_overflow(pool):
@@ -78,7 +79,7 @@ def test_a_single_process_sends_nothing():
     workers = WorkerGroup()
     buffer = torch.ones(3)
     assert workers.size == 1
-    assert workers.mean_(buffer).wait() is buffer
+    assert workers.sum_(workers.all_contribute.part_(buffer)).wait() is buffer
     assert workers.table([1.0, 2.0]).tolist() == [[1.0, 2.0]]
     assert workers.gather_objects("x") == ["x"]
     workers.broadcast_([buffer])

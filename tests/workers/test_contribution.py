@@ -1,4 +1,6 @@
-"""Values that are equal on all workers stay the same, bit for bit, for any number of workers."""
+"""Values that are equal on all workers stay the same, bit for bit, for any number of workers and any order of sums."""
+
+import random
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_adpsgd import LocalSGD, NodeWorkerGroup
-from lightning_adpsgd.averaging.constants import Blocks
+from lightning_adpsgd.workers.contribution import Contribution
 from lightning_adpsgd.workers.group import WorkerGroup
 
 pytestmark = pytest.mark.workers
@@ -15,7 +17,7 @@ TRANSPORTS = ({}, {"stagger": True, "overlap": 1}, {"overlap": 2}, {"reduce_dtyp
 
 
 class Masked(nn.Module):
-    """Parameters and buffers that nothing changes, besides one parameter that every worker trains."""
+    """Parameters and buffers that nothing changes, besides every other row of one parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +46,7 @@ def hold(ranks_per_node: int = 1) -> list[list[str]]:
         generator = torch.Generator().manual_seed(workers.worker_of(dist.get_rank()))
         for step in range(14):
             model.trained.grad = torch.randn(70, 100, generator=generator)
+            model.trained.grad[::2] = 0
             model.moving += dist.get_rank()
             if step == 8:
                 model.mask *= 0.5  # on all workers
@@ -54,6 +57,8 @@ def hold(ranks_per_node: int = 1) -> list[list[str]]:
         start["mask"] *= 0.5
         state = model.state_dict()
         changed.append([name for name in start if not torch.equal(state[name], start[name])])
+        if not torch.equal(state["trained"][::2], start["trained"][::2]):
+            changed[-1].append("rows that nobody trains")
     return changed
 
 
@@ -71,7 +76,7 @@ def test_values_equal_on_all_nodes_stay_bit_for_bit(pool):
 def near_the_limit() -> float:
     parameter = nn.Parameter(torch.full((2,), torch.finfo(torch.float32).min))
     local_sgd = LocalSGD(torch.optim.SGD([parameter], lr=1.0), 1)
-    parameter.data[1] = dist.get_rank()  # so that the block is not equal
+    parameter.data[1] = dist.get_rank()  # so that not all is equal
     parameter.grad = torch.zeros(2)
     local_sgd.optimizer.step()
     local_sgd.step()
@@ -80,37 +85,6 @@ def near_the_limit() -> float:
 
 def test_a_mean_of_finite_numbers_is_finite(pool):
     assert pool.run(near_the_limit, workers=10) == [torch.finfo(torch.float32).min] * 10
-
-
-def differ(kind: str) -> tuple[list[list[float]], list[list[float]]]:
-    """Blocks that differ between three workers, in ways that a weak fingerprint would miss."""
-    rank, count = dist.get_rank(), 60
-    generator = torch.Generator().manual_seed(rank)
-    if kind == "signs":
-        blocks = [(torch.rand(64, generator=generator) > 0.5).float() * 2 - 1 for _ in range(count)]
-    elif kind == "powers of two":
-        blocks = [torch.zeros(256).index_fill_(0, torch.tensor(32 * rank + k), 2.0**k) for k in range(count)]
-    elif kind == "bfloat16":
-        blocks = [torch.randn(64, generator=generator).bfloat16().float() for _ in range(count)]
-    else:
-        shuffled = torch.randperm(256, generator=generator).double()
-        blocks = [shuffled.roll(k) for k in range(count)]
-    mine = torch.stack(blocks)
-    parameters = [nn.Parameter(block) for block in blocks]
-    local_sgd = LocalSGD(torch.optim.SGD(parameters, lr=1.0), 1)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    local_sgd.optimizer.step()
-    local_sgd.step()
-    return mine.tolist(), torch.stack([parameter.detach() for parameter in parameters]).tolist()
-
-
-@pytest.mark.parametrize("kind", ["signs", "powers of two", "bfloat16", "permuted"])
-def test_blocks_that_differ_are_averaged_however_they_differ(pool, kind):
-    outcomes = pool.run(differ, kind, workers=3)
-    mean = torch.tensor([mine for mine, _ in outcomes], dtype=torch.float64).mean(dim=0)
-    for _, after in outcomes:
-        torch.testing.assert_close(torch.tensor(after, dtype=torch.float64), mean, rtol=1e-6, atol=1e-6)
 
 
 def drop_one() -> list[float]:
@@ -129,26 +103,70 @@ def test_equal_values_stay_when_a_worker_is_dropped(pool):
     assert pool.run(drop_one, workers=4) == [[*mask, -1.0]] * 4
 
 
+# The parts and their sums, without processes
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 31, 64, 100, 255, 1000)
+
+
+def parts(values: torch.Tensor, workers: int) -> list[torch.Tensor]:
+    """What each worker sends of its row of ``values``, or of the same values."""
+    rows = values.expand(workers, -1) if values.dim() == 1 else values
+    return [Contribution(workers, place).part_(row.clone()) for place, row in enumerate(rows)]
+
+
+def sums(rows: list[torch.Tensor], shuffled: random.Random) -> list[torch.Tensor]:
+    """Added up one by one, as a ring does, and in pairs, as a tree does, both in a random order."""
+    chain, tree = ([*shuffled.sample(rows, len(rows))] for _ in range(2))
+    while len(tree) > 1:
+        chain.append(chain.pop() + chain.pop())
+        tree.append(tree.pop(0) + tree.pop(0))
+    return [chain[0], tree[0]]
+
+
+def numbers_of_every_kind(dtype: torch.dtype) -> torch.Tensor:
+    """Random bits, so numbers of every magnitude, and the ends of the range. No NaN."""
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    limits, ends = torch.finfo(dtype), torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randint(ends.min, ends.max, (20_000,), generator=generator, dtype=bits).view(dtype)
+    least = torch.arange(9, dtype=bits).view(dtype)  # the smallest subnormal numbers, and 0
+    special = torch.tensor([limits.max, limits.tiny, 1.0, 1 / 3, torch.inf], dtype=dtype)
+    found = torch.cat([found[~found.isnan()], least, special, torch.nextafter(special[1:3], special[:2])])
+    return torch.cat([found, -found])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_end_where_tensors_do_and_a_single_bit_makes_them_differ(dtype):
-    values = torch.randn(200_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    blocks = Blocks(len(values), [0, 5, 4096, 100_000], values.device)
-    plain = WorkerGroup()
-    before = blocks.fingerprints(values).view(2, -1)
-    for place in (0, 4, 5, 4095, 4096, 99_999, 100_000, 199_999):
-        changed = values.clone()
-        changed.view(torch.int32)[place * values.itemsize // 4] ^= 1
-        differs = (blocks.fingerprints(changed).view(2, -1) != before).any(dim=0).nonzero().flatten().tolist()
-        assert len(differs) == 1
-        assert place in range([0, *blocks._ends][differs[0]], blocks._ends[differs[0]])
-    residual = torch.zeros_like(values)
-    residual[7] = 1e-30
-    kept = torch.zeros_like(values)
-    blocks.compare(values, residual, plain).wait().keep(values, kept, 0, len(values))
-    assert not kept[5:4096].any()
-    assert torch.equal(kept[:5], values[:5])
-    assert torch.equal(kept[4096:], values[4096:])
-    part = torch.zeros(100)
-    blocks.compare(values, residual, plain).wait().keep(values[4090:4190].float(), part, 4090, 4190)
-    assert not part[:6].any()
-    assert torch.equal(part[6:], values[4096:4190].float())
+@pytest.mark.parametrize("workers", SIZES)
+def test_parts_of_equal_numbers_add_up_to_them_bit_for_bit_in_any_order(workers, dtype):
+    values, shuffled = numbers_of_every_kind(dtype), random.Random(workers)
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    for _ in range(3):
+        for total in sums(parts(values, workers), shuffled):
+            differs = total.view(bits) != values.view(bits)
+            assert not differs.any(), (values[differs][:5], total[differs][:5])
+
+
+@pytest.mark.parametrize("workers", SIZES)
+def test_parts_of_different_numbers_add_up_to_their_mean(workers):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1000, generator=generator) + 0.01 * torch.randn(workers, 1000, generator=generator)
+    mean = values.double().mean(dim=0)
+    for total in sums(parts(values, workers), random.Random(0)):
+        errors = (total - mean).abs() / mean.abs().clamp_min(0.01)
+        assert errors.median() < 1e-7 * workers**0.5
+        assert errors.max() < 2e-6 * workers**0.5
+        assert abs(((total - mean) / mean.abs().clamp_min(0.01)).mean()) < 1e-7  # in neither direction
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 10])
+def test_a_number_that_is_not_finite_is_none_for_all(workers):
+    rows = torch.randn(workers, 4, generator=torch.Generator().manual_seed(0))
+    rows[-1] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
+    total = sum(parts(rows, workers))
+    assert total[:2].tolist() == [torch.inf, -torch.inf]
+    assert torch.isnan(total[2])
+    assert torch.isfinite(total[3])
+
+
+def test_a_worker_that_does_not_contribute_sends_zeros():
+    assert Contribution(3, None).part_(torch.tensor([1.0, torch.nan, -torch.inf])).tolist() == [0.0] * 3
