@@ -1,8 +1,6 @@
 """Local steps and averaging rounds in place of gradient all-reduces, in a loop of one's own."""
 
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.session import TrainingSession
+from lightning_adpsgd.step_watch import StepWatch
 from lightning_adpsgd.validation import check_listener, check_total_steps
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.peers import closed_at_exit
@@ -24,10 +23,6 @@ from .family import DDPStrategy, MisconfigurationException, rank_zero_warn
 
 ASSUMED_STEPS = 4000
 """K, for rules that need it, where nobody has said how long the run is: a quarter of it are 1,000 steps."""
-
-
-_hooks: "weakref.WeakKeyDictionary[Optimizer, Any]" = weakref.WeakKeyDictionary()
-"""By which steps past Fabric are counted: one per optimizer, for the Fabric that has set it up last."""
 
 
 class LocalSteps(DDPStrategy):
@@ -57,7 +52,7 @@ class LocalSteps(DDPStrategy):
         self._optimizers: list[Optimizer] = []
         self._session: TrainingSession | None = None  # from the first step on
         self._listeners: list[Callable[[AveragingRound], None]] = []
-        self._stepping = False
+        self._step_watch = StepWatch(self._count_step)
         self._has_stepped = False
         self._warned_of_no_optimizer = False
         self._buffers_after_round: list[tuple[int, int]] = []
@@ -154,10 +149,7 @@ class LocalSteps(DDPStrategy):
                 " (add_param_group)."
             )
         self._optimizers.append(optimizer)
-        if (former := _hooks.pop(optimizer, None)) is not None:  # of a Fabric before this one
-            former.remove()
-        with suppress(AttributeError):  # a wrapper around an optimizer may not have made what hooks need
-            _hooks[optimizer] = optimizer.register_step_post_hook(self._on_unseen_step)
+        self._step_watch.watch(optimizer)
         return optimizer
 
     # Steps
@@ -176,22 +168,15 @@ class LocalSteps(DDPStrategy):
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step the optimizer, then count the attempt, which averages if the period is over."""
-        session = self._begun()
-        self._stepping = True
-        try:
-            output = super().optimizer_step(optimizer, **kwargs)
-        finally:
-            self._stepping = False
-        self._count_step(session, optimizer)
-        return output
+        self._begun()
+        with self._step_watch.stepping(optimizer):
+            return super().optimizer_step(optimizer, **kwargs)
 
     @override
     def teardown(self) -> None:
         """End the run: optimizers no longer count their steps, and nothing is averaged any more."""
         super().teardown()
-        for optimizer in self._optimizers:
-            if (hook := _hooks.pop(optimizer, None)) is not None:
-                hook.remove()
+        self._step_watch.stop()
         if self._session is not None:
             self._session.close()
 
@@ -226,12 +211,8 @@ class LocalSteps(DDPStrategy):
             )
             session.setup(ASSUMED_STEPS)
 
-    def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that was taken past Fabric, with the optimizer that was given to ``fabric.setup``."""
-        if not self._stepping:
-            self._count_step(self._begun(), optimizer)
-
-    def _count_step(self, session: TrainingSession, optimizer: Optimizer) -> None:
+    def _count_step(self, optimizer: Optimizer) -> None:
+        session = self._begun()
         local_sgd = session.of(optimizer)
         if local_sgd is None:
             raise MisconfigurationException(

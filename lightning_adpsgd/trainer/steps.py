@@ -1,17 +1,15 @@
 """Counts optimizer steps, and finds the step at which to log a round."""
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_adpsgd.rounds.record import AveragingRound
-from lightning_adpsgd.session import TrainingSession
+from lightning_adpsgd.step_watch import StepWatch
 
 from .compat import step_of_the_loss, trainer_of
 from .family import MisconfigurationException, pl
@@ -25,8 +23,7 @@ class CountedSteps(AveragedWeights):
 
     def __init__(self, **launching: Any) -> None:
         super().__init__(**launching)
-        self._stepping = False
-        self._step_hooks: list[RemovableHandle] = []
+        self._step_watch = StepWatch(self._count_step)
         self._logged_steps: dict[int, deque[tuple[int, int]]] = {}  # of each optimizer's latest steps
 
     @override
@@ -38,13 +35,8 @@ class CountedSteps(AveragedWeights):
         **kwargs: Any,
     ) -> Any:
         """Step the optimizer, then count the step, which averages if the period is over."""
-        self._stepping = True
-        try:
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        finally:
-            self._stepping = False
-        self._count_step(optimizer)
-        return output
+        with self._step_watch.stepping(optimizer):
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def logged_step(self, round_: AveragingRound) -> int:
         """The step at which to log a round of this fit: the one at which Lightning logs that batch's loss.
@@ -59,22 +51,11 @@ class CountedSteps(AveragedWeights):
         trainer = trainer_of(self.lightning_module)
         return round_.step if trainer is None else step_of_the_loss(trainer)
 
-    def _watch_steps(self, session: TrainingSession) -> None:
-        """Watch for steps that bypass Lightning, until :meth:`_stop_watching`."""
+    def _watch_steps(self, optimizers: Iterable[Optimizer]) -> None:
+        """Count steps that bypass Lightning too, for example by ``self.optimizers(use_pl_optimizer=False)``."""
         self._logged_steps = {}
-        for local_sgd in session.local_sgd:
-            with suppress(AttributeError):  # a wrapper may not have called Optimizer.__init__
-                self._step_hooks.append(local_sgd.optimizer.register_step_post_hook(self._on_unseen_step))
-
-    def _stop_watching(self) -> None:
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks = []
-
-    def _on_unseen_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that bypasses Lightning, for example by ``self.optimizers(use_pl_optimizer=False)``."""
-        if not self._stepping:
-            self._count_step(optimizer)
+        for optimizer in optimizers:
+            self._step_watch.watch(optimizer)
 
     def _count_step(self, optimizer: Optimizer) -> None:
         self._second_weights_moved = True

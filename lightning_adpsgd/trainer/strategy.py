@@ -224,7 +224,7 @@ class ADPSGDStrategy(NodeGradients):
         trainer = trainer_of(self.lightning_module)
         if trainer is not None:
             callbacks_of(trainer)[:] = [each for each in callbacks_of(trainer) if each not in self._callbacks]
-        self._stop_watching()
+        self._step_watch.stop()
         super().teardown()
         if self._session is not None:
             self._session.close()
@@ -282,7 +282,7 @@ class ADPSGDStrategy(NodeGradients):
         self._signals = DeferredSignals(trainer, self._raise_flags)
         self._signals.install()
         self._callbacks = insert_callbacks(trainer, self, self._signals)
-        self._watch_steps(self._session)
+        self._watch_steps(local_sgd.optimizer for local_sgd in self._session.local_sgd)
         if not self._session.local_sgd and workers.size > 1:
             warn_of_a_missing_optimizer()
         warn_of_short_steps(self.optimizers, self._options.optimizer_state, workers)
