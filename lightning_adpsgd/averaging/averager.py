@@ -2,6 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ _LONGEST_ON_CPU = 16 * 2**20  # bytes
 OnDeviations = Callable[[Tile, Tensor, Tensor], None]
 """Called for each tile with this worker's values minus the mean, and with what it sent minus the mean, which adds up to
 0 over the workers. Both have shape (len(tile),), and may be the same tensor."""
+
+
+OnPacked = Callable[[Tile, Tensor], None]
+"""Called for each tile with its packed values, shape (len(tile),), which it may change."""
 
 
 class Terms(NamedTuple):
@@ -121,44 +126,89 @@ class ParameterAverager:
             self.delta.note_all()
         return sum_of(deviations, self.groups, self._workers.device)
 
-    def launch(self, bucket: Bucket, buffer: Tensor, terms: Terms) -> BucketInFlight:
-        """Pack a bucket into ``buffer`` and start its reduction."""
-        prepare_ = self._preparation(bucket, terms)
-        for tile in self.layout.tiles(bucket):
-            with span("pack"):
-                prepare_(tile, tile.pack(buffer[tile.start : tile.stop]))
-        return self._launch(bucket, buffer, self._workers, terms)
+    def launch(
+        self,
+        bucket: Bucket,
+        buffer: Tensor,
+        terms: Terms,
+        group: WorkerGroup | None = None,
+        snapshot: Tensor | None = None,
+        on_packed: OnPacked | None = None,
+    ) -> BucketInFlight:
+        """Pack a bucket into ``buffer`` and start its reduction.
 
-    def finish(self, in_flight: BucketInFlight) -> Tensor:
+        Args:
+            bucket: the bucket.
+            buffer: shape (len(bucket),); it will be overwritten.
+            terms: how to average.
+            group: the workers, in the process group to use; None: those of this averager.
+            snapshot: overwritten with the values that are sent, if the tensors may change before the mean arrives.
+            on_packed: called for each packed tile, before anything else.
+        """
+        workers = group or self._workers
+        sends_change = self.delta is not None and not terms.as_it_is and self.delta.knows(bucket)
+        residual = None if self.delta is None or sends_change else self.delta.residual(bucket)
+        for tile in self.layout.tiles(bucket):
+            here = slice(tile.start, tile.stop)
+            with span("pack"):
+                packed = tile.pack(buffer[here])
+                if on_packed is not None:
+                    on_packed(tile, packed)
+                if snapshot is not None:
+                    snapshot[here] = packed
+                if residual is not None:
+                    packed.add_(residual[here])
+                if not sends_change:
+                    terms.contribution.part_(packed)
+        if self.delta is None or not sends_change:
+            return BucketInFlight(bucket, workers.sum_(buffer), terms, snapshot=snapshot)
+        with span("encode"):
+            reduction, cut_off = self.delta.send(bucket, buffer, workers)
+        return BucketInFlight(bucket, reduction, terms, cut_off, snapshot)
+
+    def finish(self, in_flight: BucketInFlight, moved: bool = False) -> Tensor:
         """Wait for a bucket's mean, measure its distance from this worker's values, and write it back.
+
+        Args:
+            in_flight: the bucket, from :meth:`launch`.
+            moved: whether the tensors differ from the snapshot that was sent; see :meth:`adopt`.
 
         Returns:
             Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
-        report = in_flight.terms.report
-        mean = self._mean(in_flight, report is not None)
-        rounding = _rounding(self.delta, in_flight) if report is not None else None
-        adopts = in_flight.terms.as_it_is or isinstance(self.update, Adopt)
-        tiles = self.layout.tiles(in_flight.bucket)
+        bucket, _, terms, cut_off, sent = in_flight
+        mean = self._mean(in_flight)
+        rounding = cut_off
+        if terms.report is not None and cut_off is None and self.delta is not None:
+            rounding = self.delta.residual(bucket)
+        adopts = terms.as_it_is or isinstance(self.update, Adopt)
+        tiles = self.layout.tiles(bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
-        scratch = mean.new_empty(max(map(len, tiles)))
+        deviations = mean.new_empty(max(map(len, tiles))) if sent is None else sent
         for tile in tiles:
             arrived = mean[tile.start : tile.stop]
             with span("measure"):
-                if tile.runs:
-                    # From differences: mean‖w‖² − ‖w̄‖² is noise in fp32 when the drift is small.
-                    deviations = tile.difference(arrived, scratch[: len(tile)])
-                    add_squares(squares, tile, deviations)
-                    if report is not None:
-                        _report(report, tile, deviations, rounding)
+                # From differences: mean‖w‖² − ‖w̄‖² is noise in fp32 when the drift is small.
+                if sent is not None:
+                    mine = sent[tile.start : tile.stop].sub_(arrived)
+                else:
+                    mine = deviations[: len(tile)]
+                    if tile.runs:
+                        tile.difference(arrived, mine)
+                add_squares(squares, tile, mine)
+                if terms.report is not None and tile.runs:
+                    terms.report(tile, mine, mine if rounding is None else mine + rounding[tile.start : tile.stop])
             if adopts:
-                with span("unpack"):
-                    tile.unpack(arrived)
+                _write(tile, arrived, mine, moved)
         if not adopts:
-            mean = self._updated(in_flight.bucket, mean)
-            with span("unpack"):
-                self.layout.unpack(in_flight.bucket, mean)
-        self._note(in_flight, mean)
+            updated = self._updated(bucket, mean)
+            if sent is not None:
+                sent.sub_(updated).add_(mean)
+            mean = updated
+            for tile in tiles:
+                _write(tile, mean[tile.start : tile.stop], deviations[tile.start : tile.stop], moved)
+        if self.delta is not None and cut_off is None:
+            self.delta.note(bucket, mean)
         return add_up(squares, self.groups, mean.device)
 
     def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
@@ -170,32 +220,13 @@ class ParameterAverager:
             position = stop
         return updated
 
-    def _sends_change(self, bucket: Bucket, terms: Terms) -> bool:
-        return self.delta is not None and not terms.as_it_is and self.delta.knows(bucket)
-
-    def _preparation(self, bucket: Bucket, terms: Terms) -> Callable[[Tile, Tensor], object]:
-        """What to do with each packed tile of a bucket, in place, before :meth:`_launch`."""
-        if self._sends_change(bucket, terms):
-            return lambda tile, packed: packed
-        residual = None if self.delta is None else self.delta.residual(bucket)
-        if residual is None:
-            return lambda tile, packed: terms.contribution.part_(packed)
-        return lambda tile, packed: terms.contribution.part_(packed.add_(residual[tile.start : tile.stop]))
-
-    def _launch(self, bucket: Bucket, prepared: Tensor, workers: WorkerGroup, terms: Terms) -> BucketInFlight:
-        """Start the reduction of a bucket's prepared values, which are overwritten."""
-        if self.delta is not None and self._sends_change(bucket, terms):
-            with span("encode"):
-                reduction, cut_off = self.delta.send(bucket, prepared, workers)
-            return BucketInFlight(bucket, reduction, terms, cut_off)
-        return BucketInFlight(bucket, workers.sum_(prepared), terms)
-
-    def _mean(self, in_flight: BucketInFlight, with_rounding: bool) -> Tensor:
+    def _mean(self, in_flight: BucketInFlight) -> Tensor:
         """Wait for a bucket's mean."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:
             with span("decode"):
+                with_rounding = in_flight.terms.report is not None
                 return self.delta.receive(in_flight.bucket, arrived, in_flight.cut_off, with_rounding)
         if not in_flight.terms.contribution.divides:
             largest = torch.finfo(arrived.dtype).max
@@ -203,10 +234,6 @@ class ParameterAverager:
                 # The mean of finite numbers is finite, but the sum of their parts may round to infinity.
                 arrived[start:stop].clamp_(-largest, largest)
         return arrived
-
-    def _note(self, in_flight: BucketInFlight, mean: Tensor) -> None:
-        if self.delta is not None and in_flight.cut_off is None:
-            self.delta.note(in_flight.bucket, mean)
 
     def keep(self, part: int, parts: int) -> list[Tensor]:
         """Copy one of ``parts`` equal parts of the layout, bucket by bucket."""
@@ -233,19 +260,19 @@ class ParameterAverager:
         Returns:
             The buckets in flight, and whether all parameters in them are finite (a bool tensor of one element).
         """
-        in_flight, found = [], []
+        in_flight: list[BucketInFlight] = []
+        found: list[Tensor] = []
         terms = Terms(async_group.all_contribute, as_it_is=False)
+
+        def look(tile: Tile, packed: Tensor, earlier: Tensor | None) -> None:
+            if earlier is not None:
+                _extrapolate(tile, earlier[tile.start : tile.stop], packed, ahead)
+            found.extend(extremes(packed[start:stop]) for _, start, stop in tile.runs)
+
         for place, bucket in enumerate(self.layout.cut(self._bucket_bytes, part, parts)):
-            snapshot, values = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
-            prepare_ = self._preparation(bucket, terms)
-            for tile in self.layout.tiles(bucket):
-                with span("pack"):
-                    mine = tile.pack(snapshot[tile.start : tile.stop])
-                    if before is not None:
-                        _extrapolate(tile, before[place][tile.start : tile.stop], mine, ahead)
-                    prepare_(tile, values[tile.start : tile.stop].copy_(mine))
-                found += [extremes(mine[start:stop]) for _, start, stop in tile.runs]
-            in_flight.append(self._launch(bucket, values, async_group, terms)._replace(snapshot=snapshot))
+            snapshot, buffer = (self.layout.new_buffer(bucket, self._workers.device) for _ in range(2))
+            on_packed = partial(look, earlier=None if before is None else before[place])
+            in_flight.append(self.launch(bucket, buffer, terms, async_group, snapshot, on_packed))
         return in_flight, finite(found, self._workers.device)
 
     def adopt(self, in_flight: Sequence[BucketInFlight], moved: bool, report: OnDeviations | None = None) -> Tensor:
@@ -263,52 +290,15 @@ class ParameterAverager:
         Returns:
             Σ ‖w̄ − w_i‖² of the values sent, per parameter group; float64, shape (groups,), on the workers' device.
         """
-        deviations: list[Tensor] = []
-        for part in in_flight:
-            snapshot = part.snapshot
-            assert snapshot is not None
-            mean = self._mean(part, report is not None)
-            rounding = _rounding(self.delta, part) if report is not None else None
-            squares: dict[int, list[Tensor]] = defaultdict(list)
-            adopts = isinstance(self.update, Adopt)
-            tiles = self.layout.tiles(part.bucket)
-            for tile in tiles:
-                here = slice(tile.start, tile.stop)
-                with span("measure"):
-                    add_squares(squares, tile, torch.sub(mean[here], snapshot[here], out=snapshot[here]))
-                if report is not None:
-                    _report(report, tile, -snapshot[here], rounding)
-                if adopts:
-                    _write(tile, mean[here], snapshot[here], moved)
-            if not adopts:
-                updated = self._updated(part.bucket, mean)
-                snapshot.add_(updated).sub_(mean)
-                mean = updated
-                for tile in tiles:
-                    here = slice(tile.start, tile.stop)
-                    _write(tile, mean[here], snapshot[here], moved)
-            self._note(part, mean)
-            deviations.append(add_up(squares, self.groups, mean.device))
+        deviations = [self.finish(part._replace(terms=part.terms._replace(report=report)), moved) for part in in_flight]
         return sum_of(deviations, self.groups, self._workers.device)
 
 
-def _rounding(delta: DeltaCodec | None, in_flight: BucketInFlight) -> Tensor | None:
-    """What this worker sent minus what it held; the mean over the workers is the rounding error of w̄."""
-    if delta is None or in_flight.cut_off is None:
-        return None if delta is None else delta.residual(in_flight.bucket)
-    return in_flight.cut_off
-
-
-def _report(report: OnDeviations, tile: Tile, deviations: Tensor, rounding: Tensor | None) -> None:
-    if tile.runs:
-        report(tile, deviations, deviations if rounding is None else deviations + rounding[tile.start : tile.stop])
-
-
-def _write(tile: Tile, new: Tensor, change: Tensor, moved: bool) -> None:
-    """Overwrite a tile with ``new``; if it has ``moved`` since it was sent, add ``change`` (new − sent) instead."""
+def _write(tile: Tile, new: Tensor, deviations: Tensor, moved: bool) -> None:
+    """Overwrite a tile with ``new``; if it has ``moved`` since it was sent, subtract what was sent minus ``new``."""
     with span("unpack"):
         if moved:
-            tile.move(new, change)
+            tile.move(new, deviations)
         else:
             tile.unpack(new)
 

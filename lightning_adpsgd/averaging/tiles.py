@@ -184,28 +184,28 @@ class Tile:
             torch._foreach_copy_(self._views, [*values.split(self._lengths)])
 
     def move(self, mean: Tensor, difference: Tensor) -> None:
-        """Add ``difference`` to elements of parameter groups; set others to ``mean`` where ``difference`` is not 0.
+        """Subtract ``difference`` from elements of parameter groups; set others to ``mean`` where it is not 0.
 
         Both have shape (len(self),).
         """
-        targets, added = [], []
+        targets, subtracted = [], []
         means, changes = mean.split(self._lengths), difference.split(self._lengths)
         for (entry, start, stop), new, change in zip(self._pieces, means, changes, strict=True):
             here = entry.read(start, stop)
             if entry.group is None:
                 new = torch.where(change == 0, here, new)  # equal on all workers when sent: keep later changes
             elif entry.flat is None:
-                new = here + change
+                new = here - change
             else:
                 targets.append(here)
-                added.append(change)
+                subtracted.append(change)
                 continue
             if entry.flat is None:
                 entry.write(start, stop, new)
             else:
                 here.copy_(new)
         if targets:
-            torch._foreach_add_(targets, added)
+            torch._foreach_sub_(targets, subtracted)
 
     def of_groups(self, values: Tensor) -> Iterator[tuple[Entry, int, int, Tensor]]:
         """Each piece of a parameter group: its entry, its range there (start, stop), and its part of ``values``."""

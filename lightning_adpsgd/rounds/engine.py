@@ -92,15 +92,15 @@ class RoundEngine:
         self._contact = Contact(optimizer, workers, self.state_policy, self.guards, flags, index)
         means = (self.tracker, workers, self.state_policy, self.guards, self._measures)
         self._full_round = FullRound(self._contact, *means, drop=drop, bucket_bytes=options.bucket_bytes)
+        self._schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
         self._opened: WorkerGroup | None = None
         self._pipeline: Pipeline | None = None
         if options.is_spread and workers.count > 1:
             if async_group is None:
                 with naming_lost_workers(workers, f"opening connections for optimizer {index}"):
                     async_group = self._opened = workers.new_async_group()
-            schedule = (StaggeredRounds if options.stagger else WholeRounds)(options.overlap)
             connected = (workers, async_group, self._contact.state)
-            self._pipeline = Pipeline(schedule, self.tracker, *connected, self.state_policy)
+            self._pipeline = Pipeline(self._schedule, self.tracker, *connected, self.state_policy)
             if options.overlap == 1 and options.codec is not None and workers.device.type == "cpu":
                 advance_in_backward(optimizer, self._pipeline)
         # On CUDA a round's measures are read in the next step, so that the device stays busy.
@@ -155,7 +155,7 @@ class RoundEngine:
         """Start what is due after a step, a full round or a fragment; ``period`` is that of a round starting now."""
         if self._pipeline is not None:
             self._send(self._pipeline, period)
-        elif self.local_steps >= period:
+        elif self._is_due(period):
             self.run("period", period, later=self._reads_later)
 
     @torch.inference_mode(False)  # training could not write to tensors that are made in inference mode
@@ -166,7 +166,11 @@ class RoundEngine:
 
     def is_busy(self, period: int) -> bool:
         """Whether a step needs more than counting. Between two full rounds it does not."""
-        return self.local_steps >= period or self._pipeline is not None or len(self._measures) > 0
+        return self._pipeline is not None or self._is_due(period) or len(self._measures) > 0
+
+    def _is_due(self, period: int) -> bool:
+        """Whether a full round is due: one fragment, without a delay."""
+        return self._schedule.is_due(self.local_steps, 0, period)
 
     def read_full_round(self) -> list[RoundResult]:
         """Read the measures of the latest full round, if they were not read yet."""

@@ -435,7 +435,7 @@ def test_a_tile_can_be_compared_with_values_and_moved(made, at_once, data):
                 assert torch.equal(tile.difference(values, torch.empty_like(values)), flat[here] - 3.0)
                 tile.move(mean=values, difference=values + 4.0)
                 moved = torch.tensor([group is not None for group in groups[here]])
-                expected[here] = torch.where(moved, flat[here] + 7.0, values)
+                expected[here] = torch.where(moved, flat[here] - 7.0, values)
             assert torch.equal(flattened(space), expected)
 
 
