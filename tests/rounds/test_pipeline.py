@@ -2,7 +2,7 @@
 
 import re
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -306,8 +306,10 @@ def test_one_worker_has_nothing_to_send():
 # The second phase of a round in few bits
 
 
-class _Slow(torch.autograd.Function):
-    """Nothing, but for the time that it takes in the backward pass."""
+class _Waiting(torch.autograd.Function):
+    """Nothing, but its backward pass takes until what was sent has arrived."""
+
+    sent: ClassVar[list[Any]] = []
 
     @staticmethod
     def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
@@ -315,7 +317,9 @@ class _Slow(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.1)
+        give_up_at = time.monotonic() + 60
+        while not all(work.is_completed() for work in _Waiting.sent) and time.monotonic() < give_up_at:
+            time.sleep(0.001)
         return gradient
 
 
@@ -332,13 +336,21 @@ def gather_in_backward(backward: bool, stagger: bool) -> tuple[int, int, list[to
         counts[not in_backward] += 1
         return original(*arguments, **named)
 
+    exchange = dist.all_to_all_single
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        _Waiting.sent.append(exchange(*arguments, **named))
+        return _Waiting.sent[-1]
+
     torch.manual_seed(dist.get_rank() + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, ALL_GATHER, counted)
+        patch.setattr(dist, "all_to_all_single", noted)
+        patch.setattr(_Waiting, "sent", [])
         for _ in range(6):
             values = torch.randn(8, 20)
             for layer in layers:
-                values = _Slow.apply(layer(values).relu())
+                values = _Waiting.apply(layer(values).relu())
             in_backward = True
             if backward:
                 values.square().mean().backward()
