@@ -53,10 +53,10 @@ class ADPSGDStrategy(LocalSteps):
         fabric.strategy.average("validation")
 
     Args:
-        period: as for :class:`lightning_adpsgd.ADPSGDStrategy`, as are all but the last of the others.
+        period: as for :class:`lightning_adpsgd.ADPSGDStrategy`, as are all others up to ``update``.
         total_steps: K, the steps that each optimizer will take, if it is known. Rules that work with shares of the run
             need it: see :meth:`set_total_steps`.
-        launching: as for Fabric's ``DDPStrategy``: ``timeout``, ``process_group_backend``, ``start_method`` and others.
+        accelerator: as for Fabric's ``DDPStrategy``, as are all others from here on.
 
     Raises:
         TypeError: if an argument is of the wrong type.
