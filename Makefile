@@ -26,11 +26,11 @@ test-oldest: $(OLDEST)/.installed-dev
 
 ## Run the tests that need a GPU (skipped where there is none)
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/gpu
 
 ## Run the package's tests with PyTorch's nightly build and Lightning's main branch, in an environment of its own
 test-nightly: $(NIGHTLY)/.installed-dev
-	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks
+	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
 
 ## Build the sdist and the wheel into dist/ and check them, the wheel in an empty folder
 build: $(VENV)/.installed-release
