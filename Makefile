@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
+NIGHTLY ?= .venv-nightly
 
 .PHONY: demo test test-bench test-oldest bench paper lint docs clean
 
@@ -20,6 +21,23 @@ test-bench: $(VENV)/.installed-dev
 ## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev
 	$(OLDEST)/bin/python -m pytest
+
+.PHONY: test-gpu test-nightly build
+
+## Run the tests that need a GPU (skipped where there is none)
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/gpu
+
+## Run the package's tests with PyTorch's nightly build and Lightning's main branch, in an environment of its own
+test-nightly: $(NIGHTLY)/.installed-dev
+	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
+
+## Build the sdist and the wheel into dist/ and check them, the wheel in an empty folder
+build: $(VENV)/.installed-release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_distribution.py dist
 
 ## Run short benchmarks that need no GPU and print one page (about five minutes; those on links run only as root)
 bench: $(VENV)/.installed-bench
@@ -41,9 +59,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/pip $(OLDEST)/bin/pip:
+$(VENV)/bin/pip $(OLDEST)/bin/pip $(NIGHTLY)/bin/pip:
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # One stamp per extra: a second call installs nothing, a changed pyproject.toml installs again.
@@ -53,4 +71,12 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/pip
 
 $(OLDEST)/.installed-%: pyproject.toml tests/oldest.txt | $(OLDEST)/bin/pip
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt -e '.[$*]'
+	touch $@
+
+# PyTorch first, so that what needs it takes the nightly build that is there.
+PYTORCH_NIGHTLY ?= https://download.pytorch.org/whl/nightly/cpu
+LIGHTNING_MAIN  ?= https://github.com/Lightning-AI/pytorch-lightning/archive/refs/heads/master.zip
+$(NIGHTLY)/.installed-%: pyproject.toml | $(NIGHTLY)/bin/pip
+	$(NIGHTLY)/bin/pip install --quiet --disable-pip-version-check --pre --index-url $(PYTORCH_NIGHTLY) torch torchvision
+	$(NIGHTLY)/bin/pip install --quiet --disable-pip-version-check -e '.[$*]' 'lightning @ $(LIGHTNING_MAIN)'
 	touch $@

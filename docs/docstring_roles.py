@@ -1,12 +1,14 @@
 """Makes the docstrings' ``:class:`...` `` roles and ``::`` blocks readable in Markdown; loaded by mkdocs.yml."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
 _ROLE = re.compile(r":(?:class|meth|func|attr):`~?([\w.]+)`")
-_PUBLIC = "lightning_adpsgd"
+_PACKAGE = "lightning_adpsgd"
+_IN_REFERENCE = re.findall(r"^::: ([\w.]+)", Path(__file__).with_name("reference.md").read_text(), flags=re.MULTILINE)
 
 
 class DocstringRoles(griffe.Extension):
@@ -21,10 +23,20 @@ class DocstringRoles(griffe.Extension):
         def link(match: re.Match[str]) -> str:
             name = match[1].rsplit(".", 1)[-1]
             if name[:1].isupper():
-                return f"[`{name}`][{_PUBLIC}.{name}]"
-            if owner is not None and owner.is_class:
-                return f"[`{name}`][{_PUBLIC}.{owner.name}.{name}]"
-            return f"`{name}`"
+                target = known = f"{_PACKAGE}.{name}"
+            else:
+                known = _as_in_reference(owner)
+                target = f"{known}.{name}"
+            return f"[`{name}`][{target}]" if known in _IN_REFERENCE else f"`{name}`"
 
         text = _ROLE.sub(link, obj.docstring.value)
         obj.docstring.value = re.sub(r"(?<=\w)::$", ":", text, flags=re.MULTILINE)
+
+
+def _as_in_reference(owner: griffe.Object | None) -> str:
+    """The name under which the reference has a class: that of its package, without the module."""
+    if owner is None or not owner.is_class:
+        return ""
+    packages = [_PACKAGE, *(name.rpartition(".")[0] for name in _IN_REFERENCE)]
+    package = max((each for each in packages if owner.canonical_path.startswith(f"{each}.")), key=len)
+    return f"{package}.{owner.name}"

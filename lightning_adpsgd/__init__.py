@@ -44,7 +44,7 @@ __all__ = [
     "WorkersDisagreeError",
     "WorkersDivergedError",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NEED_LIGHTNING = {"ADPSGDStrategy": "strategy", "CommunicationMonitor": "monitor"}
 _FORMER_NAMES = {"Workers": "WorkerGroup", "NodeWorkers": "NodeWorkerGroup"}

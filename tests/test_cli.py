@@ -11,7 +11,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor, ConstantPeriod
+from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor, ConstantPeriod, __version__
 from lightning_adpsgd.cli import main
 
 EXPERIMENT = """
@@ -105,19 +105,21 @@ def printed_config(capsys, *arguments):
 # As a command
 
 
-def test_module_trains_and_console_script_helps(folder):
+def test_module_trains_and_console_script_helps_and_tells_its_version(folder):
     script = shutil.which("adpsgd", path=str(Path(sys.executable).parent))
     assert script is not None
     by_name = written(configuration("adpsgd"))
-    commands = [[sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name], [script, "--help"]]
+    trains = [sys.executable, "-m", "lightning_adpsgd", "fit", "--config", by_name]
+    commands = [trains, [script, "--help"], [script, "--version"]]
     with ThreadPoolExecutor() as side_by_side:  # most of their time is start-up
         run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
-        trained, helped = side_by_side.map(run, commands)
+        trained, helped, told = side_by_side.map(run, commands)
     assert trained.returncode == 0, trained.stderr
     assert "3 in 10 steps (30.0%): period 2, train_end 1" in trained.stdout
     assert helped.returncode == 0, helped.stderr
     assert "usage: adpsgd" in helped.stdout
     assert "fit" in helped.stdout
+    assert told.stdout == f"adpsgd {__version__}\n"
 
 
 # As a function

@@ -32,6 +32,8 @@ OWN_TOOLS = (
     "mkdocstrings",
     "accelerate",
     "torchft",
+    "build",
+    "twine",
 )
 # Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing"}
@@ -114,7 +116,7 @@ def test_two_targets_divide_the_suite(tmp_path):
     assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
 
 
-@pytest.mark.parametrize("fails", ["nothing", "lint", "test", "test-bench"])
+@pytest.mark.parametrize("fails", ["nothing", "lint", "build", "docs", "test", "test-bench"])
 def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     fake = tmp_path / "make"
     fake.write_text(f'#!/bin/sh\necho "made $1"\n[ "$1" != {fails} ]\n')
@@ -122,5 +124,6 @@ def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode == 0) == (fails == "nothing")
-    made = ["made lint"] if fails == "lint" else ["made lint", "made test", "made test-bench"]
-    assert ended.stdout.split("\n")[:-1] == made
+    first, beside = ["lint", "build", "docs"], ["test", "test-bench"]
+    made = first[: first.index(fails) + 1] if fails in first else first + beside
+    assert ended.stdout.split("\n")[:-1] == [f"made {target}" for target in made]

@@ -4,6 +4,8 @@ import os
 import sys
 from typing import Any
 
+from lightning_adpsgd import __version__
+
 from .family import LightningCLI
 from .strategy import ADPSGDStrategy
 
@@ -18,4 +20,4 @@ def main(args: Any = None) -> None:
     # A console script finds modules next to itself, `python -m` those of the working directory, where the user's are.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    LightningCLI(args=args)
+    LightningCLI(args=args, parser_kwargs={"version": __version__})
