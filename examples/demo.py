@@ -146,9 +146,9 @@ def picture(runs: dict[str, tuple[Progress, CommunicationMonitor | None]]) -> Fi
     )
     accuracy.margins(x=0.18, y=0.14)
     accuracy.xaxis.set_major_formatter("{x:g}")
-    period.set(ylabel="period [steps]", ylim=(0, None), title="The period follows the variance among the workers")
+    period.set(ylabel="period [steps]", ylim=(0, None), title="As workers drift apart less, they average less often")
     period.legend(frameon=False)
-    variance.set(yscale="log", xlabel="optimizer step", ylabel="variance $S_k$")
+    variance.set(yscale="log", xlabel="optimizer step", ylabel="variance among workers")
     for axes in (accuracy, period, variance):
         axes.grid(alpha=0.25)
     return figure
@@ -160,7 +160,8 @@ def main() -> None:
     parser.add_argument("--epochs", default=20, type=positive)
     parser.add_argument("--output", default="logs/demo.png", help="the picture (default: %(default)s)")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # hints for larger trainings
 
     runs = {strategy: train(strategy, arguments) for strategy in STRATEGIES}
@@ -171,7 +172,7 @@ def main() -> None:
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     picture(runs).savefig(arguments.output, dpi=130)
     print(f"picture: {arguments.output}")
-    print("Both workers send through this machine's memory, so bytes cost no time here: docs/performance.md has links.")
+    print("Both workers are on this machine. Over a network, bytes take more time: docs/performance.md has links.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class RunFigure(Figure):
     def _repr_png_(self) -> bytes:
         """What IPython shows; it finds a plain ``Figure`` only once pyplot has been imported."""
         file = io.BytesIO()
-        self.savefig(file, format="png")
+        self.savefig(file, format="png", dpi=80)
         return file.getvalue()
 
 

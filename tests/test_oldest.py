@@ -32,6 +32,13 @@ OWN_TOOLS = (
     "mkdocstrings",
     "accelerate",
     "torchft",
+    "tensorboard",
+    "wandb",
+    "mlflow-skinny",
+    "sqlalchemy",
+    "alembic",
+    "nbclient",
+    "ipykernel",
 )
 # Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing"}
