@@ -36,7 +36,7 @@ class ADPSGDStrategy(LocalSteps):
 
     ``fabric.setup`` gives all workers the first worker's weights. Each step of an optimizer that was set up counts, and
     every p of them the workers average. To look at the average in between (to validate, for example), call
-    :meth:`average` on all workers first; ``fabric.save`` does. Its checkpoints hold what is needed to go on as if the
+    ``average`` on all workers first; ``fabric.save`` does. Its checkpoints hold what is needed to go on as if the
     run had not stopped, under the key ``"adpsgd"``.
 
     Example::
@@ -53,10 +53,10 @@ class ADPSGDStrategy(LocalSteps):
         fabric.strategy.average("validation")
 
     Args:
-        period: as for :class:`lightning_adpsgd.ADPSGDStrategy`, as are all but the last of the others.
+        period: as for :class:`lightning_adpsgd.ADPSGDStrategy`, as are those that are not listed here. The last ones
+            (``timeout``, ``process_group_backend``, ``start_method`` and others) are as for Fabric's ``DDPStrategy``.
         total_steps: K, the steps that each optimizer will take, if it is known. Rules that work with shares of the run
-            need it: see :meth:`set_total_steps`.
-        launching: as for Fabric's ``DDPStrategy``: ``timeout``, ``process_group_backend``, ``start_method`` and others.
+            need it: see ``set_total_steps``.
 
     Raises:
         TypeError: if an argument is of the wrong type.
