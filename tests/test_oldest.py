@@ -35,8 +35,6 @@ OWN_TOOLS = (
     "tensorboard",
     "wandb",
     "mlflow-skinny",
-    "sqlalchemy",
-    "alembic",
     "nbclient",
     "ipykernel",
 )
