@@ -26,7 +26,8 @@ class HistoryLauncher(MultiProcessingLauncher):
     def update_main_process_results(self, trainer: "pl.Trainer", extra: dict[str, Any]) -> None:
         """Give them to the monitors of this process."""
         super().update_main_process_results(trainer, extra)
-        for monitor, history in zip(_monitors_of(trainer), pickle.loads(extra[_KEY]), strict=True):
+        # Monitors of `configure_callbacks` exist in the other process alone.
+        for monitor, history in zip(_monitors_of(trainer), pickle.loads(extra[_KEY]), strict=False):
             monitor.adopt(history)
 
 
