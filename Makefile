@@ -6,9 +6,9 @@ NIGHTLY ?= .venv-nightly
 
 .PHONY: demo test test-bench test-oldest bench paper lint docs clean
 
-## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from a fresh clone)
+## Train on real handwritten digits with ddp, adpsgd and adpsgd_int4, print a table, draw a picture (under a minute once installed)
 demo: $(VENV)/.installed-examples
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/demo.py
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev

@@ -1,1 +1,1 @@
-"""Runnable examples, smallest first: `digits.py`, `plain_loop.py`, `image_classification/`."""
+"""Runnable examples, smallest first: `digits.py`, `plain_loop.py`, `demo.py`, `image_classification/`."""

@@ -114,7 +114,7 @@ def main() -> None:
         max_epochs=arguments.epochs,
         logger=CSVLogger("logs", name="digits"),
         callbacks=[
-            CommunicationMonitor(plot=True),
+            CommunicationMonitor(plot=True, progress_bar=True),
             LearningRateMonitor("step"),
             ModelCheckpoint(every_n_epochs=10),  # not often: workers average for every checkpoint too
         ],

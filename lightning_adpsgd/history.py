@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_adpsgd.plot import draw
+from lightning_adpsgd.plot import check_matplotlib, draw, figure_of
 from lightning_adpsgd.rounds.record import TRIGGERS, AveragingRound, ring_bytes
 from lightning_adpsgd.validation import check_instance, wrong_value
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NOT_IN_A_FILE_NAME = r'\:*?"<>|'
 _LONGEST_PREFIX = 200  # bytes; most file systems take 255
@@ -33,18 +35,16 @@ class RoundHistory:
     def __init__(self, prefix: str = "adpsgd", plot: bool = False) -> None:
         # Configuration
         self.prefix = _check_prefix(prefix)
-        self.plot = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
-        if self.plot and find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "CommunicationMonitor(plot=True) draws with matplotlib, which is not installed. Install it"
-                " (pip install matplotlib), or pass plot=False."
-            )
+        self._plots_at_the_end = check_instance("CommunicationMonitor", "plot", plot, bool, "True or False")
+        if plot:
+            check_matplotlib("CommunicationMonitor(plot=True)", ", or pass plot=False")
 
         # State
         self.rounds: list[AveragingRound] = []
         """The record of every round so far, on every rank."""
         self._ddp_bytes: list[int] = []  # what DDP would have sent, for each round
         self._totals: dict[int, Counter[str]] = {}  # by optimizer
+        self._periods: dict[int, int] = {}  # the latest, by optimizer
         self._transport = "at once"
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,9 +64,18 @@ class RoundHistory:
         columns = {name: state_dict[name].tolist() for name in AveragingRound._fields}
         columns["trigger"] = [TRIGGERS[index] for index in columns["trigger"]]
         columns["target"] = [None if value != value else value for value in columns["target"]]
-        self.rounds, self._ddp_bytes, self._totals = [], [], {}
+        self.rounds, self._ddp_bytes, self._totals, self._periods = [], [], {}, {}
         for *values, ddp_bytes in zip(*columns.values(), state_dict["ddp_bytes"].tolist(), strict=True):
             self._add(AveragingRound(*values), ddp_bytes)
+
+    def carried(self) -> tuple[dict[str, Any], str]:
+        """The history and how rounds were sent, for the same monitor in another process."""
+        return self.state_dict(), self._transport
+
+    def adopt(self, carried: tuple[dict[str, Any], str]) -> None:
+        """Take over what :meth:`carried` tells."""
+        state, self._transport = carried
+        self.load_state_dict(state)
 
     def summary(self) -> dict[str, Any]:
         """The run in numbers.
@@ -98,7 +107,36 @@ class RoundHistory:
             "triggers": {name: triggers[name] for name in TRIGGERS if name in triggers},
         }
 
-    def _report(self) -> str:
+    def plot(self) -> "Figure":
+        """Draw the run so far: period and rounds over steps above; variance, its target and the learning rate below.
+
+        Returns:
+            A matplotlib figure, which a notebook shows where it is a cell's last line, and ``savefig`` writes. It is
+            not one of pyplot's: no window opens.
+
+        Raises:
+            ValueError: if there has been no round yet.
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        if not self.rounds:
+            raise ValueError(
+                "CommunicationMonitor.plot() has nothing to draw: there has been no averaging round yet. Call it after"
+                " the first one, on a monitor among the callbacks of what trains."
+            )
+        check_matplotlib("CommunicationMonitor.plot()")
+        return figure_of(self.rounds, self._transport)
+
+    def _in_brief(self) -> str:
+        """The latest period and the bytes saved, for a progress bar; "" before the first round."""
+        if not self.rounds:
+            return ""
+        periods = ", ".join(str(period) for _, period in sorted(self._periods.items()))
+        saved = sum(totals["sent_bytes_ddp"] - totals["sent_bytes"] for totals in self._totals.values())
+        told = f"{_readable(saved)} saved" if saved >= 0 else f"{_readable(-saved)} more than DDP"
+        return f"period {periods}, {told}"
+
+    def report(self) -> str:
+        """The summary in words."""
         summary = self.summary()
         share, factor = summary["rounds_per_step"], summary["factor_saved"]
         asked_for = ", ".join(f"{name} {count}" for name, count in summary["triggers"].items())
@@ -129,7 +167,7 @@ class RoundHistory:
 
     def _print_summary(self, plot_path: str | None) -> None:
         """Print the summary, and draw the plot if there is a path for it."""
-        print(f"\n{self._report()}")
+        print(f"\n{self.report()}")
         if plot_path is not None:
             draw(self.rounds, plot_path, transport=self._transport)
             print(f"  plot            {plot_path}")
@@ -146,6 +184,7 @@ class RoundHistory:
         self.rounds.append(round_)
         self._ddp_bytes.append(ddp_bytes)
         totals = self._totals.setdefault(round_.optimizer, Counter())
+        self._periods[round_.optimizer] = round_.period
         totals.update(syncs=1, sent_bytes=round_.sent_bytes, sent_bytes_ddp=ddp_bytes, dropped=round_.dropped)
 
     def _metrics(self, round_: AveragingRound) -> dict[str, float]:

@@ -1,40 +1,54 @@
-"""The plot of a run: averaging period, rounds, variance, its target and the learning rate, over optimizer steps."""
+"""The plot of a run, as a figure or as a file; needs matplotlib, which is imported when a run is drawn."""
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.validation import check_instance, wrong_type, wrong_value
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
-    """Draw the history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
+
+def figure_of(rounds: Sequence[AveragingRound], transport: str = "at once") -> "Figure":
+    """The history of a run: period and rounds over steps above; variance, γ·C₂ and learning rate below.
 
     Args:
         rounds: the records, in order; several optimizers are drawn side by side.
-        path: the PNG file to write, a path or a URL (``s3://…``, if fsspec supports it); its folder is created if
-            needed.
         transport: how rounds were sent, for the title (:attr:`ADPSGDStrategy.transport`).
 
     Raises:
-        TypeError: if ``rounds`` is not a sequence of records, ``path`` not a path, or ``transport`` not a string.
+        TypeError: if ``rounds`` is not a sequence of records, or ``transport`` not a string.
         ValueError: if ``rounds`` is empty.
     """
-    _check(rounds, path, transport)
-    from fsspec.core import url_to_fs
-    from matplotlib.figure import Figure
+    _check_rounds(rounds)
+    check_instance("draw", "transport", transport, str, "a str")
+    from lightning_adpsgd.figure import new_figure
 
-    indices = sorted({round_.optimizer for round_ in rounds})
-    figure = Figure(figsize=(9.0 * len(indices), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(indices), sharex="col", squeeze=False)
-    for column, index in enumerate(indices):
-        own = [round_ for round_ in rounds if round_.optimizer == index]
-        title = f"optimizer {index}: " if len(indices) > 1 else ""
-        title += f"{len(own)} averaging rounds in {own[-1].step} steps"
-        _draw_period(axes[0][column], own, title if transport == "at once" else f"{title}, {transport}")
-        _draw_variance(axes[1][column], own)
+    return new_figure(rounds, transport)
+
+
+def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport: str = "at once") -> None:
+    """Write the picture of a run, see :func:`figure_of`.
+
+    Args:
+        rounds: the records, in order.
+        path: the PNG file to write, a path or a URL (``s3://…``, if fsspec supports it); its folder is created if
+            needed.
+        transport: how rounds were sent, for the title.
+
+    Raises:
+        TypeError, ValueError: as :func:`figure_of`; a TypeError too if ``path`` is not a path.
+    """
+    _check_rounds(rounds)
+    if not isinstance(path, str | PathLike):
+        raise wrong_type("draw", "path", path, "a str or a Path")
+    figure = figure_of(rounds, transport)
+    from fsspec.core import url_to_fs
+
     folder, name = os.path.split(path)
     files, _ = url_to_fs(str(path))
     if folder and not files.exists(folder):
@@ -43,57 +57,25 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
         figure.savefig(file, dpi=130, format=os.path.splitext(name)[1][1:] or "png")
 
 
-def _check(rounds: object, path: object, transport: object) -> None:
+def check_matplotlib(what: str, otherwise: str = "") -> None:
+    """Check that matplotlib is installed.
+
+    Args:
+        what: what needs it.
+        otherwise: what else the reader can do.
+
+    Raises:
+        ModuleNotFoundError: if it is not.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            f"{what} draws with matplotlib, which is not installed. Install it (pip install matplotlib){otherwise}."
+        )
+
+
+def _check_rounds(rounds: object) -> None:
     if not isinstance(rounds, Sequence) or not all(isinstance(round_, AveragingRound) for round_ in rounds):
         raise wrong_type("draw", "rounds", rounds, "a sequence of AveragingRound")
     if not rounds:
         expected = "at least one AveragingRound; a CommunicationMonitor has some after the first round"
         raise wrong_value("draw", "rounds", rounds, expected)
-    if not isinstance(path, str | PathLike):
-        raise wrong_type("draw", "path", path, "a str or a Path")
-    check_instance("draw", "transport", transport, str, "a str")
-
-
-def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> None:
-    steps = [round_.step for round_ in rounds]
-    axis.step(steps, [round_.period for round_ in rounds], where="post", color="C0", label="averaging period p")
-    axis.set_ylabel("averaging period p [steps]", color="C0")
-    axis.set_ylim(bottom=0)
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.25)
-    count = axis.twinx()
-    count.plot(steps, range(1, len(rounds) + 1), color="C1", label="averaging rounds so far")
-    count.set_ylabel("averaging rounds so far", color="C1")
-    count.set_ylim(bottom=0)
-    axis.set_title(title)
-    _legend(axis, count)
-
-
-def _draw_variance(axis: Any, rounds: Sequence[AveragingRound]) -> None:
-    periodic = [(r.step, r.variance) for r in rounds if r.trigger == "period" and r.variance > 0]
-    others = [(r.step, r.variance) for r in rounds if r.trigger != "period" and r.variance > 0]
-    targets = [(r.step, r.learning_rate * r.target) for r in rounds if r.target and r.learning_rate * r.target > 0]
-    if periodic or others or targets:
-        axis.set_yscale("log")
-    _plot(axis, periodic, ".-", color="C2", lw=0.8, ms=4, label="variance $S_k$")
-    if others:
-        _plot(axis, others, "x", color="C2", alpha=0.6, ms=5, label="$S_k$, other rounds")
-    if targets:
-        _plot(axis, targets, "--", color="C3", label=r"$\gamma_k C_2$")
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("variance among workers", color="C2")
-    axis.grid(alpha=0.25)
-    rate = axis.twinx()
-    _plot(rate, [(r.step, r.learning_rate) for r in rounds], "-", color="C4", lw=0.9, label=r"learning rate $\gamma_k$")
-    rate.set_ylabel(r"learning rate $\gamma_k$", color="C4")
-    rate.set_ylim(bottom=0)
-    _legend(axis, rate)
-
-
-def _plot(axis: Any, points: Sequence[tuple[int, float]], style: str, **options: Any) -> None:
-    axis.plot([step for step, _ in points], [value for _, value in points], style, **options)
-
-
-def _legend(left: Any, right: Any) -> None:
-    handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
-    right.legend(handles=handles, loc="best", fontsize="small", framealpha=0.85)

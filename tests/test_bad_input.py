@@ -260,7 +260,9 @@ class Door(NamedTuple):
 DOORS = {
     "AdaptivePeriod": Door(AdaptivePeriod, rule_works, ADAPTIVE),
     "ConstantPeriod": Door(ConstantPeriod, rule_works, CONSTANT, lambda: {"period": 8}),
-    "CommunicationMonitor": Door(CommunicationMonitor, monitor_works, {"prefix": PREFIX, "plot": FLAG}),
+    "CommunicationMonitor": Door(
+        CommunicationMonitor, monitor_works, {"prefix": PREFIX, "plot": FLAG, "progress_bar": FLAG}
+    ),
     "AveragingOptions": Door(AveragingOptions, options_work, AVERAGING),
     "LocalSGD": Door(new_local_sgd, local_sgd_works, PLAIN_LOOP),
     "ADPSGDStrategy": Door(ADPSGDStrategy, strategy_works, STRATEGY),

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor, ConstantPeriod, __version__
 from lightning_adpsgd.cli import main
+from tests.test_plot import RUN, SIZE, png_size
 
 EXPERIMENT = """
 import lightning.pytorch as pl
@@ -201,3 +204,58 @@ def test_strategy_has_every_setting_of_the_configuration(folder):
     assert repr(constant._period) == repr(ConstantPeriod(5))
     assert (constant._options.average_buffers, constant._start_method) == (False, "spawn")
     assert repr(by_name._period) == repr(AdaptivePeriod())
+
+
+# The plot of a checkpoint
+
+
+def checkpoint_of(monitor_or_none, path="last.ckpt"):
+    callbacks = {} if monitor_or_none is None else {"CommunicationMonitor": monitor_or_none.state_dict()}
+    torch.save({"state_dict": {}, "callbacks": {"Other": {"best": None}, **callbacks}}, path)
+    return path
+
+
+def monitor_of(rounds):
+    monitor = CommunicationMonitor()
+    for round_ in rounds:
+        monitor._add(round_, ddp_bytes=2400)
+    return monitor
+
+
+def test_plot_draws_the_run_that_a_checkpoint_tells_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["plot", checkpoint_of(monitor_of(RUN)), "--output", "run.png"])
+    assert png_size(tmp_path / "run.png") == SIZE
+    printed = capsys.readouterr().out
+    assert "rounds          4 in 15 steps (26.7%): period 3, train_end 1" in printed
+    assert "plot            run.png" in printed
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda: "missing.ckpt", "there is no file missing.ckpt"),
+        (lambda: checkpoint_of(None), "last.ckpt tells of no averaging round.*no CommunicationMonitor"),
+        (lambda: checkpoint_of(monitor_of([])), "last.ckpt tells of no averaging round"),
+        (lambda: written("words", "notes.txt"), "notes.txt is no checkpoint, or holds more than plain data"),
+    ],
+    ids=["no file", "no monitor", "no round", "no checkpoint"],
+)
+def test_plot_says_what_is_wrong_with_a_checkpoint(tmp_path, monkeypatch, capsys, write, message):
+    monkeypatch.chdir(tmp_path)
+    path = write()
+    with pytest.raises(SystemExit):
+        main(["plot", path])
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("adpsgd.png").exists()
+
+
+def test_plot_loads_more_than_plain_data_only_if_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    states = {"CommunicationMonitor": monitor_of(RUN).state_dict()}
+    torch.save({"callbacks": states, "hyper_parameters": partial(print)}, "last.ckpt")
+    with pytest.raises(SystemExit):
+        main(["plot", "last.ckpt"])
+    assert "pass --trust" in capsys.readouterr().err
+    main(["plot", "last.ckpt", "--trust"])
+    assert Path("adpsgd.png").exists()

@@ -1,10 +1,16 @@
-"""The tests that the documentation names exist."""
+"""The tests that the documentation names exist, and the code that it shows can be used."""
 
 import ast
+import doctest
+import importlib
+import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from lightning_adpsgd import ADPSGDStrategy
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"features.md": ROOT / "tests" / "features", "reliability.md": ROOT}
@@ -41,3 +47,53 @@ def test_every_row_that_promises_something_names_its_test(page):
             if not line.startswith("|"):
                 break
             assert "::test_" in line or "(#faults)" in line or "[below]" in line, line
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def python_of(page: str) -> list[ast.Module]:
+    return [ast.parse(code) for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
+
+
+def test_the_readme_shows_code():
+    assert len(python_of("README.md")) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_parses_and_imports_names_that_exist(page):
+    for block in python_of(page):
+        for node in ast.walk(block):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_adpsgd"):
+                module = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_passes_arguments_that_exist(page):
+    """Names of our classes, called with keywords."""
+    known = {"ADPSGDStrategy", "AdaptivePeriod", "ConstantPeriod", "CommunicationMonitor", "IntCodec"}
+    package = importlib.import_module("lightning_adpsgd")
+    for call in (node for block in python_of(page) for node in ast.walk(block) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Name) and call.func.id in known:
+            takes = inspect.signature(getattr(package, call.func.id)).parameters
+            assert [keyword.arg for keyword in call.keywords if keyword.arg not in takes] == [], ast.unparse(call)
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/quickstart.ipynb"])
+def test_what_a_page_outside_of_the_book_links_to_exists(page):
+    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        text = "".join(line for cell in json.loads(text)["cells"] for line in cell["source"])
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 4
+    assert [link for link in links if not ((ROOT / page).parent / link.partition("#")[0]).exists()] == []
+
+
+def test_the_examples_of_the_strategys_docstring_do_what_they_say():
+    examples = doctest.DocTestFinder(recurse=False).find(ADPSGDStrategy, "ADPSGDStrategy")
+    assert sum(len(test.examples) for test in examples) >= 6
+    runner = doctest.DocTestRunner()
+    for test in examples:
+        runner.run(test)
+    assert runner.summarize().failed == 0

@@ -34,6 +34,11 @@ OWN_TOOLS = (
     "torchft",
     "build",
     "twine",
+    "tensorboard",
+    "wandb",
+    "mlflow-skinny",
+    "nbclient",
+    "ipykernel",
 )
 # Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing"}

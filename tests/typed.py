@@ -12,7 +12,9 @@ import lightning_adpsgd.pytorch_lightning
 L.Trainer(strategy=lightning_adpsgd.ADPSGDStrategy(4), callbacks=[lightning_adpsgd.CommunicationMonitor()])
 pl.Trainer(
     strategy=lightning_adpsgd.pytorch_lightning.ADPSGDStrategy.int4(overlap=1),
-    callbacks=[lightning_adpsgd.pytorch_lightning.CommunicationMonitor(plot=True)],
+    callbacks=[lightning_adpsgd.pytorch_lightning.CommunicationMonitor(plot=True, progress_bar=True)],
 )
+lightning_adpsgd.CommunicationMonitor(progress_bar=True).plot().savefig("run.png")
+lightning_adpsgd.fabric.CommunicationMonitor().plot().savefig("run.png")
 L.Fabric(strategy=lightning_adpsgd.fabric.ADPSGDStrategy(4, total_steps=100))
 lf.Fabric(strategy=lightning_adpsgd.lightning_fabric.ADPSGDStrategy(4)).launch()

@@ -90,6 +90,29 @@ def points(part: Part, task: Task) -> list[Point]:
     return known
 
 
+class Brief(NamedTuple):
+    """A contender over all tasks that it was trained on, at the tasks' own learning rates."""
+
+    contender: Contender
+    shares: list[float]  # of full communication's bytes, for each task
+    gains: list[float]  # accuracy less full communication's, in points, the mean over the seeds of both
+
+
+def in_brief(parts: Sequence[Part], contenders: Sequence[Contender]) -> list[Brief]:
+    """What the figure of the README shows; contenders without a run in common with full communication are left out."""
+    found = []
+    for contender in contenders:
+        pairs = []
+        for outcomes, task in ((part.outcomes, task) for part in parts for task in part.tasks()):
+            share = byte_share(outcomes, task, contender)
+            gains = [0.0] if contender == FULL else outcomes.differences(task, contender, FULL, accuracy)
+            if share is not None and gains:
+                pairs.append((share, POINTS * spread(gains).mean))
+        if pairs:
+            found.append(Brief(contender, *map(list, zip(*pairs, strict=True))))
+    return found
+
+
 def frontier(of: Sequence[Point]) -> list[Point]:
     """Points that no other one with as few bytes exceeds in accuracy, in order of bytes."""
     found: list[Point] = []

@@ -18,7 +18,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
-from benchmarks.paper.against_bytes import Point, frontier
+from benchmarks.paper.against_bytes import Brief, Point, frontier
 from benchmarks.paper.plan import Contender, Task
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Result
@@ -41,6 +41,7 @@ COLOURS = {
 }
 """Of each contender, everywhere; mostly safe for colour-blind readers (P. Tol's "bright")."""
 OTHERS = "#aa3377"
+NAMES_IN_BRIEF = {"full": "ddp", "adpsgd": "adpsgd", "adpsgd-int4": "adpsgd_int4"}  # as the Trainer knows them
 LEGEND_COLUMNS = 3
 PANELS = 2  # side by side, where points have names
 DISTANCES = (6, 14, 22, 30, 40, 50, 60, 75, 90, 110, 130)  # of a name from its point, in typographic points
@@ -125,6 +126,42 @@ def against_bytes(tasks: Mapping[Task, Sequence[Point]], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def in_brief(contenders: Sequence[Brief], file: Path) -> None:
+    """Accuracy less full communication's against bytes: a small point per task, a large one for their mean."""
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    most = max(len(each.gains) for each in contenders)
+    for contender, shares, gains in contenders:
+        colour, mean = _colour(contender), (math.exp(np.mean(np.log(shares))), float(np.mean(gains)))
+        axes.plot(shares, gains, "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
+        axes.plot(*mean, "o", color=colour, markersize=10)
+        of_tasks = f", {len(gains)} tasks" if len(gains) < most else ""
+        told = f"{NAMES_IN_BRIEF.get(contender.name, contender.title)}{of_tasks}"
+        if any(gains):
+            told += f"\n{mean[1]:+.1f} points".replace("-", "−")
+        axes.annotate(
+            told,
+            mean,
+            (10, -8),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            color=colour,
+            fontsize=10,
+        )
+    axes.axhline(0, color="#222222", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlim(0.04, 2)
+    axes.margins(y=0.12)
+    _plain_numbers(axes.xaxis, (1, 2, 5))
+    axes.set_xlabel("bytes sent ÷ DDP’s (logarithmic)")
+    axes.set_ylabel("test accuracy − DDP’s [points]")
+    axes.set_title(f"Large: the mean of {most} tasks; small: each task", fontsize=10)
+    axes.grid(True, which="major", alpha=0.25)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:

@@ -20,6 +20,7 @@ from benchmarks.paper.plan import (
     CPSGD_8,
     FULL,
     MATCHED,
+    POWERSGD,
     QSGD,
     RARE,
     Contender,
@@ -42,9 +43,10 @@ from benchmarks.paper.text import CONTEXT
 ALL_IMAGES = 50_000
 MEGABYTE = 1e6
 
-LOSS, ACCURACY, VARIANCE, HABITS, BYTES = (
-    f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits", "bytes")
+LOSS, ACCURACY, VARIANCE, HABITS, BYTES, BRIEF = (
+    f"results-{name}.png" for name in ("loss", "accuracy", "variance", "habits", "bytes", "brief")
 )
+IN_BRIEF = (FULL, QSGD, ADPSGD, POWERSGD[1], ADPSGD_INT4)  # shown by the figure of the README
 OBSERVED = (CPSGD_8, ADPSGD)  # for which figures show what the rule sees
 
 Cells = Sequence[str]
@@ -107,6 +109,7 @@ class Page:
         points = self._bytes_points()
         if points:
             figures.against_bytes(points, self.images / BYTES)
+            figures.in_brief(against_bytes.in_brief(self._parts, IN_BRIEF), self.images / BRIEF)
         if habits:
             figures.variance(self.outcomes, habits, OBSERVED, self.images / HABITS)
 

@@ -54,7 +54,7 @@ class CommunicationMonitor(RoundHistory):
         if self._fabric is None or not self._fabric.is_global_zero or not self.rounds:
             return
         path = None
-        if self.plot:
+        if self._plots_at_the_end:
             folders = [getattr(logger, "log_dir", None) or logger.root_dir for logger in self._fabric.loggers]
             path = f"{str(next(filter(None, folders), '.')).rstrip('/')}/{self.prefix}.png"
         self._print_summary(path)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what a type checker can know: the base classes of this fami
     class CommunicationMonitor(RoundHistory, Callback):
         """See :class:`lightning_adpsgd.CommunicationMonitor`."""
 
+        def __init__(self, prefix: str = "adpsgd", plot: bool = False, progress_bar: bool = False) -> None: ...
+
 else:
     from .monitor import CommunicationMonitor
     from .strategy import ADPSGDStrategy

@@ -23,6 +23,12 @@ def insert_callbacks(trainer: "pl.Trainer", strategy: "AveragedWeights", signals
     return [first, after_pruning]
 
 
+def remove_callbacks(trainer: "pl.Trainer | None", callbacks: list["pl.Callback"]) -> None:
+    """Take them out again."""
+    if trainer is not None:
+        callbacks_of(trainer)[:] = [each for each in callbacks_of(trainer) if each not in callbacks]
+
+
 class _OwnCallback(Callback):
     """A callback without unused hooks at every step."""
 

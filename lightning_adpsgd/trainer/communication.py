@@ -11,12 +11,13 @@ from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.workers.group import is_default
 
 from .compat import current_hook, is_interrupted, trainer_of
-from .family import DDPStrategy, rank_zero_warn
+from .family import rank_zero_warn
+from .launching import LaunchedProcesses
 
 _HOOKS_OF_A_STEP = ("on_train_batch_start", "training_step", "on_train_batch_end")
 
 
-class GuardedCommunication(DDPStrategy):
+class GuardedCommunication(LaunchedProcesses):
     """While fitting, workers check that all of them are about to make the same call before Lightning communicates.
 
     Ranks in different collectives would wait for each other, or crash. A rank that is handling an exception takes part

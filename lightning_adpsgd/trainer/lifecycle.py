@@ -1,12 +1,15 @@
 """Ends a process after a failure, without leaving others waiting for it, and without waiting for them."""
 
 import atexit
+import logging
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+from lightning_adpsgd.errors import WorkerLostError
+from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.workers.group import WorkerGroup
 
 from .compat import stop_watching_children
@@ -16,7 +19,23 @@ _SECONDS_FOR_CHILDREN_TO_END = 10.0
 _SECONDS_FOR_OTHERS_TO_READ = 2.0
 _SECONDS_TO_EXIT = 40
 
+_log = logging.getLogger(__name__)
+
 _failures: list[tuple[DDPStrategy, WorkerGroup, BaseException]] = []
+
+
+def report_failure(
+    strategy: DDPStrategy, workers: WorkerGroup, session: TrainingSession | None, exception: BaseException
+) -> None:
+    """Post a status for the other ranks, which may be waiting for this one, and have them end with this process."""
+    end_others_at_exit(strategy, workers, exception)
+    if isinstance(exception, WorkerLostError):
+        return  # naming_lost_workers() has posted a status, and the other ranks know
+    where = session.progress if session is not None and session.local_sgd else "setup"
+    what = f"{type(exception).__name__}: {exception}".splitlines()[0]
+    workers.peers.post_status(f"had failed at {where}: {what}", failed=True)
+    if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        _log.error(f"Rank {strategy.global_rank} failed at {where}: {what}")
 
 
 def end_others_at_exit(strategy: DDPStrategy, workers: WorkerGroup, exception: BaseException) -> None:

@@ -10,7 +10,6 @@ from typing_extensions import Self, override
 
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
-from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.names import int4_settings, register
 from lightning_adpsgd.options import AveragingOptions, WorkerKind, as_period, check_timeout
@@ -22,10 +21,10 @@ from lightning_adpsgd.validation import check_choice, check_instance, check_list
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.peers import closed_at_exit
 
-from .callbacks import insert_callbacks
-from .compat import callbacks_of, trainer_of
-from .family import CheckpointIO, ClusterEnvironment, Precision, SIGTERMException, StrategyRegistry, TrainerFn, pl
-from .lifecycle import end_others_at_exit, forget_failure
+from .callbacks import insert_callbacks, remove_callbacks
+from .compat import trainer_of
+from .family import CheckpointIO, ClusterEnvironment, Precision, StrategyRegistry, TrainerFn, pl
+from .lifecycle import forget_failure, report_failure
 from .nodes import NodeGradients
 from .preparation import (
     check_module_is_ready,
@@ -55,6 +54,16 @@ class ADPSGDStrategy(NodeGradients):
     Workers also average before a validation, before a checkpoint and at the end of training, so whoever reads the
     weights sees the average. For a checkpoint they also average the optimizer's state, and continue from the average:
     resuming from the file is the same as not having stopped.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy
+        >>> trainer = Trainer(strategy=ADPSGDStrategy(period=8), accelerator="cpu", devices=2)  # CPSGD, local SGD
+        >>> careful = ADPSGDStrategy(AdaptivePeriod(initial=2), optimizer_state="average")
+        >>> hidden = ADPSGDStrategy(stagger=True, overlap=1)  # training goes on while rounds travel
+        >>> small = ADPSGDStrategy.int4(worker="node")  # "adpsgd_int4", between nodes instead of devices
+        >>> small.transport
+        'in int4, between nodes'
 
     Args:
         period: when to average. :class:`~lightning_adpsgd.AdaptivePeriod` if None; an int is a constant period
@@ -157,8 +166,8 @@ class ADPSGDStrategy(NodeGradients):
     @property
     def transport(self) -> str:
         """How rounds are sent, in words: "at once" if no option changes it."""
-        told = [self._options.transport] if self._options.transport != "at once" else []
-        return ", ".join([*told, *(["between nodes"] if self._worker == "node" else [])]) or "at once"
+        told = (self._options.transport, "between nodes" if self._worker == "node" else "at once")
+        return ", ".join(each for each in told if each != "at once") or "at once"
 
     def subscribe(self, listener: Callable[[AveragingRound], None]) -> None:
         """Call ``listener`` on every rank with the record of each round.
@@ -204,16 +213,8 @@ class ADPSGDStrategy(NodeGradients):
     def on_exception(self, exception: BaseException) -> None:
         """Post a status for the other ranks, which may be waiting for this one."""
         super().on_exception(exception)
-        if self._workers is None:
-            return
-        end_others_at_exit(self, self._workers, exception)
-        if isinstance(exception, WorkerLostError):
-            return  # naming_lost_workers() has posted a status, and the other ranks know
-        where = self._session.progress if self._session is not None and self._session.local_sgd else "setup"
-        what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._workers.peers.post_status(f"had failed at {where}: {what}", failed=True)
-        if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            _log.error(f"Rank {self.global_rank} failed at {where}: {what}")
+        if self._workers is not None:
+            report_failure(self, self._workers, self._session, exception)
 
     @override
     def teardown(self) -> None:
@@ -221,9 +222,7 @@ class ADPSGDStrategy(NodeGradients):
         if self._signals is not None:
             self._signals.remove()
             self._signals = None
-        trainer = trainer_of(self.lightning_module)
-        if trainer is not None:
-            callbacks_of(trainer)[:] = [each for each in callbacks_of(trainer) if each not in self._callbacks]
+        remove_callbacks(trainer_of(self.lightning_module), self._callbacks)
         self._step_watch.stop()
         super().teardown()
         if self._session is not None:

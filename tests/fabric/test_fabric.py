@@ -355,7 +355,8 @@ def monitored(folder: str, family: str) -> dict[str, Any]:
     logger.finalize("success")
     restored = type(monitor)()
     restored.load_state_dict(monitor.state_dict())
-    return {"summary": monitor.summary(), "restored": restored.summary(), "heard": heard.steps}
+    title = monitor.plot().axes[0].get_title()
+    return {"summary": monitor.summary(), "restored": restored.summary(), "heard": heard.steps, "title": title}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -370,6 +371,7 @@ def test_the_monitor_logs_sums_up_and_tells_other_callbacks(pool, tmp_path, fami
         assert outcome["heard"][0] == 2
         assert outcome["summary"]["steps"] == 20
         assert outcome["summary"]["factor_saved"] > 2
+        assert outcome["title"] == f"{outcome['summary']['rounds']} averaging rounds in 20 steps, in int4"
         # The time a restored monitor tells of is the saved one; it does not know yet how rounds travel.
         assert {**outcome["restored"], "transport": "in int4"} == outcome["summary"]
 

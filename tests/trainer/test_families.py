@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,3 +257,26 @@ def test_the_command_line_trains_a_module_of_pytorch_lightning(tmp_path, install
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "2 in 10 steps (20.0%): period 2" in done.stdout
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_progress_bar_of_each_family_shows_the_period_and_the_figure_is_drawn(tmp_path, capsys, family):
+    pl = importlib.import_module(family)
+    monitor = importlib.import_module(f"{ROOMS[family]}.monitor").CommunicationMonitor(progress_bar=True)
+    trainer = pl.Trainer(
+        strategy=importlib.import_module(f"{ROOMS[family]}.strategy").ADPSGDStrategy(3),
+        accelerator="cpu",
+        devices=1,
+        max_steps=7,
+        callbacks=[monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(type("Module", (Module, pl.LightningModule), {})(1), DataLoader(data(), batch_size=8))
+    shown = [line for line in re.split(r"[\r\n]", capsys.readouterr().out) if "Epoch 0" in line]
+    assert any("2/" in line and "adpsgd" not in line for line in shown)
+    assert "adpsgd=period 3, 0 B saved" in shown[-1]
+    assert monitor.plot().axes[0].get_title() == "3 averaging rounds in 7 steps"

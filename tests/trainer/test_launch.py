@@ -1,5 +1,7 @@
 """The registered names start their processes in the way that each name says."""
 
+import re
+
 import pytest
 
 from tests.examples.test_digits import run
@@ -13,6 +15,7 @@ import lightning_adpsgd  # registers the names
 import lightning as L
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_adpsgd import CommunicationMonitor
 
 
 class Model(BoringModel):
@@ -22,24 +25,28 @@ class Model(BoringModel):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    monitor = CommunicationMonitor()
     trainer = L.Trainer(
         strategy=sys.argv[1], accelerator="cpu", devices=2, max_steps=9, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[monitor],
     )
     model = Model()
     trainer.fit(model)
     if trainer.is_global_zero:
         Path("after").write_text(f"{model.layer.weight.sum().item():.7f}")
         print(type(trainer.strategy))
+        print([round_.step for round_ in monitor.rounds], monitor.summary()["transport"])
 """
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("name", ["adpsgd", "adaptive_local_sgd", "adpsgd_spawn", "adpsgd_fork"])
-def test_a_name_starts_its_processes_and_returns_the_average(tmp_path, name):
+@pytest.mark.parametrize("name", ["adpsgd", "adaptive_local_sgd", "adpsgd_spawn", "adpsgd_int4_fork"])
+def test_a_name_starts_its_processes_and_returns_the_average_and_the_rounds(tmp_path, name):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run("script.py", name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second, after = ((tmp_path / name).read_text() for name in ("rank0", "rank1", "after"))
     assert first == second == after
     assert "lightning_adpsgd.trainer.strategy.ADPSGDStrategy" in done.stdout
+    assert re.search(r"\[2, 4, .*9\] in int4" if "int4" in name else r"\[4, 8, 9\] at once", done.stdout)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import fsspec
 import lightning.pytorch as pl
+import matplotlib
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from matplotlib import pyplot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -304,10 +306,10 @@ def test_counts_continue_from_a_restored_state_which_replaces_what_was_recorded_
 
 
 def test_plot_without_matplotlib_is_an_error_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("lightning_adpsgd.history.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_adpsgd.plot.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"plot=True.*pip install matplotlib.*plot=False"):
         CommunicationMonitor(plot=True)
-    assert CommunicationMonitor(plot=False).plot is False
+    CommunicationMonitor(plot=False)
 
 
 # With a real Trainer, one process
@@ -503,3 +505,88 @@ def test_monitor_under_another_strategy_warns_and_records_nothing(tmp_path, caps
     assert monitor.rounds == []
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+# A figure at any time
+
+
+def test_plot_returns_the_figure_of_the_run_so_far_which_a_notebook_shows(tmp_path):
+    monitor = CommunicationMonitor()
+    run(monitor, *RUN[:2])
+    figure = monitor.plot()
+    assert figure.axes[0].get_title() == "2 averaging rounds in 8 steps"
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    figure.savefig(tmp_path / "run.png", dpi=130)
+    assert png_size(tmp_path / "run.png") == SIZE
+
+
+def test_plot_leaves_pyplot_alone():
+    monitor = CommunicationMonitor()
+    run(monitor)
+    before = (pyplot.get_fignums(), matplotlib.get_backend(), dict(matplotlib.rcParams))
+    monitor.plot()
+    assert (pyplot.get_fignums(), matplotlib.get_backend(), dict(matplotlib.rcParams)) == before
+
+
+def test_plot_is_an_error_that_says_what_to_do_without_rounds_or_without_matplotlib(monkeypatch):
+    monitor = CommunicationMonitor()
+    with pytest.raises(ValueError, match=r"plot\(\) has nothing to draw.*after the first one"):
+        monitor.plot()
+    run(monitor)
+    monkeypatch.setattr("lightning_adpsgd.plot.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"CommunicationMonitor.plot\(\).*pip install matplotlib"):
+        monitor.plot()
+
+
+# The progress bar's entry
+
+
+class Bar(ProgressBar):
+    """Keeps what it would show after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def disable(self):
+        pass
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.shown.append(self.get_metrics(trainer, pl_module))
+
+
+@pytest.mark.usefixtures("alone")
+def test_progress_bar_shows_the_latest_period_and_the_bytes_saved_and_loggers_do_not(tmp_path):
+    bar, memory = Bar(), MemoryLogger()
+    monitor = CommunicationMonitor(progress_bar=True)
+    strategy = ADPSGDStrategy(4)
+    trainer = trainer_of(tmp_path, monitor, bar, strategy=strategy, logger=memory, enable_progress_bar=True)
+    trainer.fit(Tiny(), loader())
+    before, after = {"v_num": 0}, {"v_num": 0, "adpsgd": "period 4, 0 B saved"}
+    assert bar.shown == [before] * 3 + [after] * 7
+    assert "get_metrics" not in vars(bar)  # as it was, once training has ended
+    assert {name for _, metrics in memory.logged for name in metrics} == METRICS - {"adpsgd/target"}
+    assert set(trainer.callback_metrics) == {"batch"}  # the module's own
+
+
+@pytest.mark.parametrize(
+    ("rounds", "optimizers", "told"),
+    [
+        (RUN, 1, "period 6, 6.3 kB saved"),
+        ((a_round(sent_bytes=5000),), 1, "period 4, 2.6 kB more than DDP"),
+        ((a_round(), a_round(optimizer=1, period=9)), 2, "period 4, 9, 3.5 kB saved"),
+        ((), 1, ""),
+    ],
+    ids=["a run", "more than DDP", "two optimizers", "no round"],
+)
+def test_progress_bar_entry_is_the_one_computed_by_hand(rounds, optimizers, told):
+    monitor = CommunicationMonitor(progress_bar=True)
+    emit(started(monitor, optimizers=[sgd(100)] * optimizers), *rounds)
+    assert monitor._in_brief() == told
+
+
+@pytest.mark.usefixtures("alone")
+def test_progress_bar_is_left_alone_unless_asked_for(tmp_path):
+    bar = Bar()
+    trainer_of(tmp_path, CommunicationMonitor(), bar, enable_progress_bar=True).fit(Tiny(), loader())
+    assert all("adpsgd" not in shown for shown in bar.shown)

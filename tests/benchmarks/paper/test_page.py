@@ -1,10 +1,15 @@
 import dataclasses
 import re
+import statistics
+from pathlib import Path
+
+import pytest
 
 from benchmarks.paper import __main__ as command
+from benchmarks.paper.against_bytes import in_brief
 from benchmarks.paper.links import read_links
+from benchmarks.paper.page import BRIEF, HABITS, Page
 from benchmarks.paper.page import BYTES as BYTES_FIGURE
-from benchmarks.paper.page import HABITS, Page
 from benchmarks.paper.plan import ADPSGD, ADPSGD_INT4, BYTES, CPSGD_8, FULL, GRID, MOMENTUM, PAPER, QSGD, Run, Study
 from benchmarks.paper.results import Outcomes
 from benchmarks.paper.runs import Store
@@ -98,6 +103,7 @@ def test_page_compares_accuracy_against_bytes_and_draws_it(tmp_path):
     assert "At most 0.055 of full communication's bytes: reached." in page.overview()
     page.draw()
     assert (tmp_path / "images" / BYTES_FIGURE).stat().st_size > 1000
+    assert (tmp_path / "images" / BRIEF).stat().st_size > 1000
     assert f"](images/{BYTES_FIGURE})" in section
 
 
@@ -152,3 +158,30 @@ def test_results_page_is_what_the_files_of_the_runs_say(monkeypatch):
     assert options.page.read_text() == page.text()
     for shown in re.findall(r"\]\((images/.*?)\)", page.text()):
         assert (REPOSITORY / "docs" / shown).is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_table_says_what_the_files_of_the_runs_say(monkeypatch, page):
+    monkeypatch.chdir(REPOSITORY)
+    parts = command.new_page(command.parse(RESULTS))._parts
+    rows = [line for line in Path(page).read_text().splitlines() if line.startswith("| ")]
+    told = {cells[1].strip(): cells[3:5] for cells in (line.split("|") for line in rows)}
+    for place, contender, digits in ((0, ADPSGD_INT4, 2), (1, ADPSGD, 1)):
+        (brief,) = in_brief(parts, [contender])
+        *sgd, adamw = brief.gains
+        for row, places, values in (
+            ("bytes sent ÷ DDP's", digits + 1, (min(brief.shares), max(brief.shares))),
+            ("test accuracy, four tasks with SGD", digits, (statistics.fmean(sgd), max(sgd), min(sgd))),
+            ("test accuracy, a transformer with AdamW", 1, (adamw,)),
+        ):
+            numbers = [float(number.replace("−", "-")) for number in re.findall(r"−?\d+\.\d+", told[row][place])]
+            assert numbers == [round(value, places) for value in values], (row, contender.title)
+
+
+def test_brief_has_the_mean_of_each_task_and_leaves_out_what_was_not_run(tmp_path):
+    results = {FULL: [a_result(1.0, 0.6, 1000), a_result(1.0, 0.7, 1000)], ADPSGD_INT4: [a_result(1.0, 0.58, 50)] * 2}
+    parts = page_with_bytes(tmp_path, results)._parts
+    full, int4 = in_brief(parts, (FULL, QSGD, ADPSGD_INT4))
+    assert (full.contender, full.shares, full.gains) == (FULL, [1.0], [0.0])
+    assert (int4.contender, int4.shares) == (ADPSGD_INT4, [0.05])
+    assert int4.gains == [pytest.approx(-7.0)]
