@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
+CLIENTS ?= .venv-clients
 
-.PHONY: demo test test-bench test-oldest bench paper lint docs clean
+.PHONY: demo test test-bench test-oldest test-clients bench paper lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from a fresh clone)
 demo: $(VENV)/.installed-examples
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed-examples
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
 
 ## Run the tests of the benchmarks (those on links need Linux and root, and are skipped otherwise)
 test-bench: $(VENV)/.installed-dev
@@ -19,7 +20,12 @@ test-bench: $(VENV)/.installed-dev
 
 ## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest --ignore=tests/clients
+
+## Train other people's projects under ddp and adpsgd, and write docs/clients.md, in an environment of its own (about 6 GB)
+SEEDS ?= 1
+test-clients: $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -m pytest tests/clients --seeds "$(SEEDS)"
 
 ## Run short benchmarks that need no GPU and print one page (about five minutes; those on links run only as root)
 bench: $(VENV)/.installed-bench
@@ -41,9 +47,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/pip $(OLDEST)/bin/pip:
+$(VENV)/bin/pip $(OLDEST)/bin/pip $(CLIENTS)/bin/pip:
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # One stamp per extra: a second call installs nothing, a changed pyproject.toml installs again.
@@ -53,4 +59,10 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/pip
 
 $(OLDEST)/.installed-%: pyproject.toml tests/oldest.txt | $(OLDEST)/bin/pip
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt -e '.[$*]'
+	touch $@
+
+# Their lowest versions with `make test-clients CLIENTS=.venv-clients-oldest CONSTRAINTS=tests/clients/oldest.txt`.
+CONSTRAINTS ?=
+$(CLIENTS)/.installed: pyproject.toml tests/clients/requirements.txt $(CONSTRAINTS) | $(CLIENTS)/bin/pip
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS)) -r tests/clients/requirements.txt
 	touch $@
