@@ -113,6 +113,11 @@ class StatePolicy:
         """Whether the state is the same on all workers: no step was taken since it was shared, or no worker has any."""
         return self.shared_at == self._steps or not self.anybody_has_state
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the optimizer may have computed weights from state that is not the same on all workers."""
+        return self._has_modes and not self.is_shared()
+
     def shares_for(self, trigger: str) -> bool:
         """Whether a round makes all state the same on all workers: for a checkpoint, or if weights depend on it."""
         return trigger == "checkpoint" or (self._has_modes and trigger != "period")

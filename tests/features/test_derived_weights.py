@@ -119,12 +119,16 @@ def test_a_run_with_a_teacher_goes_on_from_a_checkpoint_as_if_it_had_not_stopped
 def test_what_is_frozen_and_not_changed_is_compared_but_never_sent(pool, tmp_path):
     still = pool.run_trainer(taught, str(tmp_path / "a"), False, False)
     size = sum(tensor.nbytes for name, tensor in still[0]["end"].items() if name.startswith("net"))
-    forced = [payload for _, trigger, payload in still[0]["payload"] if trigger == "validation"]
     moving = pool.run_trainer(taught, str(tmp_path / "b"))
-    assert len(forced) == 3
-    for payload, more in zip(forced, (p for _, t, p in moving[0]["payload"] if t == "validation"), strict=True):
-        assert size <= payload < 1.5 * size
-        assert more - payload >= size  # the teacher, if not the target network
+    payload, more = (
+        {step: payload for step, trigger, payload in outcome[0]["payload"] if trigger == "validation"}
+        for outcome in (still, moving)
+    )
+    assert [*payload] == [7, 21]  # at 14 there was a round already
+    assert [*more] == [7, 14, 21]
+    for step, sent in payload.items():
+        assert size <= sent < 1.5 * size
+        assert more[step] - sent >= size  # the teacher, if not the target network
 
 
 class ScheduleFreeSGD(torch.optim.Optimizer):
