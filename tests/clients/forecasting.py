@@ -59,7 +59,7 @@ def client() -> Client:
         return QuantileLoss()(module(inputs).prediction, target).item()
 
     loader = training.to_dataloader(train=True, batch_size=32)
-    return Client(module, loader, loss, {"max_epochs": 5, "gradient_clip_val": 0.1}, validation=held_out)
+    return Client(module, loader, loss, {"max_epochs": 10, "gradient_clip_val": 0.1}, validation=held_out)
 
 
 if __name__ == "__main__":
