@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import page as clients
+
 ROOT = Path(__file__).parent.parent
 TABLES = {"features.md": ROOT / "tests" / "features", "reliability.md": ROOT}
 
@@ -41,3 +43,10 @@ def test_every_row_that_promises_something_names_its_test(page):
             if not line.startswith("|"):
                 break
             assert "::test_" in line or "(#faults)" in line or "[below]" in line, line
+
+
+def test_the_page_on_clients_says_what_their_latest_results_say():
+    text = clients.PAGE.read_text()
+    results = clients.read_results()
+    assert {*results} == {client.name for client in clients.CLIENTS}
+    assert clients.page(text, results) == text
