@@ -3,8 +3,9 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 NIGHTLY ?= .venv-nightly
+CLIENTS ?= .venv-clients
 
-.PHONY: demo test test-bench test-oldest bench paper lint docs clean
+.PHONY: demo test test-bench test-oldest test-clients bench paper lint docs clean
 
 ## Train on real handwritten digits with ddp, adpsgd and adpsgd_int4, print a table, draw a picture (under a minute once installed)
 demo: $(VENV)/.installed-examples
@@ -12,7 +13,7 @@ demo: $(VENV)/.installed-examples
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
 
 ## Run the tests of the benchmarks (those on links need Linux and root, and are skipped otherwise)
 test-bench: $(VENV)/.installed-dev
@@ -20,7 +21,12 @@ test-bench: $(VENV)/.installed-dev
 
 ## Run the whole test suite with the oldest supported versions, in an environment of its own (about 5.5 GB)
 test-oldest: $(OLDEST)/.installed-dev
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest --ignore=tests/clients
+
+## Train other people's projects under ddp and adpsgd, and write docs/clients.md, in an environment of its own (about 6 GB)
+SEEDS ?= 1
+test-clients: $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -m pytest tests/clients --seeds "$(SEEDS)"
 
 .PHONY: test-gpu test-nightly build
 
@@ -59,9 +65,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) $(CLIENTS) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/pip $(OLDEST)/bin/pip $(NIGHTLY)/bin/pip:
+$(VENV)/bin/pip $(OLDEST)/bin/pip $(NIGHTLY)/bin/pip $(CLIENTS)/bin/pip:
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # One stamp per extra: a second call installs nothing, a changed pyproject.toml installs again.
@@ -79,4 +85,10 @@ LIGHTNING_MAIN  ?= https://github.com/Lightning-AI/pytorch-lightning/archive/ref
 $(NIGHTLY)/.installed-%: pyproject.toml | $(NIGHTLY)/bin/pip
 	$(NIGHTLY)/bin/pip install --quiet --disable-pip-version-check --pre --index-url $(PYTORCH_NIGHTLY) torch torchvision
 	$(NIGHTLY)/bin/pip install --quiet --disable-pip-version-check -e '.[$*]' 'lightning @ $(LIGHTNING_MAIN)'
+	touch $@
+
+# Their lowest versions with `make test-clients CLIENTS=.venv-clients-oldest CONSTRAINTS=tests/clients/oldest.txt`.
+CONSTRAINTS ?=
+$(CLIENTS)/.installed: pyproject.toml tests/clients/requirements.txt $(CONSTRAINTS) | $(CLIENTS)/bin/pip
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS)) -r tests/clients/requirements.txt
 	touch $@

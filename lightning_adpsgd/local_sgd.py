@@ -139,6 +139,11 @@ class LocalSGD(FormerNames):
         return self._engine.has_trained
 
     @property
+    def averaged(self) -> list[Tensor]:
+        """The tensors that a round would average now."""
+        return self._engine.tracker.current().tensors
+
+    @property
     def is_complete(self) -> bool:
         """Whether a checkpoint saved now holds the state of all workers: no step was taken since its round."""
         return not self.has_trained and self._engine.state_policy.is_shared()
@@ -184,7 +189,8 @@ class LocalSGD(FormerNames):
         """Average now, unless no step was taken since the latest round.
 
         A round for a "checkpoint" also averages the optimizer's state, whatever the policy, even if there is nothing
-        else to average. All workers continue from the average, so resuming from the file equals not having stopped.
+        else to average. All workers continue from the average, so resuming from the file equals not having stopped. If
+        the optimizer has methods ``train`` and ``eval`` that change the weights (schedule-free ones), so does any call.
 
         Args:
             trigger: what the round is for. The rule only sees those of "period".
@@ -205,7 +211,8 @@ class LocalSGD(FormerNames):
             )
         arrived = self._emit(self._engine.land(self.period.value, everything=True))
         self._rule.see_reserve()
-        if self.has_trained or also or (trigger == "checkpoint" and not self._engine.state_policy.is_shared()):
+        policy = self._engine.state_policy
+        if self.has_trained or also or (policy.shares_for(trigger) and not policy.is_shared()):
             self._engine.run(trigger, self.period.value, also)
             arrived = self._emit(self._engine.land(self.period.value)) or arrived
         return arrived

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.buffers import AveragedBuffers
-from lightning_adpsgd.averaging.layout import hash48
+from lightning_adpsgd.averaging.layout import has_mean, hash48
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.periods import AveragingPeriod
@@ -24,6 +24,7 @@ from lightning_adpsgd.rounds.handshake import (
     naming_lost_workers,
 )
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
+from lightning_adpsgd.rounds.untrained import that_differ
 from lightning_adpsgd.workers.group import WorkerGroup
 
 CHECKPOINT_KEY = "adpsgd"
@@ -61,6 +62,7 @@ class TrainingSession:
         """Bits that any worker may raise, and that all learn at the next round."""
         self._options = options
         self._buffers_moved = False
+        self._untrained_may_differ = False
         self.local_sgd: list[LocalSGD] = []
         """One per optimizer, in their order."""
         owners: dict[int, Any] = {}
@@ -106,16 +108,20 @@ class TrainingSession:
 
     def note_forward(self) -> None:
         """Record that a forward pass may change buffers, such as BatchNorm statistics."""
-        self._buffers_moved = True
+        self._buffers_moved = self._untrained_may_differ = True
 
     def step(self, local_sgd: LocalSGD) -> None:
         """Count a step of an optimizer, and average if its period is over."""
+        self._untrained_may_differ = True
         local_sgd.step()
         if not local_sgd.has_trained:
             self._buffers_moved = False
 
     def average(self, trigger: Trigger, further: Sequence[Tensor] = ()) -> bool:
         """Average what has been trained since the latest round, if anything has.
+
+        Parameters that no optimizer trains (a target network, an EMA teacher) are averaged too if workers have come to
+        hold different ones. Both are linear in the weights, so this gives the target network of the average.
 
         Args:
             trigger: what the round is for.
@@ -128,7 +134,8 @@ class TrainingSession:
         if self._buffers_moved and self._options.average_buffers and not any(ls.has_trained for ls in self.local_sgd):
             # Forward passes change BatchNorm statistics, even if no step has followed.
             also += AveragedBuffers(self.module, self._options.exclude_buffers).tensors()
-        self._buffers_moved = False
+        also += self._untrained_that_differ(trigger)
+        self._buffers_moved = self._untrained_may_differ = False
         before = self._handshakes
         for place, local_sgd in enumerate(self.local_sgd):
             local_sgd.average(trigger, also if place == 0 else ())
@@ -204,6 +211,15 @@ class TrainingSession:
             local_sgd.close()
         if self._async_group is not None:
             self._async_group.close()
+
+    def _untrained_that_differ(self, trigger: Trigger) -> list[Tensor]:
+        if not (self._untrained_may_differ and self.local_sgd) or self.workers.count == 1:
+            return []
+        averaged = {id(tensor) for local_sgd in self.local_sgd for tensor in local_sgd.averaged}
+        named = self.module.named_parameters()
+        untrained = {name: each for name, each in named if id(each) not in averaged and has_mean(each)}
+        steps = sum(local_sgd.steps for local_sgd in self.local_sgd)
+        return that_differ(self.workers, untrained, steps, trigger) if untrained else []
 
     @property
     def _handshakes(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_adpsgd import ADPSGDStrategy
+from tests.clients import page as clients
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"features.md": ROOT / "tests" / "features", "reliability.md": ROOT}
@@ -97,3 +98,10 @@ def test_the_examples_of_the_strategys_docstring_do_what_they_say():
     for test in examples:
         runner.run(test)
     assert runner.summarize().failed == 0
+
+
+def test_the_page_on_clients_says_what_their_latest_results_say():
+    text = clients.PAGE.read_text()
+    results = clients.read_results()
+    assert {*results} == {client.name for client in clients.CLIENTS}
+    assert clients.page(text, results) == text

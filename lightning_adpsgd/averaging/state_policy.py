@@ -53,6 +53,9 @@ class StatePolicy:
         self._policy = policy
         self._workers = workers
         self._bucket_bytes = bucket_bytes
+        # Of schedule-free optimizers, eval() and train() compute other weights from the state. All workers get the same
+        # weights only if their state is the same.
+        self._has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
         self._at_start = state_at_start(optimizer) if drops else {}
         self.anybody_has_state = True
         """Whether any worker's optimizer has state, as far as this worker knows."""
@@ -111,13 +114,22 @@ class StatePolicy:
         """Whether the state is the same on all workers: no step was taken since it was shared, or no worker has any."""
         return self.shared_at == self._steps or not self.anybody_has_state
 
-    def apply(self, contribution: Contribution, trained: bool, checkpoint: bool) -> None:
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the optimizer may have computed weights from state that is not the same on all workers."""
+        return self._has_modes and not self.is_shared()
+
+    def shares_for(self, trigger: str) -> bool:
+        """Whether a round makes all state the same on all workers: for a checkpoint, or if weights depend on it."""
+        return trigger == "checkpoint" or (self._has_modes and trigger != "period")
+
+    def apply(self, contribution: Contribution, trained: bool, share: bool) -> None:
         """Apply the policy in a full round, after the parameters were averaged.
 
         Args:
             contribution: this worker's contribution to the mean; a dropped worker starts over.
             trained: whether there is anything to average: steps since the workers were the same, for example.
-            checkpoint: whether to make all state the same on all workers.
+            share: whether to make all state the same on all workers.
         """
         if not contribution.contributes:
             forget(self._optimizer, self._at_start)
@@ -129,7 +141,7 @@ class StatePolicy:
             self._share(contribution, only_moments=True)
         if trained:
             self.end_round()
-        if checkpoint:
+        if share:
             if self.anybody_has_state:
                 same = {id(moment) for moment in moments(self._optimizer)} if averages else set()
                 self._share(contribution, shared=same)

@@ -125,6 +125,8 @@ class RoundEngine:
         """Whether there is something to average: steps since all workers were the same, or rounding residuals."""
         if self.local_steps > 0 or self.tracker.has_residual or self.tracker.moved_by_others:
             return True
+        if self.state_policy.moves_weights:
+            return True
         return self._pipeline is not None and self._pipeline.steps > 0
 
     def restore(self, steps: int, local_steps: int) -> None:

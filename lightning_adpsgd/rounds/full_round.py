@@ -105,5 +105,5 @@ class FullRound:
             numbers = self._measures.launch(deviations, contribution)
             if more is not None:
                 ParameterAverager(more, 0, self._workers, self._bucket_bytes).average(Terms(contribution))
-            self._policy.apply(contribution, trained(), checkpoint=trigger == "checkpoint")
+            self._policy.apply(contribution, trained(), share=self._policy.shares_for(trigger))
         return numbers, len(handshake.diverged_workers)

@@ -37,6 +37,7 @@ Kind = Literal[
     "the end of training",
     "a change of what is trained",
     "a pruning",
+    "a comparison of untrained parameters",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
