@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-bench test-oldest bench paper lint docs clean
+.PHONY: demo test test-ray test-bench test-oldest bench paper lint docs clean
 
 ## Train on real handwritten digits with two workers, print the summary, draw the plot (about two minutes from a fresh clone)
 demo: $(VENV)/.installed-examples
@@ -11,7 +11,11 @@ demo: $(VENV)/.installed-examples
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/ray
+
+## Run the tests of Ray Train, with a local Ray of two workers
+test-ray: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/ray
 
 ## Run the tests of the benchmarks (those on links need Linux and root, and are skipped otherwise)
 test-bench: $(VENV)/.installed-dev

@@ -1,6 +1,6 @@
 """`make test-oldest` runs the suite with the lowest versions that pyproject.toml allows, and with no newer ones.
 
-`make test` and `make test-bench` split it into the package's tests and the benchmarks'.
+`make test`, `make test-bench` and `make test-ray` split it into the package's tests, the benchmarks' and Ray's.
 """
 
 import os
@@ -105,16 +105,19 @@ def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_p
 
 
 @NEEDS_MAKE
-def test_two_targets_divide_the_suite(tmp_path):
+def test_three_targets_divide_the_suite(tmp_path):
     (tmp_path / "bin").mkdir()
     for file in ("bin/pip", ".installed-dev"):
         (tmp_path / file).touch()
     run, beside = [f"{tmp_path}/bin/python", "-m", "pytest"], ["-n", "2", "--dist", "loadfile"]
-    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, "--ignore=tests/benchmarks"]
-    assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
+    others = {"test-bench": "tests/benchmarks", "test-ray": "tests/ray"}
+    left_out = [f"--ignore={folder}" for folder in others.values()]
+    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, *left_out]
+    for target, folder in others.items():
+        assert make("--dry-run", target, f"VENV={tmp_path}").split() == [*run, folder]
 
 
-@pytest.mark.parametrize("fails", ["nothing", "lint", "test", "test-bench"])
+@pytest.mark.parametrize("fails", ["nothing", "lint", "test", "test-bench", "test-ray"])
 def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     fake = tmp_path / "make"
     fake.write_text(f'#!/bin/sh\necho "made $1"\n[ "$1" != {fails} ]\n')
@@ -122,5 +125,5 @@ def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode == 0) == (fails == "nothing")
-    made = ["made lint"] if fails == "lint" else ["made lint", "made test", "made test-bench"]
-    assert ended.stdout.split("\n")[:-1] == made
+    made = ["lint"] if fails == "lint" else ["lint", "test", "test-bench", "test-ray"]
+    assert ended.stdout.split("\n")[:-1] == [f"made {target}" for target in made]
