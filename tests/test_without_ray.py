@@ -1,14 +1,19 @@
-"""The door to Ray Train where Ray is not installed."""
+"""The door to Ray Train where something that it needs is not installed."""
+
+import pytest
 
 from tests.hidden import run
 
-
-def test_without_ray_the_error_names_the_extra():
-    script = """
-import lightning_adpsgd
+SCRIPT = """
 try:
     import lightning_adpsgd.ray
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert "pip install 'lightning-adpsgd[ray]'" in run(script, "ray")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "extra"), [(("ray",), "ray"), (("ray", "lightning", "pytorch_lightning"), "lightning")]
+)
+def test_the_error_names_the_extra_that_is_missing(hidden, extra):
+    assert f"pip install 'lightning-adpsgd[{extra}]'" in run(SCRIPT, *hidden)
