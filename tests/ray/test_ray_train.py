@@ -152,6 +152,7 @@ def test_a_run_goes_on_after_a_worker_was_killed_and_after_one_has_raised(failed
     starts = [(start["epoch"], start["fault"]) for start in failed.told("start")]
     assert starts == [(0, "killed")] * 2 + [(1, "raised")] * 2 + [(2, None)] * 2
     assert failed.reported["step"] == EPOCHS * STEPS_PER_EPOCH
+    assert [len(failed.of(rank)["epochs"]) for rank in range(2)] == [1, 1]  # the last attempt trained the last epoch
 
 
 @pytest.mark.workers
