@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 NIGHTLY ?= .venv-nightly
 CLIENTS ?= .venv-clients
 
-.PHONY: demo test test-bench test-oldest test-clients bench paper lint docs clean
+.PHONY: demo test test-ray test-bench test-oldest test-clients bench paper lint docs clean
 
 ## Train on real handwritten digits with ddp, adpsgd and adpsgd_int4, print a table, draw a picture (under a minute once installed)
 demo: $(VENV)/.installed-examples
@@ -13,7 +13,11 @@ demo: $(VENV)/.installed-examples
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients --ignore=tests/ray
+
+## Run the tests of Ray Train, with a local Ray of two workers
+test-ray: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/ray
 
 ## Run the tests of the benchmarks (those on links need Linux and root, and are skipped otherwise)
 test-bench: $(VENV)/.installed-dev

@@ -36,6 +36,18 @@ def room_of_the_family_in_use() -> str:
     )
 
 
+def family_of(kind: type) -> str:
+    """The family that a class is derived from.
+
+    Raises:
+        ImportError: if it is derived from none.
+    """
+    for family in ROOMS:
+        if any(base.__module__.startswith(f"{family}.") for base in kind.__mro__):
+            return family
+    raise ImportError(f"{kind.__module__}.{kind.__name__}: expected a class derived from one of {' or '.join(ROOMS)}.")
+
+
 def register_strategies() -> None:
     """Register the strategies' names in each family: now if it is imported, otherwise as soon as it is."""
     families = (*FABRIC_ROOMS, *ROOMS)

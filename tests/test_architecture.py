@@ -11,7 +11,7 @@ from tests.hidden import run
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
-DOORS = ("trainer", "fabric")
+DOORS = ("trainer", "fabric", "ray")
 BELOW = {  # each part, and those that it must not import
     "periods": ("averaging", "rounds", "workers", "options", "local_sgd", "session", *DOORS),
     "workers": ("periods", "averaging", "rounds", "options", "local_sgd", "session", *DOORS),
@@ -24,13 +24,13 @@ BELOW = {  # each part, and those that it must not import
         "workers",
         "local_sgd",
         "session",
-        "trainer",
-        "fabric",
+        *DOORS,
     ),
     "local_sgd.py": ("session", *DOORS),
     "session.py": DOORS,
-    "trainer": ("fabric",),
-    "fabric": ("trainer",),
+    "trainer": ("fabric", "ray"),
+    "fabric": ("trainer", "ray"),
+    "ray": ("fabric", "session"),
     "history.py": ("periods", "local_sgd", "session", *DOORS),
     "trainer/monitor.py": ("periods", "local_sgd", "trainer.strategy"),
     "trainer/strategy.py": ("trainer.monitor",),

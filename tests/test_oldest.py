@@ -1,6 +1,6 @@
 """`make test-oldest` runs the suite with the lowest versions that pyproject.toml allows, and with no newer ones.
 
-`make test` and `make test-bench` split it into the package's tests and the benchmarks'.
+`make test`, `make test-bench` and `make test-ray` split it into the package's tests, the benchmarks' and Ray's.
 """
 
 import os
@@ -112,17 +112,19 @@ def test_oldest_versions_are_installed_once_and_again_when_a_bound_changes(tmp_p
 
 
 @NEEDS_MAKE
-def test_two_targets_divide_the_suite(tmp_path):
+def test_three_targets_divide_the_suite(tmp_path):
     (tmp_path / "bin").mkdir()
     for file in ("bin/pip", ".installed-dev"):
         (tmp_path / file).touch()
     run, beside = [f"{tmp_path}/bin/python", "-m", "pytest"], ["-n", "2", "--dist", "loadfile"]
-    ignored = ["--ignore=tests/benchmarks", "--ignore=tests/clients"]
-    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, *ignored]
-    assert make("--dry-run", "test-bench", f"VENV={tmp_path}").split() == [*run, "tests/benchmarks"]
+    others = {"test-bench": "tests/benchmarks", "test-ray": "tests/ray"}
+    left_out = [f"--ignore={folder}" for folder in ("tests/benchmarks", "tests/clients", "tests/ray")]
+    assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, *left_out]
+    for target, folder in others.items():
+        assert make("--dry-run", target, f"VENV={tmp_path}").split() == [*run, folder]
 
 
-@pytest.mark.parametrize("fails", ["nothing", "lint", "build", "docs", "test", "test-bench"])
+@pytest.mark.parametrize("fails", ["nothing", "lint", "build", "docs", "test", "test-bench", "test-ray"])
 def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     fake = tmp_path / "make"
     fake.write_text(f'#!/bin/sh\necho "made $1"\n[ "$1" != {fails} ]\n')
@@ -130,6 +132,6 @@ def test_ci_runs_everything_and_fails_if_anything_does(tmp_path, fails):
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode == 0) == (fails == "nothing")
-    first, beside = ["lint", "build", "docs"], ["test", "test-bench"]
+    first, beside = ["lint", "build", "docs"], ["test", "test-bench", "test-ray"]
     made = first[: first.index(fails) + 1] if fails in first else first + beside
     assert ended.stdout.split("\n")[:-1] == [f"made {target}" for target in made]
