@@ -171,8 +171,11 @@ def test_it_ends_bit_for_bit_as_if_nothing_had_failed_with_the_average_on_all_wo
 
 @pytest.mark.workers
 def test_the_example_learns_the_digits(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",  # whatever other Ray runs on this machine, or has left its address
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     example = [sys.executable, str(ROOT / "examples" / "with_ray_train.py")]
     done = subprocess.run(example, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
