@@ -58,8 +58,8 @@ def client() -> Client:
         inputs, target = next(iter(held_out))
         return QuantileLoss()(module(inputs).prediction, target).item()
 
-    loader = training.to_dataloader(train=True, batch_size=32)
-    return Client(module, loader, loss, {"max_epochs": 10, "gradient_clip_val": 0.1}, validation=held_out)
+    loader = training.to_dataloader(train=True, batch_size=16)
+    return Client(module, loader, loss, {"max_epochs": 8, "gradient_clip_val": 0.1}, validation=held_out)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Compared(NamedTuple):
 
 
 CLIENTS = (
-    Compared("forecasting", "pytorch-forecasting, temporal fusion transformer", "quantile loss", 1.0),
+    Compared("forecasting", "pytorch-forecasting, temporal fusion transformer", "quantile loss", 0.35),
     Compared("schedule_free", "schedule-free AdamW", "cross-entropy", 0.05),
     Compared("gan", "GAN, two optimizers in turn", "energy distance", 0.1, "ddp_find_unused_parameters_true"),
     Compared("dqn", "DQN on CartPole", "share of steps missed", 0.1, "ddp_find_unused_parameters_true"),
