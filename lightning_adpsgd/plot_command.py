@@ -26,17 +26,24 @@ def main(arguments: list[str]) -> None:
         check_matplotlib("adpsgd plot")
         with fsspec.open(options.checkpoint, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=not options.trust)
-    except ModuleNotFoundError as error:
-        parser.error(str(error))
-    except FileNotFoundError:
-        parser.error(f"there is no file {options.checkpoint}")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        parser.error(f"there is no file {options.checkpoint} ({error})")
     except pickle.UnpicklingError:
         parser.error(
             f"{options.checkpoint} is no checkpoint, or holds more than plain data, which could run code. If you know"
             " where it comes from, pass --trust."
         )
+    except ImportError as error:  # matplotlib, or what fsspec needs for a URL
+        parser.error(str(error))
+    except (OSError, EOFError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        parser.error(f"{options.checkpoint} cannot be read as a checkpoint ({type(error).__name__}: {reason})")
     history = RoundHistory()
-    history.load_state_dict(_state_in(checkpoint) or parser.error(_without_rounds(options.checkpoint)))
+    state = _state_in(checkpoint) or parser.error(_without_rounds(options.checkpoint))
+    try:
+        history.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError) as error:
+        parser.error(f"{options.checkpoint} holds a monitor's state that is not complete ({error!r})")
     print(history.report())
     draw(history.rounds, options.output)
     print(f"  plot            {options.output}")
@@ -44,9 +51,10 @@ def main(arguments: list[str]) -> None:
 
 def _state_in(checkpoint: Any) -> dict[str, Any] | None:
     """The first state of a monitor that has rounds."""
-    states = checkpoint.get("callbacks", {}).values() if isinstance(checkpoint, dict) else ()
-    with_rounds = (state for state in states if isinstance(state, dict) and len(state.get("ddp_bytes", ())))
-    return next(with_rounds, None)
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    known = (state for state in states if isinstance(state, dict) and isinstance(state.get("ddp_bytes"), torch.Tensor))
+    return next((state for state in known if state["ddp_bytes"].numel() > 0), None)
 
 
 def _without_rounds(checkpoint: str) -> str:

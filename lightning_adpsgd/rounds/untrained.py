@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from lightning_adpsgd.averaging.layout import Described, hash48
+from lightning_adpsgd.averaging.tiles import at_once
 from lightning_adpsgd.rounds.handshake import KINDS, Handshake, RankState, naming_lost_workers
 from lightning_adpsgd.rounds.record import TRIGGERS, Trigger
 from lightning_adpsgd.workers.group import WorkerGroup
 
 _SUMS = 1024
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FACTOR = 2654435761  # 2^32 / golden ratio
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def that_differ(workers: WorkerGroup, parameters: Mapping[str, Tensor], step: int, trigger: Trigger) -> list[Tensor]:
@@ -58,11 +60,19 @@ def that_differ(workers: WorkerGroup, parameters: Mapping[str, Tensor], step: in
 def content_hash(tensor: Tensor) -> int:
     """A 48-bit hash of a tensor's values, most of which is computed on the tensor's device.
 
-    The bits of all elements are taken as integers, and those at each 1,024th place are added up.
+    The bits are laid out in rows of 1,024 words. Each word is mixed with its upper half and multiplied by an odd number
+    of its row, then the rows are added up: neither signs nor powers of two nor rows that are swapped cancel out.
     """
-    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    bits = values.view(_INTEGERS[values.element_size()]).reshape(-1)
-    whole = len(bits) // _SUMS * _SUMS
-    sums = bits[:whole].view(-1, _SUMS).sum(dim=0, dtype=bits.dtype)
-    sums[: len(bits) - whole] += bits[whole:]
+    values = tensor.detach().resolve_conj().resolve_neg()
+    values = torch.view_as_real(values) if values.is_complex() else values
+    bits = values.contiguous().view(-1).view(_WORDS[values.element_size()])
+    sums = torch.zeros(_SUMS, dtype=torch.int32, device=bits.device)
+    for number, piece in enumerate(bits.split(at_once(bits.device))):
+        words = piece.to(torch.int32)
+        words = words ^ ((words >> 15) & 0x1FFFF)  # >> repeats the sign bit; not in place: it may be the tensor itself
+        whole = len(words) // _SUMS
+        rows = torch.arange(whole + 1, device=bits.device) + number * (at_once(bits.device) // _SUMS)
+        factors = (2 * rows * _FACTOR + 1).to(torch.int32)[:, None]
+        sums += (words[: whole * _SUMS].view(whole, _SUMS) * factors[:whole]).sum(dim=0, dtype=torch.int32)
+        sums[: len(words) - whole * _SUMS] += words[whole * _SUMS :] * factors[whole]
     return hash48(sums.cpu().numpy().tobytes())
