@@ -235,7 +235,7 @@ def test_only_timers_with_a_limit_look_at_the_clock_at_every_step():
 
 
 @pytest.mark.parametrize(
-    ("class_", "names"), [each for each in subclasses_of_lightning() if each[0].__name__ != "LaunchedProcesses"]
+    ("class_", "names"), [each for each in subclasses_of_lightning() if each.id != "LaunchedProcesses"]
 )
 def test_own_private_name_is_not_one_that_lightning_uses(class_, names):
     theirs = set()
