@@ -15,7 +15,6 @@ from pytorch_lightning.overrides import distributed as ddp_overrides
 from pytorch_lightning.plugins import Precision
 from pytorch_lightning.plugins.io import AsyncCheckpointIO, async_plugin
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
-from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -30,7 +29,6 @@ __all__ = [
     "LightningCLI",
     "MisconfigurationException",
     "ModelPruning",
-    "MultiProcessingLauncher",
     "Precision",
     "SIGTERMException",
     "StochasticWeightAveraging",

@@ -19,6 +19,15 @@ Method = tuple[Any, str]
 # out that wrapper (validation, testing), as this package does.
 sync_module_states = ddp_overrides._sync_module_states
 
+# Forks or spawns processes. Lightning has no public way to bring further results back from them.
+MultiProcessingLauncher = pl.strategies.launchers._MultiProcessingLauncher
+
+
+def replace_launcher(strategy: "pl.strategies.DDPStrategy", kind: type[MultiProcessingLauncher]) -> None:
+    """Replace the launcher that forks or spawns processes, if the strategy has one, by one of this ``kind``."""
+    if type(strategy._launcher) is MultiProcessingLauncher:
+        strategy._launcher = kind(strategy, start_method=strategy._launcher._start_method)
+
 
 def trainer_of(module: "pl.LightningModule | None") -> "pl.Trainer | None":
     """The Trainer of a module, or None: the public ``module.trainer`` raises if there is none."""

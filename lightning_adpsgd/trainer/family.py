@@ -19,7 +19,6 @@ from lightning.pytorch.overrides import distributed as ddp_overrides
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,7 +33,6 @@ __all__ = [
     "LightningCLI",
     "MisconfigurationException",
     "ModelPruning",
-    "MultiProcessingLauncher",
     "Precision",
     "SIGTERMException",
     "StochasticWeightAveraging",

@@ -7,8 +7,8 @@ from typing_extensions import override
 
 from lightning_adpsgd.history import RoundHistory
 
-from .compat import callbacks_of
-from .family import DDPStrategy, MultiProcessingLauncher, pl
+from .compat import MultiProcessingLauncher, callbacks_of, replace_launcher
+from .family import DDPStrategy, pl
 
 _KEY = "adpsgd_histories"
 
@@ -34,11 +34,12 @@ class HistoryLauncher(MultiProcessingLauncher):
 class LaunchedProcesses(DDPStrategy):
     """Starts processes as DDP does."""
 
+    @property
     @override
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if self._start_method != "popen":
-            self._launcher = HistoryLauncher(self, start_method=self._start_method)
+    def launcher(self) -> Any:
+        """Lightning's, or the one that brings histories back."""
+        replace_launcher(self, HistoryLauncher)
+        return super().launcher
 
 
 def _monitors_of(trainer: "pl.Trainer") -> list[RoundHistory]:

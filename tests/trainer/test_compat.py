@@ -18,8 +18,6 @@ from lightning_adpsgd.trainer.compat import snapshot, time_checks
 
 PACKAGE = Path(lightning_adpsgd.__file__).parent
 PLACES = (PACKAGE / "trainer" / "compat.py", PACKAGE / "fabric" / "compat.py")
-# Lightning has no public way to bring results back from processes that it forks or spawns.
-LAUNCHING = [PACKAGE / path for path in ("trainer/launching.py", "trainer/family.py", "pytorch_lightning/family.py")]
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 TORCH = ("torch",)  # has private names of its own, which are not Lightning's
 OF_NAMED_TUPLES = ("_fields", "_make", "_replace", "_asdict")  # public, despite their underscore
@@ -151,7 +149,7 @@ def test_one_file_of_each_door_has_all_private_names_of_lightning():
     places = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {what}"
         for path, tree in trees.items()
-        if path not in (*PLACES, *LAUNCHING)
+        if path not in PLACES
         for line, what in (*imports(tree), *attributes(tree, known))
     ]
     assert places == []
@@ -234,9 +232,7 @@ def test_only_timers_with_a_limit_look_at_the_clock_at_every_step():
     assert all(callable(getattr(*check)) for check in time_checks(trainer))
 
 
-@pytest.mark.parametrize(
-    ("class_", "names"), [each for each in subclasses_of_lightning() if each.id != "LaunchedProcesses"]
-)
+@pytest.mark.parametrize(("class_", "names"), [*subclasses_of_lightning()])
 def test_own_private_name_is_not_one_that_lightning_uses(class_, names):
     theirs = set()
     for base in class_.__mro__:
