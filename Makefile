@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 NIGHTLY ?= .venv-nightly
 CLIENTS ?= .venv-clients
 
-.PHONY: demo test test-ray test-bench test-oldest test-clients bench paper lint docs clean
+.PHONY: demo test test-ray test-bench test-oldest test-clients test-gpu test-nightly build bench paper lint docs clean
 
 ## Train on real handwritten digits with ddp, adpsgd and adpsgd_int4, print a table, draw a picture (under a minute once installed)
 demo: $(VENV)/.installed-examples
@@ -31,8 +31,6 @@ test-oldest: $(OLDEST)/.installed-dev
 SEEDS ?= 1
 test-clients: $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -m pytest tests/clients --seeds "$(SEEDS)"
-
-.PHONY: test-gpu test-nightly build
 
 ## Run the tests that need a GPU (skipped where there is none)
 test-gpu: $(VENV)/.installed-dev

@@ -43,7 +43,6 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
     Raises:
         TypeError, ValueError: as :func:`figure_of`; a TypeError too if ``path`` is not a path.
     """
-    _check_rounds(rounds)
     if not isinstance(path, str | PathLike):
         raise wrong_type("draw", "path", path, "a str or a Path")
     figure = figure_of(rounds, transport)

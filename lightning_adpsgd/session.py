@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +23,7 @@ from lightning_adpsgd.rounds.handshake import (
     naming_lost_workers,
 )
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
-from lightning_adpsgd.rounds.untrained import that_differ
+from lightning_adpsgd.rounds.untrained import content_hash, that_differ
 from lightning_adpsgd.workers.group import WorkerGroup
 
 CHECKPOINT_KEY = "adpsgd"
@@ -153,15 +152,12 @@ class TrainingSession:
             WorkerLostError: if a worker does not answer.
         """
         if self.workers.size > 1:
-            state = RankState(KINDS.index(kind), sum(local_sgd.steps for local_sgd in self.local_sgd))
+            state = RankState(KINDS.index(kind), self._steps)
             Handshake(self.workers, state, where).complete()
 
     def adopt_first(self, tensors: Sequence[Tensor]) -> None:
         """Give all workers the first worker's ``tensors``, if they differ between workers."""
-        each = [
-            hash48(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            for tensor in tensors
-        ]
+        each = [content_hash(tensor) for tensor in tensors]
         if len(self.workers.table([hash48(repr(each).encode())]).unique()) > 1:
             check_module(self.workers, self.module)
             self.workers.broadcast_(tensors)
@@ -218,8 +214,11 @@ class TrainingSession:
         averaged = {id(tensor) for local_sgd in self.local_sgd for tensor in local_sgd.averaged}
         named = self.module.named_parameters()
         untrained = {name: each for name, each in named if id(each) not in averaged and has_mean(each)}
-        steps = sum(local_sgd.steps for local_sgd in self.local_sgd)
-        return that_differ(self.workers, untrained, steps, trigger) if untrained else []
+        return that_differ(self.workers, untrained, self._steps, trigger) if untrained else []
+
+    @property
+    def _steps(self) -> int:
+        return sum(local_sgd.steps for local_sgd in self.local_sgd)
 
     @property
     def _handshakes(self) -> int:

@@ -26,7 +26,6 @@ OnDeviations = Callable[[Tile, Tensor, Tensor], None]
 """Called for each tile with this worker's values minus the mean, and with what it sent minus the mean, which adds up to
 0 over the workers. Both have shape (len(tile),), and may be the same tensor."""
 
-
 OnPacked = Callable[[Tile, Tensor], None]
 """Called for each tile with its packed values, shape (len(tile),), which it may change."""
 
@@ -184,7 +183,7 @@ class ParameterAverager:
         adopts = terms.as_it_is or isinstance(self.update, Adopt)
         tiles = self.layout.tiles(bucket)
         squares: dict[int, list[Tensor]] = defaultdict(list)
-        deviations = mean.new_empty(max(map(len, tiles))) if sent is None else sent
+        scratch = mean.new_empty(max(map(len, tiles)) if sent is None else 0)
         for tile in tiles:
             arrived = mean[tile.start : tile.stop]
             with span("measure"):
@@ -192,21 +191,22 @@ class ParameterAverager:
                 if sent is not None:
                     mine = sent[tile.start : tile.stop].sub_(arrived)
                 else:
-                    mine = deviations[: len(tile)]
+                    mine = scratch[: len(tile)]
                     if tile.runs:
                         tile.difference(arrived, mine)
                 add_squares(squares, tile, mine)
                 if terms.report is not None and tile.runs:
                     terms.report(tile, mine, mine if rounding is None else mine + rounding[tile.start : tile.stop])
             if adopts:
-                _write(tile, arrived, mine, moved)
+                _write(tile, arrived, mine if moved else None)
         if not adopts:
             updated = self._updated(bucket, mean)
             if sent is not None:
                 sent.sub_(updated).add_(mean)
             mean = updated
             for tile in tiles:
-                _write(tile, mean[tile.start : tile.stop], deviations[tile.start : tile.stop], moved)
+                here = slice(tile.start, tile.stop)
+                _write(tile, mean[here], sent[here] if sent is not None and moved else None)
         if self.delta is not None and cut_off is None:
             self.delta.note(bucket, mean)
         return add_up(squares, self.groups, mean.device)
@@ -294,13 +294,13 @@ class ParameterAverager:
         return sum_of(deviations, self.groups, self._workers.device)
 
 
-def _write(tile: Tile, new: Tensor, deviations: Tensor, moved: bool) -> None:
-    """Overwrite a tile with ``new``; if it has ``moved`` since it was sent, subtract what was sent minus ``new``."""
+def _write(tile: Tile, new: Tensor, difference: Tensor | None) -> None:
+    """Overwrite a tile with ``new``; if it has moved since it was sent, subtract what was sent minus ``new``."""
     with span("unpack"):
-        if moved:
-            tile.move(new, deviations)
-        else:
+        if difference is None:
             tile.unpack(new)
+        else:
+            tile.move(new, difference)
 
 
 def _extrapolate(tile: Tile, earlier: Tensor, now: Tensor, ahead: Sequence[float | Tensor]) -> None:
