@@ -4,6 +4,7 @@ BIN     = $(VENV)/bin
 OLDEST ?= .venv-oldest
 NIGHTLY ?= .venv-nightly
 CLIENTS ?= .venv-clients
+RELEASE ?= .venv-release
 
 .PHONY: demo test test-ray test-bench test-oldest test-clients test-gpu test-nightly build bench paper lint docs clean
 
@@ -41,10 +42,10 @@ test-nightly: $(NIGHTLY)/.installed-dev
 	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
 
 ## Build the sdist and the wheel into dist/ and check them, the wheel in an empty folder
-build: $(VENV)/.installed-release
+build: $(RELEASE)/.installed $(VENV)/.installed-dev
 	rm -rf dist
-	$(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
 	$(BIN)/python .ci/check_distribution.py dist
 
 ## Run short benchmarks that need no GPU and print one page (about five minutes; those on links run only as root)
@@ -67,9 +68,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) $(CLIENTS) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) $(CLIENTS) $(RELEASE) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/pip $(OLDEST)/bin/pip $(NIGHTLY)/bin/pip $(CLIENTS)/bin/pip:
+$(VENV)/bin/pip $(OLDEST)/bin/pip $(NIGHTLY)/bin/pip $(CLIENTS)/bin/pip $(RELEASE)/bin/pip:
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 # One stamp per extra: a second call installs nothing, a changed pyproject.toml installs again.
@@ -93,4 +94,9 @@ $(NIGHTLY)/.installed-%: pyproject.toml | $(NIGHTLY)/bin/pip
 CONSTRAINTS ?=
 $(CLIENTS)/.installed: pyproject.toml tests/clients/requirements.txt $(CONSTRAINTS) | $(CLIENTS)/bin/pip
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS)) -r tests/clients/requirements.txt
+	touch $@
+
+# Apart from the others: twine brings rich, with which Lightning shows other tables and progress bars.
+$(RELEASE)/.installed: Makefile | $(RELEASE)/bin/pip
+	$(RELEASE)/bin/pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6.1'
 	touch $@

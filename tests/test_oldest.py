@@ -32,8 +32,6 @@ OWN_TOOLS = (
     "mkdocstrings",
     "accelerate",
     "torchft",
-    "build",
-    "twine",
     "tensorboard",
     "wandb",
     "mlflow-skinny",
