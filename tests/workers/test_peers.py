@@ -200,6 +200,10 @@ def go_at_each_place(folder: str) -> dict[str, tuple[str, str]]:
     rank, told = int(os.environ["RANK"]), {}
     for place in PLACES:
         store = dist.FileStore(f"{folder}/{place.__name__}", 2)
+        store.set(
+            f"rank {rank} is here", ""
+        )  # on a busy machine one may come late, and connecting waits for two seconds
+        store.wait(["rank 0 is here", "rank 1 is here"], timedelta(seconds=60))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
         workers = WorkerGroup()
         try:
