@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # early: see `closed_at_exit`
 
 from lightning_adpsgd.workers.reduction import CollectiveError, backend_of
 
@@ -26,6 +27,8 @@ class Peers:
         # torch has no public way to get it, and none at all after abort().
         self._store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _NoStore()
         self._has_lingered = False
+        if size > 1:
+            _connected.add(os.getpid())
 
     def post_status(self, text: str, failed: bool = False) -> None:
         """Post a line for the others' :meth:`statuses`; with ``failed``, they stop waiting for this rank."""
@@ -142,9 +145,12 @@ class ClosedGroup:
 
 # A gloo thread releases a collective's tensors some time after the collective has ended, which takes the GIL. If the
 # interpreter exits first, the thread is killed inside a destructor, and the process aborts with "terminate called
-# without an active exception" (pytorch#190489). So the group and its threads are destroyed at exit.
+# without an active exception" (pytorch#190489). So the group and its threads are destroyed at exit. The threads end
+# with the last reference to the group, which `torch.distributed.nn` would hold if it were first imported when there is
+# one, as the default of its arguments; optimizers import it in their first step.
 
 _opened: "list[tuple[int, weakref.ref[Any]]]" = []
+_connected: set[int] = set()  # the ids of processes, since a fork copies this
 
 
 @contextlib.contextmanager
@@ -159,10 +165,11 @@ def closed_at_exit() -> Iterator[None]:
 
 @atexit.register  # at import, so that it runs after the exit handlers of scripts and loggers
 def _close_what_was_opened() -> None:
-    if not dist.is_initialized():
+    if not dist.is_initialized() and os.getpid() not in _connected:
         return
-    # Let threads take the GIL now, also those of groups that are not closed here. gloo of torch 2.4 may hang if it is
-    # closed before its threads have released their tensors.
+    # Let threads take the GIL now, also those of groups that are not closed here, or that the script has destroyed
+    # and something else still holds. gloo of torch 2.4 may hang if it is closed before its threads have released their
+    # tensors.
     time.sleep(_SECONDS_TO_RELEASE)
     # A forked process inherits the group but not its threads, for which closing would wait.
     if any(process == os.getpid() and made() is dist.group.WORLD for process, made in _opened):

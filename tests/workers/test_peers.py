@@ -1,6 +1,8 @@
 """Workers that have ended are named wherever others wait for them, and a run's connections are closed after it."""
 
 import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -361,3 +363,31 @@ def test_rates_that_are_tensors_are_not_read_by_the_host_and_mean_the_same(pool,
             assert ours == pytest.approx(theirs, rel=1e-6)
         for name, tensor in with_numbers["weights"].items():
             torch.testing.assert_close(with_tensors["weights"][name], tensor)
+
+
+THREADS_OF_A_SCRIPT_WITHOUT_LIGHTNING = """
+import glob, sys, time
+import torch
+import torch.distributed as dist
+from lightning_adpsgd import LocalSGD
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # its first step imports more of torch
+local_sgd = LocalSGD(optimizer, total_steps=1)
+model(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+local_sgd.step()
+dist.all_reduce(torch.ones(1))
+dist.destroy_process_group()
+names = [open(file).read() for file in glob.glob("/proc/self/task/*/comm")]
+assert names, "no thread was found"
+print(sum("gloo_runloop" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="lists threads as Linux does")
+def test_the_threads_of_a_group_end_when_a_script_without_lightning_destroys_it(tmp_path):
+    script = [sys.executable, "-c", THREADS_OF_A_SCRIPT_WITHOUT_LIGHTNING, str(tmp_path / "store")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
