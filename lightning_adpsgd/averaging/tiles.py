@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -147,6 +148,8 @@ class Tile:
         self._lengths = [stop - start for _, start, stop in pieces]
         self._dense = all(entry.flat is not None for entry, _, _ in pieces)
         self._views = [entry.read(start, stop) for entry, start, stop in pieces] if self._dense else []
+        # What was made in inference mode can only be overwritten in it.
+        self._writing = torch.inference_mode if any(e.tensor.is_inference() for e, _, _ in pieces) else nullcontext
         self.start = start
         self.stop = start + sum(self._lengths)
         self.runs = runs(pieces)
@@ -175,13 +178,14 @@ class Tile:
 
     def unpack(self, values: Tensor) -> None:
         """Overwrite the elements with ``values`` (shape (len(self),)), in place."""
-        if not self._dense:
-            for (entry, start, stop), source in zip(self._pieces, values.split(self._lengths), strict=True):
-                entry.write(start, stop, source)
-        elif len(self._views) == 1:
-            self._views[0].copy_(values)
-        else:
-            torch._foreach_copy_(self._views, [*values.split(self._lengths)])
+        with self._writing():
+            if not self._dense:
+                for (entry, start, stop), source in zip(self._pieces, values.split(self._lengths), strict=True):
+                    entry.write(start, stop, source)
+            elif len(self._views) == 1:
+                self._views[0].copy_(values)
+            else:
+                torch._foreach_copy_(self._views, [*values.split(self._lengths)])
 
     def move(self, mean: Tensor, difference: Tensor) -> None:
         """Subtract ``difference`` from elements of parameter groups; set others to ``mean`` where it is not 0.

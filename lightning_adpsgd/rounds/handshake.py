@@ -40,6 +40,7 @@ Kind = Literal[
     "a comparison of untrained parameters",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+COMPARISON: Kind = "a comparison of untrained parameters"
 
 
 class RankState(NamedTuple):
@@ -149,6 +150,13 @@ class Handshake:
             f"rank {rank}: {state}{' in ' + hook if hook else ''}"
             for rank, (state, hook) in enumerate(zip(self.states, hooks, strict=True))
         )
+        compares = {KINDS[int(state.kind)] == COMPARISON for state in self.states}
+        if compares == {True, False} and len({state.trigger for state in self.states}) == 1:
+            return (
+                f"Only some workers have parameters that no optimizer trains, such as a target network ({places})."
+                " Build the same model and optimizer on every rank, and freeze, unfreeze, add or remove parameters on"
+                " all ranks at the same step."
+            )
         return (
             f"The workers are out of step ({places}). Every worker has to take the same number of optimizer"
             " steps, and to validate and save at the same steps. Usual causes: data loaders of different lengths (use"

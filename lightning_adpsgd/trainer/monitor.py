@@ -48,6 +48,8 @@ class CommunicationMonitor(RoundHistory, Callback):
 
         # State
         self._plot_path: str | None = None
+        self._bar: tuple[Any, dict[str, Any]] | None = None
+        """The progress bar with an entry of this monitor, and what the user had set on it."""
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -62,12 +64,16 @@ class CommunicationMonitor(RoundHistory, Callback):
         if self._in_progress_bar and (bar := trainer.progress_bar_callback) is not None:
             # Its method is what a progress bar shows, and what Lightning tells users to override. ``self.log`` would
             # make a tensor of each number, and write the names into ``callback_metrics``.
+            self._bar = (bar, {name: value for name, value in vars(bar).items() if name == "get_metrics"})
             vars(bar)["get_metrics"] = partial(self._with_an_entry, bar.get_metrics)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._in_progress_bar and trainer.progress_bar_callback is not None:
-            vars(trainer.progress_bar_callback).pop("get_metrics", None)
+        self._leave_the_bar()
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._leave_the_bar()
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -87,3 +93,10 @@ class CommunicationMonitor(RoundHistory, Callback):
         """What the progress bar shows, and the entry of this monitor; costs nothing between rounds."""
         told = self._in_brief()
         return {**get_metrics(*args, **kwargs), **({self.prefix: told} if told else {})}
+
+    def _leave_the_bar(self) -> None:
+        if self._bar is not None:
+            bar, own = self._bar
+            vars(bar).pop("get_metrics")
+            vars(bar).update(own)
+            self._bar = None

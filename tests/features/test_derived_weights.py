@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_adpsgd import ADPSGDStrategy
+from lightning_adpsgd import ADPSGDStrategy, WorkersDisagreeError
 from tests.training import Classifier, fit, floats, identical, loader, weights
 
 pytestmark = pytest.mark.workers
@@ -106,6 +106,53 @@ def test_a_teacher_and_a_target_network_that_are_read_are_the_workers_mean(pool,
             torch.testing.assert_close(tensor, (own[0] + own[1]) / 2)
             drifted += name.startswith(("teacher", "target")) and not torch.equal(*own)
     assert drifted > 8
+
+
+class TaughtSince(Taught):
+    """Builds its teacher on the way, in inference mode, as code does that is called from a validation."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        if self.trainer.global_step == 0:
+            with torch.inference_mode():
+                self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+                for parameter in self.teacher.parameters():
+                    parameter.fill_(self.global_rank)
+        return Drilled.training_step(self, batch)
+
+
+def taught_since(folder: str) -> dict:
+    return run(TaughtSince(), folder)
+
+
+def test_a_teacher_that_was_built_in_inference_mode_is_averaged_too(pool, tmp_path):
+    for outcome in pool.run_trainer(taught_since, str(tmp_path)):
+        teacher = [tensor for name, tensor in outcome["end"].items() if name.startswith("teacher")]
+        assert len(teacher) == 4
+        assert all((tensor == 0.5).all() for tensor in teacher)
+
+
+def taught_on_one_rank(folder: str) -> str:
+    model = Taught()
+    with pytest.raises(WorkersDisagreeError) as error:
+        # Lightning compares the models at the start, so one rank drops its teacher later.
+        fit(ADPSGDStrategy(100), model, callbacks=[Forgets()], max_steps=5, max_epochs=-1)
+    return str(error.value)
+
+
+class Forgets(L.Callback):
+    """On rank 1, takes away what no optimizer trains."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.renewed = False
+        if trainer.global_rank == 1:
+            del pl_module.teacher, pl_module.target
+
+
+def test_workers_of_which_only_some_have_a_teacher_are_told_so(pool, tmp_path):
+    for told in pool.run_trainer(taught_on_one_rank, str(tmp_path)):
+        assert told.startswith("Only some workers have parameters that no optimizer trains")
+        assert "rank 0: a comparison of untrained parameters" in told
+        assert "Build the same model" in told
 
 
 def test_a_run_with_a_teacher_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(pool, tmp_path):

@@ -1,5 +1,6 @@
 """What the monitor logs, sums up, prints, keeps and draws."""
 
+import contextlib
 import io
 from types import SimpleNamespace
 
@@ -583,6 +584,32 @@ def test_progress_bar_entry_is_the_one_computed_by_hand(rounds, optimizers, told
     monitor = CommunicationMonitor(progress_bar=True)
     emit(started(monitor, optimizers=[sgd(100)] * optimizers), *rounds)
     assert monitor._in_brief() == told
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 5:
+            raise ValueError("a bad sample")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("fails", [False, True], ids=["to its end", "until an error"])
+@pytest.mark.parametrize("own", [False, True], ids=["the bar's method", "a method of the user's on this bar"])
+def test_progress_bar_is_as_it_was_after_training(tmp_path, fails, own):
+    bar = Bar()
+    method = bar.get_metrics
+    if own:
+        bar.get_metrics = lambda *_: {"mine": 1}
+        method = bar.get_metrics
+    callbacks = [CommunicationMonitor(progress_bar=True), bar, *([Stops()] if fails else [])]
+    trainer = trainer_of(tmp_path, *callbacks, strategy=ADPSGDStrategy(2), enable_progress_bar=True)
+    with pytest.raises(ValueError, match="a bad sample") if fails else contextlib.nullcontext():
+        trainer.fit(Tiny(), loader())
+    base = {"mine": 1} if own else {}
+    assert bar.shown[0] == base
+    assert bar.shown[3] == {**base, "adpsgd": "period 2, 0 B saved"}
+    assert bar.get_metrics == method
+    assert ("get_metrics" in vars(bar)) == own
 
 
 @pytest.mark.usefixtures("alone")
