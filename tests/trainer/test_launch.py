@@ -50,3 +50,32 @@ def test_a_name_starts_its_processes_and_returns_the_average_and_the_rounds(tmp_
     assert first == second == after
     assert "lightning_adpsgd.trainer.strategy.ADPSGDStrategy" in done.stdout
     assert re.search(r"\[2, 4, .*9\] in int4" if "int4" in name else r"\[4, 8, 9\] at once", done.stdout)
+
+
+LONG = """
+import lightning as L
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning_adpsgd import ADPSGDStrategy, CommunicationMonitor, ConstantPeriod
+
+if __name__ == "__main__":
+    monitor = CommunicationMonitor()
+    trainer = L.Trainer(
+        strategy=ADPSGDStrategy(ConstantPeriod(1), start_method="fork"), accelerator="cpu", devices=2, max_steps=900,
+        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[monitor], limit_val_batches=0,
+    )
+    trainer.fit(BoringModel(), torch.utils.data.DataLoader(RandomDataset(32, 2000)))
+    print(len(monitor.rounds), "rounds came back")
+"""
+
+
+@pytest.mark.workers
+def test_a_history_that_is_larger_than_what_a_pipe_holds_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(LONG)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    done = run("script.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "900 rounds came back" in done.stdout
+    assert list((tmp_path / "temporary").glob("*.pt")) == []
