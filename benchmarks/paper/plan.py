@@ -147,7 +147,9 @@ BF16 = Contender("ddp-bf16", "DDP, bf16", "bf16")
 POWERSGD = tuple(
     Contender(f"powersgd-{rank}", f"PowerSGD, rank {rank}", "powersgd", matrix_rank=rank) for rank in (1, 2, 4)
 )
-BYTES = (FULL, BF16, QSGD, *POWERSGD, ADPSGD, HALF, INT4, ADPSGD_INT4, INT4_OFTEN)
+BYTES = (FULL, BF16, QSGD, *POWERSGD, ADPSGD, ADPSGD_INT4)
+BETWEEN = (HALF, INT8, INT4, INT4_OFTEN)
+"""Between ``adpsgd`` and ``adpsgd_int4``: what each part of it contributes, on one task."""
 FASTER = {
     contender: tuple(contender.at_rate(factor) for factor in factors)
     for contender, factors in ((FULL, (2, 2.8)), *((each, (2,)) for each in POWERSGD), (ADPSGD_INT4, (2, 2.8)))
@@ -189,7 +191,7 @@ def _studies(tasks: Sequence[Task], transformer: Task, seeds: int) -> tuple[Stud
             [*tasks, cosine, transformer],
             BYTES,
             SEEDS,
-            more={last.name: (INT8,), transformer.name: tuned},
+            more={last.name: BETWEEN, transformer.name: tuned},
             first=(FULL, ADPSGD_INT4, *FASTER[FULL], *FASTER[ADPSGD_INT4]),
         ),
     )

@@ -11,6 +11,7 @@ from benchmarks.paper import training
 from benchmarks.paper.plan import (
     ADPSGD,
     ADPSGD_INT4,
+    BETWEEN,
     BF16,
     BYTES,
     CPSGD_8,
@@ -83,7 +84,7 @@ def test_contenders_that_send_less_get_what_they_are_named_after(monkeypatch):
     monkeypatch.setattr(
         training, "ADPSGDStrategy", lambda **options: (options["reduce_dtype"], options["optimizer_state"])
     )
-    made = {contender.name: new_strategy(described(contender), None, "gloo") for contender in BYTES}
+    made = {contender.name: new_strategy(described(contender), None, "gloo") for contender in (*BYTES, *BETWEEN)}
     assert made["adpsgd-int4"] == ("int4", "estimate")
     assert made["adpsgd-p2-int4"] == ("int4", "local")
     assert made["adpsgd-p2-s0.25"] == made["adpsgd"] == (None, "local")
