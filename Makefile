@@ -6,7 +6,7 @@ NIGHTLY ?= .venv-nightly
 CLIENTS ?= .venv-clients
 RELEASE ?= .venv-release
 
-.PHONY: demo test test-ray test-bench test-oldest test-clients test-gpu test-nightly build bench paper lint docs clean
+.PHONY: demo test test-ray test-bench test-oldest test-clients test-gpu test-nightly build bench bench-gpu paper lint docs clean
 
 ## Train on real handwritten digits with ddp, adpsgd and adpsgd_int4, print a table, draw a picture (under a minute once installed)
 demo: $(VENV)/.installed-examples
@@ -33,9 +33,18 @@ SEEDS ?= 1
 test-clients: $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python -m pytest tests/clients --seeds "$(SEEDS)"
 
+# On a machine without a network, with the folder that .ci/pack_offline.py has packed: make test-gpu OFFLINE=offline
+OFFLINE ?=
+GPU_PYTHON = $(if $(OFFLINE),PYTHONPATH=$(abspath $(OFFLINE)/site):$(CURDIR) $(PYTHON),$(BIN)/python)
+
 ## Run the tests that need a GPU (skipped where there is none)
-test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/gpu
+test-gpu: $(if $(OFFLINE),,$(VENV)/.installed-dev)
+	$(GPU_PYTHON) -m pytest tests/gpu
+
+## Measure on one GPU, and write logs/gpu.json and a page, logs/gpu.md
+bench-gpu: $(if $(OFFLINE),,$(VENV)/.installed-bench)
+	mkdir -p logs
+	$(GPU_PYTHON) -m benchmarks.gpu --json logs/gpu.json > logs/gpu.md; status=$$?; cat logs/gpu.md; exit $$status
 
 ## Run the package's tests with PyTorch's nightly build and Lightning's main branch, in an environment of its own
 test-nightly: $(NIGHTLY)/.installed-dev

@@ -37,6 +37,7 @@ OWN_TOOLS = (
     "mlflow-skinny",
     "nbclient",
     "ipykernel",
+    "psutil",
 )
 # Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing"}

@@ -1,13 +1,14 @@
 """The paper's comparison (arXiv:2007.06134) on CIFAR-10, from training to a page with tables and figures.
 
     .venv/bin/python -m benchmarks.paper [--scale short|cpu|gpu] [--data DIR] [--runs DIR] [--page FILE]
-        [--studies A,B] [--tasks A,B] [--contenders A,B] [--seeds N]
+        [--studies A,B] [--tasks A,B] [--contenders A,B] [--seeds N] [--minutes N]
 
 `plan.py` lists what is trained at each scale. The options of the second line select some of it, for example
 `--studies bytes --contenders full,adpsgd-int4 --seeds 5`. Every run is a `Trainer.fit` on as many processes as there
 are workers, all on this machine. A finished run is kept in a file below `--runs` and is not repeated: after an
-interruption the same command continues. When all of them are finished the page is written, from all runs of the studies
-that exist; `--page-only` writes it without training.
+interruption the same command continues, and with `--minutes` several short visits to a machine add up. When all of them
+are finished, or the time is up, the page is written, from all runs of the studies that exist; `--page-only` writes it
+without training.
 
 Runs of one seed start from the same weights and see the same batches. The averaged model is evaluated every other epoch
 on a copy, so that no round is added; the communication for this is not counted.
@@ -22,6 +23,7 @@ The exit code is 0, 2 if something failed, and 130 after Ctrl-C.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -80,7 +82,7 @@ def train(options: argparse.Namespace) -> None:
     say(f"{len(missing)} to do with {workers} processes each; the first one shows how long a run takes.")
     # One host per rank: NCCL refuses two ranks of one host on one GPU.
     with this_machine() as (machine,), ranks([machine] * workers, 1, "benchmarks.paper.training") as started:
-        for _ in do(missing, started, store, order, lambda run: _command(run, options), say):
+        for _ in do(missing, started, store, order, lambda run: _command(run, options), say, 60 * options.minutes):
             pass
 
 
@@ -176,6 +178,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--tasks", type=several(one_of(tasks)), metavar="A,B", help="train only these (all of the studies)")
     add("--contenders", type=several(one_of(contenders)), metavar="A,B", help="train only these (all of the studies)")
     add("--seeds", type=number(1), metavar="N", help="at most N runs of each kind (what each study asks for)")
+    add("--minutes", type=number(1), default=math.inf, metavar="N", help="begin no run that ends later (no limit)")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder with CIFAR-10 and the text (data)")
     add("--runs", type=Path, default=Path("logs/paper"), metavar="DIR", help="where runs are kept (logs/paper)")
     add("--page", type=output_file, metavar="FILE", help="what to write (results.md beside the runs)")

@@ -118,8 +118,12 @@ def do(
     order: Mapping[str, Any],
     command_of: Callable[[Run], str],
     say: Callable[[str], None],
+    limit: float = math.inf,
 ) -> Iterator[Run]:
     """Do the missing runs, first those that others depend on; keep each, and yield it when it is done.
+
+    With a ``limit`` in seconds, no run begins that is likely to end after it, judging by the longest run so far of the
+    same task, or of all tasks.
 
     Args:
         missing: the runs.
@@ -128,10 +132,16 @@ def do(
         order: what all orders to the ranks have in common: data, verify, device, backend.
         command_of: the command that repeats this run only.
         say: prints the result of each, and how long the rest will take.
+        limit: seconds.
     """
     seconds: dict[str, list[float]] = {}
+    started_at = time.monotonic()
     for place, run in enumerate(missing):
         began = time.monotonic()
+        known = seconds.get(run.task.name) or [each for of_task in seconds.values() for each in of_task]
+        if began - started_at + max(known, default=0.0) > limit:
+            say(f"The time is up: {len(missing) - place} of {len(missing)} runs are left. The same command continues.")
+            return
         result = combine(started.run({**order, "settings": store.settings(run)}))
         store.keep(run, result, command_of(run), {"verified": order["verify"]})
         seconds.setdefault(run.task.name, []).append(time.monotonic() - began)

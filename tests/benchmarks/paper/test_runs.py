@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -103,6 +104,26 @@ def test_runs_before_an_interruption_are_kept_and_nothing_half_written(tmp_path)
     assert [file.name for file in tmp_path.rglob("*.*")] == ["full-seed0.json"]
     ranks, _ = done(store, runs)
     assert [order["settings"]["contender"]["name"] for order in ranks.orders] == ["qsgd", "cpsgd-8"]
+
+
+@pytest.mark.parametrize(("limit", "begun"), [(5, 1), (19, 1), (20, 2), (39, 3), (math.inf, 4)])
+def test_no_run_begins_that_would_end_after_the_limit_and_the_rest_is_done_next_time(
+    tmp_path, monkeypatch, limit, begun
+):
+    clock = [0.0]
+
+    def take_ten_seconds(count):
+        clock[0] += 10
+        return [an_answer()] * 2
+
+    monkeypatch.setattr("benchmarks.paper.runs.time.monotonic", lambda: clock[0])
+    store, runs, said = Store(tmp_path), some_runs(FULL, QSGD, CPSGD_8, ADPSGD), []
+    ranks = FakeRanks(take_ten_seconds)
+    assert [*do(runs, ranks, store, ORDER, lambda run: "", said.append, limit)] == runs[:begun]
+    if begun < 4:
+        assert said[-1] == f"The time is up: {4 - begun} of 4 runs are left. The same command continues."
+    done(store, runs, ranks)
+    assert len(ranks.orders) == 4
 
 
 def test_progress_shows_the_run_its_result_and_the_time_left(tmp_path):
