@@ -28,12 +28,23 @@ def new_figure(rounds: Sequence[AveragingRound], transport: str) -> RunFigure:
     figure = RunFigure(figsize=(9.0 * len(indices), 6.5), layout="constrained")
     axes = figure.subplots(2, len(indices), sharex="col", squeeze=False)
     for column, index in enumerate(indices):
-        own = [round_ for round_ in rounds if round_.optimizer == index]
+        own = _end_to_end([round_ for round_ in rounds if round_.optimizer == index])
         title = f"optimizer {index}: " if len(indices) > 1 else ""
         title += f"{len(own)} averaging rounds in {own[-1].step} steps"
         _draw_period(axes[0][column], own, title if transport == "at once" else f"{title}, {transport}")
         _draw_variance(axes[1][column], own)
     return figure
+
+
+def _end_to_end(rounds: Sequence[AveragingRound]) -> list[AveragingRound]:
+    """The rounds of several runs one after the other, where a monitor has heard of more than one."""
+    placed: list[AveragingRound] = []
+    before = 0
+    for former, round_ in zip([None, *rounds], rounds, strict=False):
+        if former is not None and round_.step < former.step:
+            before += former.step
+        placed.append(round_._replace(step=before + round_.step))
+    return placed
 
 
 def _draw_period(axis: Any, rounds: Sequence[AveragingRound], title: str) -> None:

@@ -75,7 +75,7 @@ class RoundHistory:
     def adopt(self, carried: tuple[dict[str, Any], str]) -> None:
         """Take over what :meth:`carried` tells."""
         state, self._transport = carried
-        self.load_state_dict(state)
+        RoundHistory.load_state_dict(self, state)
 
     def summary(self) -> dict[str, Any]:
         """The run in numbers.
@@ -169,8 +169,16 @@ class RoundHistory:
         """Print the summary, and draw the plot if there is a path for it."""
         print(f"\n{self.report()}")
         if plot_path is not None:
-            draw(self.rounds, plot_path, transport=self._transport)
-            print(f"  plot            {plot_path}")
+            try:
+                draw(self.rounds, plot_path, transport=self._transport)
+            except (ImportError, OSError, ValueError) as error:  # the weights are worth more than their picture
+                rank_zero_warn(
+                    f"The plot could not be written to {plot_path} ({type(error).__name__}: {error}). The run is not"
+                    " affected: CommunicationMonitor.plot() returns the figure, and adpsgd plot draws it from a"
+                    " checkpoint."
+                )
+            else:
+                print(f"  plot            {plot_path}")
 
     def _note(self, round_: AveragingRound, optimizers: Sequence[Optimizer], ranks: int) -> dict[str, float]:
         """Keep a record, and return what to log of it, by name."""

@@ -1,5 +1,6 @@
 """The plot of a run, as a figure or as a file; needs matplotlib, which is imported when a run is drawn."""
 
+import io
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -36,24 +37,31 @@ def draw(rounds: Sequence[AveragingRound], path: str | PathLike[str], transport:
 
     Args:
         rounds: the records, in order.
-        path: the PNG file to write, a path or a URL (``s3://…``, if fsspec supports it); its folder is created if
-            needed.
+        path: the file to write, a path or a URL (``s3://…``, if fsspec supports it); its folder is created if needed.
+            Its suffix names the format, by default PNG.
         transport: how rounds were sent, for the title.
 
     Raises:
-        TypeError, ValueError: as :func:`figure_of`; a TypeError too if ``path`` is not a path.
+        TypeError, ValueError: as :func:`figure_of`; also if ``path`` is not a path, or names no picture's format.
+        OSError: if the file cannot be written. What was there is kept then, unless writing has begun.
     """
     if not isinstance(path, str | PathLike):
         raise wrong_type("draw", "path", path, "a str or a Path")
     figure = figure_of(rounds, transport)
+    folder, name = os.path.split(path)
+    suffix = os.path.splitext(name)[1][1:].lower() or "png"
+    formats = figure.canvas.get_supported_filetypes()
+    if not name or suffix not in formats:
+        raise wrong_value("draw", "path", str(path), f"a file whose suffix is one of {', '.join(sorted(formats))}")
+    picture = io.BytesIO()  # first drawn, then written: a file that is there is not lost to an error
+    figure.savefig(picture, dpi=130, format=suffix)
     from fsspec.core import url_to_fs
 
-    folder, name = os.path.split(path)
     files, _ = url_to_fs(str(path))
     if folder and not files.exists(folder):
         files.makedirs(folder, exist_ok=True)
     with files.open(os.fspath(path), "wb") as file:
-        figure.savefig(file, dpi=130, format=os.path.splitext(name)[1][1:] or "png")
+        file.write(picture.getvalue())
 
 
 def check_matplotlib(what: str, otherwise: str = "") -> None:

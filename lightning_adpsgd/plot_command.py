@@ -26,8 +26,10 @@ def main(arguments: list[str]) -> None:
         check_matplotlib("adpsgd plot")
         with fsspec.open(options.checkpoint, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=not options.trust)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        parser.error(f"there is no file {options.checkpoint} ({error})")
+    except IsADirectoryError:
+        parser.error(f"{options.checkpoint!r} is a folder; expected a checkpoint's file in it")
+    except FileNotFoundError as error:
+        parser.error(f"there is no file {options.checkpoint!r} ({error})")
     except pickle.UnpicklingError:
         parser.error(
             f"{options.checkpoint} is no checkpoint, or holds more than plain data, which could run code. If you know"
@@ -35,17 +37,22 @@ def main(arguments: list[str]) -> None:
         )
     except ImportError as error:  # matplotlib, or what fsspec needs for a URL
         parser.error(str(error))
-    except (OSError, EOFError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        parser.error(f"{options.checkpoint} cannot be read as a checkpoint ({type(error).__name__}: {reason})")
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        parser.error(
+            f"{options.checkpoint} cannot be read ({_in_short(error)}); expected a checkpoint that a Trainer with a"
+            " CommunicationMonitor has written, whole"
+        )
     history = RoundHistory()
     state = _state_in(checkpoint) or parser.error(_without_rounds(options.checkpoint))
     try:
         history.load_state_dict(state)
-    except (AttributeError, KeyError, TypeError) as error:
-        parser.error(f"{options.checkpoint} holds a monitor's state that is not complete ({error!r})")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        parser.error(f"{options.checkpoint} holds a monitor's state that is damaged or not complete ({error!r})")
     print(history.report())
-    draw(history.rounds, options.output)
+    try:
+        draw(history.rounds, options.output)
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(f"--output {options.output!r}: the picture could not be written ({_in_short(error)})")
     print(f"  plot            {options.output}")
 
 
@@ -55,6 +62,10 @@ def _state_in(checkpoint: Any) -> dict[str, Any] | None:
     states = callbacks.values() if isinstance(callbacks, dict) else ()
     known = (state for state in states if isinstance(state, dict) and isinstance(state.get("ddp_bytes"), torch.Tensor))
     return next((state for state in known if state["ddp_bytes"].numel() > 0), None)
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['it ends too early'])[0]}"
 
 
 def _without_rounds(checkpoint: str) -> str:

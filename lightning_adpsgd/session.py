@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_adpsgd.averaging.buffers import AveragedBuffers
 from lightning_adpsgd.averaging.layout import has_mean, hash48
+from lightning_adpsgd.averaging.update import Update
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.periods import AveragingPeriod
@@ -76,7 +77,7 @@ class TrainingSession:
                     copy.deepcopy(period),
                     module=module,
                     total_steps="later",
-                    options=dataclasses.replace(options, update=copy.deepcopy(options.update)),
+                    options=dataclasses.replace(options, update=_copied(options.update)),
                     workers=workers,
                     async_group=self._async_group,
                     flags=self.flags,
@@ -223,3 +224,13 @@ class TrainingSession:
     @property
     def _handshakes(self) -> int:
         return sum(local_sgd.handshakes for local_sgd in self.local_sgd)
+
+
+def _copied(update: Update | None) -> Update | None:
+    try:
+        return copy.deepcopy(update)
+    except Exception as error:
+        raise TypeError(
+            f"update: {type(update).__name__} cannot be copied ({error}); expected an Update that copy.deepcopy takes,"
+            " as each optimizer gets its own copy. Create locks, files and the like in its start()."
+        ) from error

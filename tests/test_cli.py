@@ -222,6 +222,35 @@ def monitor_of(rounds):
     return monitor
 
 
+def damaged(**columns):
+    torch.save({"callbacks": {"CommunicationMonitor": monitor_of(RUN).state_dict() | columns}}, "last.ckpt")
+    return "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("last.ckpt", "a file whose suffix is one of .*pdf.*png"),
+        ("run.foo", "a file whose suffix is one of"),
+        ("", "a file whose suffix is one of"),
+        ("folder/", "a file whose suffix is one of"),
+        ("folder", "folder"),
+        ("last.ckpt/run.png", "the picture could not be written"),
+        ("foo://run.png", "Protocol not known: foo"),
+    ],
+)
+def test_plot_says_what_is_wrong_with_an_output_and_overwrites_nothing(tmp_path, monkeypatch, capsys, output, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    path = checkpoint_of(monitor_of(RUN))
+    before = Path(path).read_bytes()
+    with pytest.raises(SystemExit):
+        main(["plot", path, "--output", output])
+    assert re.search(f"--output '{output}': .*{message}", capsys.readouterr().err)
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "folder"}
+    assert Path(path).read_bytes() == before
+
+
 def test_plot_draws_the_run_that_a_checkpoint_tells_of(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["plot", checkpoint_of(monitor_of(RUN)), "--output", "run.png"])
@@ -234,12 +263,27 @@ def test_plot_draws_the_run_that_a_checkpoint_tells_of(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda: "missing.ckpt", "there is no file missing.ckpt"),
+        (lambda: "missing.ckpt", "there is no file 'missing.ckpt'"),
+        (lambda: ".", "'.' is a folder; expected a checkpoint's file in it"),
+        (lambda: "foo://last.ckpt", "foo://last.ckpt cannot be read .ValueError: Protocol not known: foo.*; expected"),
+        (lambda: written("", "empty.ckpt"), "empty.ckpt cannot be read .EOFError.*; expected a checkpoint"),
+        (lambda: damaged(trigger=torch.full((4,), 99)), "last.ckpt holds a monitor's state that is damaged"),
+        (lambda: damaged(step=torch.tensor([4])), "last.ckpt holds a monitor's state that is damaged"),
         (lambda: checkpoint_of(None), "last.ckpt tells of no averaging round.*no CommunicationMonitor"),
         (lambda: checkpoint_of(monitor_of([])), "last.ckpt tells of no averaging round"),
         (lambda: written("words", "notes.txt"), "notes.txt is no checkpoint, or holds more than plain data"),
     ],
-    ids=["no file", "no monitor", "no round", "no checkpoint"],
+    ids=[
+        "no file",
+        "folder",
+        "protocol",
+        "empty",
+        "unknown trigger",
+        "a short column",
+        "no monitor",
+        "no round",
+        "no checkpoint",
+    ],
 )
 def test_plot_says_what_is_wrong_with_a_checkpoint(tmp_path, monkeypatch, capsys, write, message):
     monkeypatch.chdir(tmp_path)

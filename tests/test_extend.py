@@ -1,15 +1,17 @@
 """The examples of docs/extend.md run unchanged, and do what the page says."""
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_adpsgd import AveragingOptions, LocalSGD
+from lightning_adpsgd import AveragingOptions, ConstantPeriod, LocalSGD, Update, WorkerGroup
+from lightning_adpsgd.session import TrainingSession
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
 EXAMPLES = ["PlateauPeriod", "SignCodec", "SlowMomentum"]
@@ -146,3 +148,56 @@ def test_a_value_that_is_no_codec_is_refused(value):
 def test_a_value_that_is_no_update_is_refused(value):
     with pytest.raises(TypeError, match="update="):
         AveragingOptions(update=value)
+
+
+class Returns(Update):
+    """Returns something made from the mean."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def apply(self, bucket: Any, mean: Tensor) -> Any:
+        return self.make(mean)
+
+
+def what_is_said_of(name: str) -> str:
+    make = {
+        "nothing": lambda mean: None,
+        "too few": lambda mean: mean[:-1],
+        "other numbers": lambda mean: mean.double(),
+    }[name]
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    local_sgd = LocalSGD(optimizer, 1, module=model, update=Returns(make), total_steps=3)
+    model(torch.ones(1, 3) * (1 + dist.get_rank())).sum().backward()
+    optimizer.step()
+    with pytest.raises((TypeError, ValueError)) as error:
+        local_sgd.step()
+    return str(error.value)
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("nothing", "Returns.apply returned NoneType"),
+        ("too few", r"a tensor of shape \(7,\), torch.float32"),
+        ("other numbers", r"a tensor of shape \(8,\), torch.float64"),
+    ],
+)
+def test_a_result_that_cannot_replace_the_mean_is_refused_with_what_was_expected(pool, name, given):
+    for said in pool.run(what_is_said_of, name):
+        assert re.search(given, said)
+        assert re.search(r"expected a tensor of shape \(8,\), torch.float32, on cpu", said)
+
+
+def test_an_update_that_cannot_be_copied_is_refused_by_its_name():
+    model = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"update: Returns cannot be copied .*each optimizer gets its own copy"):
+        TrainingSession(
+            [torch.optim.SGD(model.parameters(), lr=0.1)],
+            ConstantPeriod(2),
+            AveragingOptions(update=Returns(threading.Lock())),
+            module=model,
+            workers=WorkerGroup(),
+        )

@@ -94,6 +94,12 @@ def test_plot_shows_the_period_the_rounds_the_variance_its_target_and_the_rate(m
     }
 
 
+def test_runs_of_one_monitor_are_drawn_one_after_the_other(monkeypatch):
+    axes, lines = drawn(monkeypatch, [*RUN, RUN[0], RUN[1]])
+    assert lines[0]["averaging period p"] == ([4, 8, 13, 15, 19, 23], [4, 4, 5, 6, 4, 4])
+    assert axes[0].get_title() == "6 averaging rounds in 23 steps"
+
+
 def test_plot_of_two_optimizers_keeps_their_rounds_apart(monkeypatch):
     rounds = [RUN[0], RUN[1]._replace(optimizer=1, period=9), RUN[2], RUN[3]._replace(optimizer=1, period=10)]
     axes, lines = drawn(monkeypatch, rounds)

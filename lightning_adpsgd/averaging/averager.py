@@ -14,7 +14,7 @@ from lightning_adpsgd.averaging.scratch import BufferPool
 from lightning_adpsgd.averaging.spans import span
 from lightning_adpsgd.averaging.squares import add_squares, add_up, sum_of
 from lightning_adpsgd.averaging.tiles import Tile
-from lightning_adpsgd.averaging.update import Adopt, Update
+from lightning_adpsgd.averaging.update import Adopt, Update, check_result
 from lightning_adpsgd.workers.contribution import Contribution
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.reduction import Reduction
@@ -213,7 +213,7 @@ class ParameterAverager:
 
     def _updated(self, bucket: Bucket, mean: Tensor) -> Tensor:
         """The update's result, in a new buffer; elements of no parameter group keep the mean."""
-        updated = self.update.apply(bucket, mean.clone()).clone()
+        updated = check_result(self.update, mean, self.update.apply(bucket, mean.clone())).clone()
         position = 0
         for _, start, stop in [*self.layout.groups(bucket), (0, len(bucket), len(bucket))]:
             updated[position:start] = mean[position:start]

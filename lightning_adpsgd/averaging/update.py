@@ -35,6 +35,23 @@ class Update(ABC):
         """
 
 
+def check_result(update: Update, mean: Tensor, result: object) -> Tensor:
+    """Return an update's ``result`` if it can replace ``mean``.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if its shape, dtype or device is another one.
+    """
+    expected = f"a tensor of shape {tuple(mean.shape)}, {mean.dtype}, on {mean.device}, as the mean that it is given"
+    what = f"{type(update).__name__}.apply returned"
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{what} {type(result).__name__}; expected {expected}. Return the new values of all elements.")
+    if (result.shape, result.dtype, result.device) != (mean.shape, mean.dtype, mean.device):
+        given = f"a tensor of shape {tuple(result.shape)}, {result.dtype}, on {result.device}"
+        raise ValueError(f"{what} {given}; expected {expected}. Compute with tensors like it, and return all elements.")
+    return result
+
+
 class Adopt(Update):
     """Plain local SGD: all workers continue from their mean."""
 

@@ -40,7 +40,7 @@ Kind = Literal[
     "a comparison of untrained parameters",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-COMPARISON: Kind = "a comparison of untrained parameters"
+_COMPARISON = KINDS.index("a comparison of untrained parameters")
 
 
 class RankState(NamedTuple):
@@ -150,8 +150,7 @@ class Handshake:
             f"rank {rank}: {state}{' in ' + hook if hook else ''}"
             for rank, (state, hook) in enumerate(zip(self.states, hooks, strict=True))
         )
-        compares = {KINDS[int(state.kind)] == COMPARISON for state in self.states}
-        if compares == {True, False} and len({state.trigger for state in self.states}) == 1:
+        if self._only_some_compare:
             return (
                 f"Only some workers have parameters that no optimizer trains, such as a target network ({places})."
                 " Build the same model and optimizer on every rank, and freeze, unfreeze, add or remove parameters on"
@@ -162,6 +161,16 @@ class Handshake:
             " steps, and to validate and save at the same steps. Usual causes: data loaders of different lengths (use"
             " drop_last=True or Trainer(limit_train_batches=...)), and steps, saves or stops that depend on one"
             " worker's own loss."
+        )
+
+    @property
+    def _only_some_compare(self) -> bool:
+        """Whether some compare untrained parameters, while others go on with what comes after that."""
+        comparing, others = ([s for s in self.states if (s.kind == _COMPARISON) == yes] for yes in (True, False))
+        rounds = KINDS.index("an averaging round")
+        return bool(comparing and others) and all(
+            other.trigger == comparing[0].trigger if other.kind == rounds else other.step == comparing[0].step
+            for other in others
         )
 
     def check_tensors(self, what: str, describe: Callable[[], Sequence[Described]]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_adpsgd.averaging.layout import Described, hash48
 from lightning_adpsgd.averaging.tiles import at_once
-from lightning_adpsgd.rounds.handshake import COMPARISON, KINDS, Handshake, RankState, naming_lost_workers
+from lightning_adpsgd.rounds.handshake import KINDS, Handshake, RankState, naming_lost_workers
 from lightning_adpsgd.rounds.record import TRIGGERS, Trigger
 from lightning_adpsgd.workers.group import WorkerGroup
 
@@ -36,7 +36,7 @@ def that_differ(workers: WorkerGroup, parameters: Mapping[str, Tensor], step: in
     ]
     hashes = [content_hash(parameter) for parameter in parameters.values()]
     state = RankState(
-        KINDS.index(COMPARISON),
+        KINDS.index("a comparison of untrained parameters"),
         step,
         trigger=TRIGGERS.index(trigger),
         fingerprint=hash48(repr(described).encode()),

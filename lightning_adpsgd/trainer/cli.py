@@ -9,6 +9,8 @@ from lightning_adpsgd import __version__
 from .family import LightningCLI
 from .strategy import ADPSGDStrategy
 
+_EPILOG = "adpsgd plot CHECKPOINT draws the averaging rounds that a checkpoint tells of (adpsgd plot --help)."
+
 
 def main(args: Any = None) -> None:
     """Run LightningCLI; model and data are named in the configuration by their ``class_path``.
@@ -20,4 +22,4 @@ def main(args: Any = None) -> None:
     # A console script finds modules next to itself, `python -m` those of the working directory, where the user's are.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    LightningCLI(args=args, parser_kwargs={"version": __version__})
+    LightningCLI(args=args, parser_kwargs={"prog": "adpsgd", "version": __version__, "epilog": _EPILOG})

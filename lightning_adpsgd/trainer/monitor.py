@@ -10,6 +10,7 @@ from lightning_adpsgd.history import RoundHistory
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.validation import check_instance
 
+from .compat import callbacks_of
 from .family import Callback, pl
 
 
@@ -48,8 +49,33 @@ class CommunicationMonitor(RoundHistory, Callback):
 
         # State
         self._plot_path: str | None = None
-        self._bar: tuple[Any, dict[str, Any]] | None = None
-        """The progress bar with an entry of this monitor, and what the user had set on it."""
+        self._is_fitting = True
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Under which checkpoints hold the history: one for each prefix, so that a Trainer may have several."""
+        return super().state_key if self.prefix == "adpsgd" else self._generate_state_key(prefix=self.prefix)
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._is_fitting = stage == "fit"
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        # Version 0.1 had one key for all prefixes.
+        states, former = checkpoint.get("callbacks", {}), super().state_key
+        alone = all(former != each.state_key for each in callbacks_of(trainer))
+        if alone and self.state_key not in states and former in states:
+            self.load_state_dict(states[former])
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a history that was saved; what a file that is tested tells of its own run is ignored."""
+        if self._is_fitting:
+            super().load_state_dict(state_dict)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -62,18 +88,15 @@ class CommunicationMonitor(RoundHistory, Callback):
             folder = str(trainer.log_dir or trainer.default_root_dir)
             self._plot_path = f"{folder.rstrip('/')}/{self.prefix}.png"
         if self._in_progress_bar and (bar := trainer.progress_bar_callback) is not None:
-            # Its method is what a progress bar shows, and what Lightning tells users to override. ``self.log`` would
-            # make a tensor of each number, and write the names into ``callback_metrics``.
-            self._bar = (bar, {name: value for name, value in vars(bar).items() if name == "get_metrics"})
-            vars(bar)["get_metrics"] = partial(self._with_an_entry, bar.get_metrics)
+            _BarMetrics.add(self, bar)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._leave_the_bar()
+        self._leave_the_bar(trainer)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._leave_the_bar()
+        self._leave_the_bar(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -89,14 +112,41 @@ class CommunicationMonitor(RoundHistory, Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
-    def _with_an_entry(self, get_metrics: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What the progress bar shows, and the entry of this monitor; costs nothing between rounds."""
-        told = self._in_brief()
-        return {**get_metrics(*args, **kwargs), **({self.prefix: told} if told else {})}
+    def _leave_the_bar(self, trainer: "pl.Trainer") -> None:
+        metrics = getattr(trainer.progress_bar_callback, "get_metrics", None)
+        if isinstance(metrics, _BarMetrics):
+            metrics.remove(self)
 
-    def _leave_the_bar(self) -> None:
-        if self._bar is not None:
-            bar, own = self._bar
-            vars(bar).pop("get_metrics")
-            vars(bar).update(own)
-            self._bar = None
+
+class _BarMetrics:
+    """Stands in for a progress bar's ``get_metrics`` during training, and adds the monitors' entries.
+
+    The method is what a bar shows, and what Lightning tells users to override. ``self.log`` would make a tensor of each
+    number, and write the names into ``callback_metrics``.
+    """
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._get_metrics: Callable[..., dict[str, Any]] = bar.get_metrics
+        self._is_set = "get_metrics" in vars(bar)  # by the user, on this bar alone
+        self._monitors: list[CommunicationMonitor] = []
+
+    @classmethod
+    def add(cls, monitor: CommunicationMonitor, bar: Any) -> None:
+        """Show an entry of a monitor."""
+        if not isinstance(bar.get_metrics, cls):
+            vars(bar)["get_metrics"] = cls(bar)
+        bar.get_metrics._monitors.append(monitor)
+
+    def remove(self, monitor: CommunicationMonitor) -> None:
+        """Show its entry no longer; without any, the bar is as it was."""
+        self._monitors = [each for each in self._monitors if each is not monitor]
+        if not self._monitors:
+            del vars(self._bar)["get_metrics"]
+            if self._is_set:
+                vars(self._bar)["get_metrics"] = self._get_metrics
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the bar shows; costs nothing between rounds."""
+        entries = {monitor.prefix: monitor._in_brief() for monitor in self._monitors}
+        return {**self._get_metrics(*args, **kwargs), **{name: told for name, told in entries.items() if told}}

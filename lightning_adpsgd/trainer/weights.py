@@ -65,8 +65,9 @@ class AveragedWeights(GuardedCommunication):
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is None:
             rank_zero_info(
-                "This checkpoint was written by another strategy: it holds no averaging period. Weights, optimizers and"
-                " the Trainer's progress are restored; the averaging rule and its count of steps start anew."
+                "This checkpoint holds no averaging period: it was written by another strategy, or by a process that"
+                " has only launched a forked or spawned fit. Weights, optimizers and the Trainer's progress are"
+                " restored as far as it holds them; the averaging rule and its count of steps start anew."
             )
             return
         if self._session is None:

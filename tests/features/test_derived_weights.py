@@ -131,11 +131,14 @@ def test_a_teacher_that_was_built_in_inference_mode_is_averaged_too(pool, tmp_pa
         assert all((tensor == 0.5).all() for tensor in teacher)
 
 
-def taught_on_one_rank(folder: str) -> str:
-    model = Taught()
+def taught_on_one_rank(validated: bool) -> str:
+    options = {"max_steps": 5, "max_epochs": -1, "num_sanity_val_steps": 0}
+    if validated:
+        options |= {"check_val_every_n_epoch": None, "val_check_interval": 4}
+    loaders = {"train_dataloaders": loader(), **({"val_dataloaders": loader(64)} if validated else {})}
     with pytest.raises(WorkersDisagreeError) as error:
         # Lightning compares the models at the start, so one rank drops its teacher later.
-        fit(ADPSGDStrategy(100), model, callbacks=[Forgets()], max_steps=5, max_epochs=-1)
+        fit(ADPSGDStrategy(4), Taught(), callbacks=[Forgets()], loaders=loaders, **options)
     return str(error.value)
 
 
@@ -148,8 +151,9 @@ class Forgets(L.Callback):
             del pl_module.teacher, pl_module.target
 
 
-def test_workers_of_which_only_some_have_a_teacher_are_told_so(pool, tmp_path):
-    for told in pool.run_trainer(taught_on_one_rank, str(tmp_path)):
+@pytest.mark.parametrize("validated", [False, True], ids=["at the end", "at a validation right after a round"])
+def test_workers_of_which_only_some_have_a_teacher_are_told_so(pool, validated):
+    for told in pool.run_trainer(taught_on_one_rank, validated):
         assert told.startswith("Only some workers have parameters that no optimizer trains")
         assert "rank 0: a comparison of untrained parameters" in told
         assert "Build the same model" in told

@@ -539,6 +539,65 @@ def test_plot_is_an_error_that_says_what_to_do_without_rounds_or_without_matplot
         monitor.plot()
 
 
+@pytest.mark.usefixtures("alone")
+def test_history_of_a_fit_is_kept_where_a_checkpoint_is_tested_or_validated(tmp_path):
+    monitor = CommunicationMonitor()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=4)
+    trainer = trainer_of(tmp_path, monitor, saver, strategy=ADPSGDStrategy(3), enable_checkpointing=True)
+    trainer.fit(Tiny(), loader())
+    before = list(monitor.rounds)
+    first = str(next(tmp_path.glob("*step=4.ckpt")))
+    trainer.validate(Tiny(), loader(), ckpt_path=first)
+    assert monitor.rounds == before
+    trainer.fit_loop.epoch_loop.max_steps = 14
+    trainer.fit(Tiny(), loader(), ckpt_path=first)
+    assert [round_.step for round_ in monitor.rounds][:3] == [3, 4, 7]
+
+
+@pytest.mark.usefixtures("alone")
+def test_several_monitors_have_a_history_each_in_a_checkpoint(tmp_path):
+    def run(path=None):
+        monitors = [CommunicationMonitor(progress_bar=True), CommunicationMonitor("second", progress_bar=True)]
+        saver, bar = ModelCheckpoint(tmp_path, filename="last"), Bar()
+        options = {
+            "enable_checkpointing": True,
+            "enable_progress_bar": True,
+            "max_steps": 10 if path is None else 12,
+            "max_epochs": 2,
+        }
+        trainer = trainer_of(tmp_path, *monitors, saver, bar, strategy=ADPSGDStrategy(2), **options)
+        trainer.fit(Tiny(), loader(), ckpt_path=path)
+        assert bar.shown[-1] == {"adpsgd": "period 2, 0 B saved", "second": "period 2, 0 B saved"}
+        assert "get_metrics" not in vars(bar)
+        return [[round_.step for round_ in monitor.rounds] for monitor in monitors]
+
+    assert run() == [[2, 4, 6, 8, 10]] * 2
+    first, second = run(str(tmp_path / "last.ckpt"))
+    assert first == second
+    assert first[:5] == [2, 4, 6, 8, 10]
+    assert len(first) == 6
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the default one"])
+def test_history_that_version_0_1_saved_under_another_prefix_continues(tmp_path, beside):
+    monitor = CommunicationMonitor("mine")
+    trainer = SimpleNamespace(callbacks=[monitor, *([CommunicationMonitor()] if beside else [])])
+    former = CommunicationMonitor()
+    former._add(a_round(), 2400)
+    monitor.on_load_checkpoint(trainer, None, {"callbacks": {"CommunicationMonitor": former.state_dict()}})
+    assert monitor.rounds == ([] if beside else [a_round()])
+
+
+@pytest.mark.usefixtures("alone")
+def test_plot_that_cannot_be_written_is_warned_of_and_does_not_fail_the_fit(tmp_path):
+    (tmp_path / "adpsgd.png").mkdir()
+    trainer = trainer_of(tmp_path, CommunicationMonitor(plot=True), strategy=ADPSGDStrategy(2))
+    with pytest.warns(UserWarning, match=r"could not be written to .*adpsgd\.png .*The run is not affected"):
+        trainer.fit(Tiny(), loader())
+    assert trainer.state.finished
+
+
 # The progress bar's entry
 
 
