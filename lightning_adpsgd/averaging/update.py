@@ -12,7 +12,8 @@ class Update(ABC):
     """Decides which values all workers continue from after a round that the period asks for.
 
     Its inputs are the same on all workers, and its results have to be the same too. Rounds for a validation, a
-    checkpoint or the end of training, and rounds that drop a worker, adopt the mean instead.
+    checkpoint or the end of training, and rounds that drop a worker, adopt the mean instead. Each optimizer gets a
+    copy. Checkpoints do not hold what an update keeps: it begins anew when a run is resumed.
     """
 
     def start(self, layout: FlatLayout) -> None:  # noqa: B027 - an update without state needs nothing

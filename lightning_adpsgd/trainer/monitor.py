@@ -24,7 +24,8 @@ class CommunicationMonitor(RoundHistory, Callback):
     ``adpsgd/round_seconds``. If workers were dropped (``on_divergence="drop"``), also ``adpsgd/dropped``, how many so
     far. With several optimizers the optimizer's index is appended: ``adpsgd/period_0``.
 
-    Counts continue after a checkpoint is restored.
+    Counts continue when a run is resumed; a checkpoint that is tested or validated leaves them alone. Several monitors
+    of one Trainer need a prefix each.
 
     Args:
         prefix: prefix of the log entries, and the plot's path: "train/adpsgd" is "adpsgd.png" in a folder "train".
