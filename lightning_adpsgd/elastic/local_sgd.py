@@ -17,14 +17,15 @@ from lightning_adpsgd.elastic.lighthouse import Lighthouse
 from lightning_adpsgd.elastic.worker_state import Stateful, WorkerState
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD
-from lightning_adpsgd.options import AveragingOptions, OptimizerState, ReduceDtype, check_timeout, options_of
+from lightning_adpsgd.options import AveragingOptions, OptimizerState, ReduceDtype, options_of
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.engine import RoundEngine
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
-from lightning_adpsgd.validation import check_instance, check_int
+from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 
 _SECONDS_BETWEEN_ATTEMPTS = 0.1
+_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=100), timedelta(days=365)
 
 _REFUSED = {
     "stagger": "its fragments are written back one by one, so a round that loses a worker would be half written",
@@ -136,7 +137,8 @@ class ElasticLocalSGD(LocalSGD):
             ("join_timeout", join_timeout),
         ):
             check_instance(None, name, value, timedelta, "a datetime.timedelta, such as timedelta(seconds=60)")
-            check_timeout(value)
+            if not _SHORTEST_TIMEOUT <= value <= _LONGEST_TIMEOUT:
+                raise wrong_value(None, name, value, "between 0.1 s and a year, such as timedelta(seconds=60)")
         least = check_int(None, "min_workers", min_workers, at_least=1)
         first = check_int(None, "start_workers", start_workers, at_least=1)
         for name, text in (("lighthouse", lighthouse), ("worker_id", worker_id), ("hostname", hostname)):

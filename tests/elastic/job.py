@@ -11,6 +11,25 @@ from torch import nn
 
 from lightning_adpsgd import AdaptivePeriod, LocalSGD
 from lightning_adpsgd.elastic import ElasticLocalSGD
+from lightning_adpsgd.workers.reduction import CollectiveError
+
+
+DEAD_AFTER_MS = 1000
+"""Without a heartbeat for this long, the lighthouse takes a worker for dead."""
+
+
+def serve_lighthouse(pipe: Connection, join_timeout_ms: int, port: int, min_replicas: int) -> None:
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind=f"[::]:{port}",
+        min_replicas=min_replicas,
+        join_timeout_ms=join_timeout_ms,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=DEAD_AFTER_MS,
+    )
+    pipe.send(int(server.address().rpartition(":")[2]))
+    signal.pause()
 
 
 def network(seed: int) -> nn.Module:
@@ -31,17 +50,20 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, worker: int, 
     optimizer.step()
 
 
-class Told:
-    """Wraps a function that is called in mid-round: at its n-th call, this process is killed."""
+class Fault:
+    """Stands in for a method: its next call kills this process, or fails after it has been done."""
 
-    def __init__(self, function: Any, calls: int) -> None:
-        self.function, self.calls = function, calls
+    def __init__(self, method: Any, kind: str) -> None:
+        self.method, self.kind = method, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls -= 1
-        if self.calls == 0:
+        if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.function(*args, **kwargs)
+        result = self.method(*args, **kwargs)
+        if self.kind == "fail":
+            self.kind = ""
+            raise CollectiveError("a fault that the test has asked for")
+        return result
 
 
 def snapshot(local_sgd: LocalSGD, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -67,10 +89,9 @@ def make(worker: int, period: Any, plain: bool = False, **options: Any) -> Any:
             total_steps=60,
             worker_id=f"w{worker}",
             hostname="localhost",
-            quorum_timeout=timedelta(seconds=20),
             round_timeout=timedelta(seconds=20),
             join_timeout=timedelta(seconds=60),
-            **options,
+            **{"quorum_timeout": timedelta(seconds=20), **options},
         )
     return model, optimizer, local_sgd
 
@@ -84,8 +105,7 @@ def follow(
     pipe: Connection,
     address: str,
     period: Any = 4,
-    start_workers: int = 1,
-    kill: tuple[str, int] | None = None,
+    **options: Any,
 ) -> None:
     """Take as many steps as the test says, one message each, and answer with what this worker holds.
 
@@ -94,18 +114,18 @@ def follow(
         pipe: to the test.
         address: the lighthouse's.
         period: the averaging period, or None for the adaptive rule.
-        start_workers: how many start the run together.
-        kill: of which method of the averager, and in its how manyeth call, this process is killed.
+        options: further arguments of :class:`ElasticLocalSGD`.
     """
-    model, optimizer, local_sgd = make(worker, rule() if period is None else period, lighthouse=address, start_workers=start_workers)
+    model, optimizer, local_sgd = make(worker, rule() if period is None else period, lighthouse=address, **options)
     records: list[Any] = []
     local_sgd.subscribe(records.append)
     taken = 0
     for command in iter(pipe.recv, "end"):
         if command == "join":
             local_sgd.broadcast()
-        elif command == "arm":
-            arm(local_sgd, *kill)
+        elif isinstance(command, tuple):
+            kind, method = command  # of the group of workers
+            setattr(local_sgd.workers, method, Fault(getattr(local_sgd.workers, method), kind))
         elif command == "average":
             local_sgd.average()
         elif command != "look":
@@ -116,15 +136,6 @@ def follow(
         told = [record._replace(seconds=0.0) for record in records]
         pipe.send({"records": told, "taken": taken, **snapshot(local_sgd, model, optimizer)})
     local_sgd.close()
-
-
-def arm(local_sgd: Any, where: str, calls: int) -> None:
-    """Kill this process at the ``calls``-th reduction, or at the "vote" of its next round."""
-    group = local_sgd.workers
-    if where == "vote":
-        group.table = Told(group.table, calls)
-    else:
-        group.sum_ = Told(group.sum_, calls)
 
 
 def plain(steps: int, period: Any) -> dict[str, Any]:

@@ -9,32 +9,30 @@ import torch.multiprocessing as mp
 
 from tests.elastic import job
 
-DEAD_AFTER_MS = 1000
-"""Without a heartbeat for this long, the lighthouse takes a worker for dead."""
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.job", "torchft"])
 
 
 class Lighthouse:
-    """torchft's lighthouse in this process."""
+    """torchft's lighthouse, in a process of its own: in this one it would answer even after its shutdown."""
 
-    def __init__(self, min_replicas: int, join_timeout_ms: int = 3000) -> None:
-        from torchft.coordination import LighthouseServer
+    def __init__(self, join_timeout_ms: int = 3000, port: int = 0, min_replicas: int = 1) -> None:
+        self._pipe, theirs = CONTEXT.Pipe()
+        arguments = (theirs, join_timeout_ms, port, min_replicas)
+        self._process = CONTEXT.Process(target=job.serve_lighthouse, args=arguments)
+        self._process.start()
+        self.port = self._pipe.recv()
+        self.address = f"http://localhost:{self.port}"
 
-        self.server = LighthouseServer(
-            bind="[::]:0",
-            min_replicas=min_replicas,
-            join_timeout_ms=join_timeout_ms,
-            quorum_tick_ms=20,
-            heartbeat_timeout_ms=DEAD_AFTER_MS,
-        )
-        self.address = f"http://localhost:{self.server.address().rpartition(':')[2]}"
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(10)
 
 
 class Crowd:
     """Workers by their numbers; commands are given to several of them at once, and answered by each."""
 
     def __init__(self, address: str, **arguments: Any) -> None:
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.faults.job", "tests.elastic.job", "torchft"])
         self._address = address
         self._arguments = arguments
         self.processes: dict[int, Any] = {}
@@ -42,8 +40,8 @@ class Crowd:
 
     def start(self, *workers: int, **arguments: Any) -> None:
         for worker in workers:
-            mine, theirs = self._context.Pipe()
-            process = self._context.Process(
+            mine, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=job.follow, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
             )
             process.start()
