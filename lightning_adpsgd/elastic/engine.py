@@ -186,7 +186,7 @@ class ElasticEngine(RoundEngine):
             names = [self.tracker.name_of(each) for each in parameters if not all_finite([each])]
             raise WorkersDivergedError(
                 f"Parameters of worker {self._meeting.lighthouse.name!r} are not finite at step {self.steps}. The first"
-                f" of {len(names)}: {', '.join(names[:3])}. The other workers go on without it. Lower the learning rate,"
+                f" of {len(names)}: {', '.join(names[:3])}. The others go on without it. Lower the learning rate,"
                 " clip gradients, or look for bad samples in this worker's data, and start the worker again."
             )
         theirs = plan.of_leader

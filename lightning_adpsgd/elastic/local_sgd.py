@@ -45,7 +45,7 @@ class ElasticLocalSGD(LocalSGD):
     late receives weights, buffers, optimizer state, rule and counters from one of the others in their next round, and
     is averaged from the round after that::
 
-        # torchft_lighthouse --min_replicas 1 --join_timeout_ms 5000 --bind [::]:29510
+        # torchft_lighthouse --min_replicas 2 --join_timeout_ms 60000 --heartbeat_timeout_ms 2000 --bind [::]:29510
         # TORCHFT_LIGHTHOUSE=http://host:29510 python train.py
         local_sgd = ElasticLocalSGD(optimizer, AdaptivePeriod(), module=model, total_steps=1000)
         local_sgd.broadcast()  # start with the others, or join them
@@ -59,6 +59,11 @@ class ElasticLocalSGD(LocalSGD):
 
     Between two rounds this package sends nothing. torchft's own thread sends the lighthouse a heartbeat every 0.1 s.
     A round in which not all contributors have taken a whole period is not shown to the rule.
+
+    The lighthouse's options decide how fast the others go on. A worker that is killed holds up their next round until
+    ``--heartbeat_timeout_ms`` has passed. One that is slow holds it up for ``--join_timeout_ms`` at most, counted from
+    the first worker that asks. Make it longer than an averaging period takes: a worker that joins asks that early, and
+    if the time is up when most have asked, they meet without the rest.
 
     Args:
         optimizer: its parameters are averaged. They have to be on the CPU.
@@ -239,7 +244,7 @@ def _check_on_cpu(tensors: Sequence[Tensor]) -> None:
 
 
 def _torchft(timeout: timedelta) -> tuple[Any, Any]:
-    """torchft's process group, and what sends state over it."""
+    """Torchft's process group, and what sends state over it."""
     try:
         from torchft.checkpointing.pg_transport import PGTransport
         from torchft.process_group import ProcessGroupGloo

@@ -91,5 +91,6 @@ def serve_store(hostname: str | None, timeout: timedelta) -> tuple[Any, str]:
             socket.getaddrinfo(hostname, None)
         except OSError:
             hostname = "localhost"
-    store = dist.TCPStore(hostname, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]  # which torch does not say it exports
+    store = make(hostname, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     return store, f"{hostname}:{store.port}"

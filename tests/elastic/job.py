@@ -13,7 +13,6 @@ from lightning_adpsgd import AdaptivePeriod, LocalSGD
 from lightning_adpsgd.elastic import ElasticLocalSGD
 from lightning_adpsgd.workers.reduction import CollectiveError
 
-
 DEAD_AFTER_MS = 1000
 """Without a heartbeat for this long, the lighthouse takes a worker for dead."""
 

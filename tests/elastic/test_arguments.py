@@ -17,7 +17,7 @@ def make(**arguments):
     [{"stagger": True}, {"overlap": 1}, {"reduce_dtype": "int8"}, {"optimizer_state": "average"}],
 )
 def test_an_option_that_is_not_supported_is_refused_with_the_reason(option):
-    with pytest.raises(ValueError, match="because .* Leave it out, or use LocalSGD"):
+    with pytest.raises(ValueError, match="Leave it out, or use LocalSGD"):
         make(**option)
     with pytest.raises(ValueError, match=f"{next(iter(option))}="):
         make(options=AveragingOptions(**option))
