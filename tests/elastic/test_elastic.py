@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from tests.elastic import job
-from tests.elastic.workers import Crowd, Lighthouse
+from tests.elastic import member
+from tests.elastic.crowd import Crowd, Lighthouse
 
 pytestmark = pytest.mark.workers
 
@@ -49,7 +49,7 @@ def test_without_faults_the_result_is_that_of_local_sgd_bit_for_bit(pool, crowd,
     gather(crowd, range(workers), period=period)
     crowd.do(40, *range(workers))
     elastic = crowd.do("average", *range(workers))
-    plain = pool.run(job.plain, 40, period, workers=workers)
+    plain = pool.run(member.plain, 40, period, workers=workers)
     for rank in range(workers):
         assert all(map(torch.equal, elastic[rank]["weights"], plain[rank]["weights"]))
         assert all(map(torch.equal, elastic[rank]["momentum"], plain[rank]["momentum"]))
@@ -64,7 +64,7 @@ def test_without_faults_the_result_is_that_of_local_sgd_bit_for_bit(pool, crowd,
 def test_workers_start_from_the_first_ones_weights(crowd):
     answers = gather(crowd, [0, 1, 2])
     assert same(answers)
-    assert torch.equal(answers[2]["weights"][0], job.network(0).state_dict()["0.weight"])
+    assert torch.equal(answers[2]["weights"][0], member.network(0).state_dict()["0.weight"])
 
 
 def test_the_others_go_on_after_a_worker_is_killed_between_rounds(crowd):
@@ -133,7 +133,7 @@ def test_a_worker_that_does_not_hear_the_vote_commits_when_it_learns_that_anothe
     crowd.send(4, 1)
     settled = crowd.receive(0, 1)
     assert same(settled)
-    for place, name in enumerate(job.network(0).state_dict()):
+    for place, name in enumerate(member.network(0).state_dict()):
         if "running" not in name and "num" not in name:
             mine = mean[place] + moved[place] - sent[place]
             torch.testing.assert_close(settled[0]["weights"][place], (mine + theirs[place]) / 2)
@@ -143,12 +143,12 @@ def test_a_worker_that_does_not_hear_the_vote_commits_when_it_learns_that_anothe
 
 def trained_on(answer, worker, steps):
     """What ``worker`` would hold after more steps without any averaging: its weights and its optimizer."""
-    model, optimizer, _ = job.make(worker, 100, plain=True)
+    model, optimizer, _ = member.make(worker, 100, plain=True)
     model.load_state_dict(dict(zip(model.state_dict(), answer["weights"], strict=True)))
     for parameter, momentum in zip(model.parameters(), answer["momentum"], strict=True):
         optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
     for step in range(answer["taken"], answer["taken"] + steps):
-        job.train_step(model, optimizer, worker, step)
+        member.train_step(model, optimizer, worker, step)
     return [*model.state_dict().values()], optimizer
 
 
@@ -185,7 +185,7 @@ def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(
     assert same(joined)
     assert joined[2]["steps"] == 12
     assert joined[2]["taken"] == 0
-    undisturbed = pool.run(job.plain, 12, period)  # what it brings along is not averaged
+    undisturbed = pool.run(member.plain, 12, period)  # what it brings along is not averaged
     assert all(map(torch.equal, joined[2]["weights"], undisturbed[0]["weights"]))
     assert any(joined[2]["momentum"][0].equal(joined[worker]["momentum"][0]) for worker in (0, 1))
     answers = crowd.do(4, 0, 1, 2)

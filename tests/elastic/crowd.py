@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from tests.elastic import job
+from tests.elastic import member
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.job", "torchft"])
+CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.member", "torchft"])
 
 
 class Lighthouse:
@@ -19,7 +19,7 @@ class Lighthouse:
     def __init__(self, join_timeout_ms: int = 3000, port: int = 0, min_replicas: int = 1) -> None:
         self._pipe, theirs = CONTEXT.Pipe()
         arguments = (theirs, join_timeout_ms, port, min_replicas)
-        self._process = CONTEXT.Process(target=job.serve_lighthouse, args=arguments)
+        self._process = CONTEXT.Process(target=member.serve_lighthouse, args=arguments)
         self._process.start()
         self.port = self._pipe.recv()
         self.address = f"http://localhost:{self.port}"
@@ -42,7 +42,7 @@ class Crowd:
         for worker in workers:
             mine, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=job.follow, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
+                target=member.follow, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
             )
             process.start()
             theirs.close()
