@@ -25,6 +25,7 @@ from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 
 _SECONDS_BETWEEN_ATTEMPTS = 0.1
+_CONNECT_TIMEOUT = timedelta(seconds=3)  # all members have asked for the quorum just now
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=100), timedelta(days=365)
 
 _REFUSED = {
@@ -159,7 +160,7 @@ class ElasticLocalSGD(LocalSGD):
             module=module,
             total_steps=total_steps,
             options=options,
-            workers=QuorumGroup(group),
+            workers=QuorumGroup(group, round_timeout),
         )
         _check_on_cpu(self.averaged)
         state = WorkerState(optimizer, module, stateful or {})
@@ -253,5 +254,5 @@ def _torchft(timeout: timedelta) -> tuple[Any, Any]:
             f"ElasticLocalSGD needs torchft ({error}): pip install 'lightning-adpsgd[elastic]'. It has wheels for Linux"
             " on x86-64."
         ) from error
-    group = ProcessGroupGloo(timeout=timeout)
+    group = ProcessGroupGloo(timeout=_CONNECT_TIMEOUT)
     return group, PGTransport(group, timeout, torch.device("cpu"))

@@ -21,14 +21,15 @@ class QuorumGroup(WorkerGroup):
     Its process group is one of torchft's, not torch's default group, so it can fail without ending the process.
 
     Args:
-        group: torchft's process group, such as ``ProcessGroupGloo``.
+        group: torchft's process group, such as ``ProcessGroupGloo``. Its timeout is how long :meth:`connect` waits.
+        round_timeout: how long collectives wait.
         device: where small tensors are created.
 
     Raises:
         ValueError: if torch's default process group is initialized.
     """
 
-    def __init__(self, group: Any, device: torch.device | str = "cpu") -> None:
+    def __init__(self, group: Any, round_timeout: timedelta, device: torch.device | str = "cpu") -> None:
         if dist.is_initialized():
             raise ValueError(
                 "ElasticLocalSGD in a process with an initialized process group: expected none, because each elastic"
@@ -37,6 +38,7 @@ class QuorumGroup(WorkerGroup):
             )
         super().__init__(None, device)
         self._elastic = group
+        self._round_timeout = round_timeout
         self._contribution = super().all_contribute
         self.is_connected = False
         """Whether there is a connection that no worker is known to have left."""
@@ -66,6 +68,9 @@ class QuorumGroup(WorkerGroup):
         self.disconnect()
         with collective():
             self._elastic.configure(store_address, name, rank, size)
+            # torchft knows one timeout. But a worker that was killed while it waited for the quorum is a member of it,
+            # and never connects, whereas one that has connected may take long to send its state to one that joins.
+            self._elastic.parent._get_backend(self.device)._set_default_timeout(self._round_timeout)
         self._group, self.rank, self.size, self.is_connected = self._elastic, rank, size, True
 
     def disconnect(self) -> None:

@@ -103,6 +103,18 @@ def test_a_round_that_loses_a_worker_overwrites_nothing_and_loses_no_step(crowd,
     assert same(crowd.do(4, 0, 1, 2))
 
 
+def test_a_worker_killed_while_it_waits_for_a_quorum_holds_up_the_others_for_a_few_seconds(crowd):
+    gather(crowd, [0, 1, 2])
+    crowd.do(3, 0, 1, 2)
+    crowd.send(1, 2)
+    time.sleep(0.3)
+    crowd.kill(2)
+    crowd.send(2, 0, 1)
+    answers = crowd.receive(0, 1, seconds=15)
+    assert same(answers)
+    assert len(answers[0]["records"]) == 1
+
+
 def test_a_round_whose_measures_are_lost_is_committed_by_all(crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(3, 0, 1, 2)
