@@ -38,6 +38,7 @@ CONTEXT.set_forkserver_preload(["benchmarks.survival", "lightning_adpsgd.elastic
 
 
 def serve_lighthouse(pipe: Connection, heartbeat_ms: int) -> None:
+    """Serve torchft's lighthouse until this process is killed."""
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer(
@@ -52,6 +53,7 @@ def serve_lighthouse(pipe: Connection, heartbeat_ms: int) -> None:
 
 
 def samples(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of the task."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 16, generator=generator)
     return x, torch.sin(x.sum(dim=1, keepdim=True)) + 0.1 * torch.randn(count, 1, generator=generator)
@@ -117,6 +119,7 @@ class Run:
         self.losses: list[float] = []
 
     def start(self, worker: int) -> None:
+        """Start a worker, or start it again."""
         self.incarnations[worker] += 1
         mine, theirs = CONTEXT.Pipe()
         arguments = (theirs, worker, self.incarnations[worker], self.address, self.options)
@@ -126,6 +129,7 @@ class Run:
         self.pipes[worker] = mine
 
     def listen(self, seconds: float) -> None:
+        """Note what workers tell in that time."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             workers = {pipe: worker for worker, pipe in self.pipes.items()}
@@ -138,6 +142,7 @@ class Run:
                 time.sleep(0.01)
 
     def note(self, worker: int, kind: str, when: float, first: Any, second: Any) -> None:
+        """Note one message."""
         key = worker, self.incarnations[worker]
         if kind == "joined":
             self.present[key] = [when, when]
@@ -171,6 +176,7 @@ class Run:
 
 
 def measure(options: argparse.Namespace, disturbed: bool) -> dict[str, Any]:
+    """One run, in numbers."""
     run = Run(options)
     for worker in range(options.workers):
         run.start(worker)
@@ -217,6 +223,7 @@ def measure(options: argparse.Namespace, disturbed: bool) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Measure both runs, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each of the two runs")
