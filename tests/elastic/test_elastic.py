@@ -10,6 +10,7 @@ import torch
 from tests.elastic import member
 from tests.elastic.crowd import Crowd, Lighthouse
 
+pytest.importorskip("torchft", reason="torchft is not installed: pip install 'lightning-adpsgd[elastic]'")
 pytestmark = pytest.mark.workers
 
 

@@ -6,6 +6,8 @@ import torch
 from lightning_adpsgd import AveragingOptions
 from lightning_adpsgd.elastic import ElasticLocalSGD
 
+pytest.importorskip("torchft", reason="torchft is not installed: pip install 'lightning-adpsgd[elastic]'")
+
 
 def make(**arguments):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)

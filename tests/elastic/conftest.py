@@ -1,3 +1,0 @@
-import pytest
-
-pytest.importorskip("torchft", reason="torchft is not installed: pip install 'lightning-adpsgd[elastic]'")
