@@ -1,7 +1,7 @@
 """Local SGD for one optimizer, in any training loop; needs no Lightning."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class LocalSGD(FormerNames):
             ``optimizer_state`` is "reset" or "estimate" and the optimizer's moments are not known.
     """
 
+    _engine_type: ClassVar[type[RoundEngine]] = RoundEngine  # a subclass may run its rounds in another way
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -102,7 +104,7 @@ class LocalSGD(FormerNames):
         check_instance(None, "owners", owners, dict, optional=True)
         check_instance(None, "async_group", async_group, WorkerGroup, optional=True)
         flags = check_instance(None, "flags", flags, SignalFlags, optional=True)
-        self._engine = RoundEngine(
+        self._engine = self._engine_type(
             optimizer,
             self.options,
             module=module,

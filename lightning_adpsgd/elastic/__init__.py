@@ -1,0 +1,5 @@
+"""Local SGD among workers that come and go, on torchft's lighthouse and process groups."""
+
+from lightning_adpsgd.elastic.local_sgd import ElasticLocalSGD
+
+__all__ = ["ElasticLocalSGD"]

@@ -1,0 +1,287 @@
+"""Runs elastic rounds: asks for a quorum, stages the means, and writes them back once all members have them."""
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_adpsgd.averaging.averager import BucketInFlight
+from lightning_adpsgd.averaging.tensors import AveragedTensors
+from lightning_adpsgd.elastic.lighthouse import AnsweredQuorum, Lighthouse, QuorumError
+from lightning_adpsgd.elastic.plan import MemberState, Plan, plan_of
+from lightning_adpsgd.elastic.worker_state import WorkerState
+from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
+from lightning_adpsgd.rounds.engine import RoundEngine
+from lightning_adpsgd.rounds.guards import all_finite
+from lightning_adpsgd.rounds.measures import Measuring
+from lightning_adpsgd.rounds.record import Trigger
+from lightning_adpsgd.rounds.stopwatch import Stopwatch
+from lightning_adpsgd.workers.contribution import Contribution
+from lightning_adpsgd.workers.quorum_group import QuorumGroup
+from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
+
+_log = logging.getLogger(__name__)
+
+Outcome = Literal["committed", "aborted", "no quorum"]
+"""How an attempted round has ended. Nothing was overwritten unless it was committed."""
+
+
+class Rule(NamedTuple):
+    """The averaging rule, as the engine sees it."""
+
+    period: Callable[[], int]
+    """Returns the period in force."""
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[dict[str, Any], int], None]
+    """Continues from a state, at a number of steps."""
+
+
+class Meeting(NamedTuple):
+    """How the workers meet."""
+
+    lighthouse: Lighthouse
+    transport: Any
+    """torchft's ``CheckpointTransport``, which sends a worker's state to one that joins."""
+    state: WorkerState
+    rule: Rule
+    min_workers: int
+    start_workers: int
+    quorum_timeout: timedelta
+    round_timeout: timedelta
+
+
+class _Staged(NamedTuple):
+    """The means of a round that is not known to be committed."""
+
+    round: int
+    tensors: AveragedTensors
+    in_flight: Sequence[BucketInFlight]
+    local_steps: int
+    """Local steps that the values sent had taken."""
+
+
+class ElasticEngine(RoundEngine):
+    """A :class:`RoundEngine` whose full rounds are among the workers of a quorum, and are committed or not at all.
+
+    A round stages all means in buffers of their own, and the members then vote. A worker that sees all votes commits:
+    it writes the means back. One whose vote fails is in doubt: it goes on with its own values, and holds the means
+    until the next quorum, where it learns whether another worker has committed. If one has, so does this worker, and
+    keeps the steps that it has taken meanwhile: w ← w + (w̄ − values sent).
+    """
+
+    _meeting: Meeting
+    _workers: QuorumGroup
+    committed = 0
+    """Rounds that this worker has committed, the one in which it joined included; 0: it has not joined yet."""
+    _measured = 0
+    _staged: _Staged | None = None
+    _not_before = 0  # the step before which no further quorum is asked for
+    _connection = ""
+
+    def attach(self, meeting: Meeting) -> None:
+        """Set how the workers meet."""
+        self._meeting = meeting
+
+    @override
+    def _is_due(self, period: int) -> bool:
+        return super()._is_due(period) and self.steps >= self._not_before
+
+    @override
+    def run(self, trigger: Trigger, period: int, also: Sequence[Tensor] = (), later: bool = False) -> None:
+        if also:
+            raise ValueError(
+                f"LocalSGD.average(also=...) with {len(also)} tensor(s): expected none, because an elastic round writes"
+                " nothing back before all workers have all means. Put the tensors into the module, as buffers."
+            )
+        self.attempt(trigger)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def attempt(self, trigger: Trigger) -> Outcome:
+        """Ask for a quorum, and take part in its round.
+
+        Raises:
+            WorkersDisagreeError: on a worker that does not average the same tensors as the others.
+            WorkersDivergedError: on a worker whose parameters are not finite. The others go on without it.
+        """
+        meeting, group = self._meeting, self._workers
+        tensors = self.tracker.current()
+        stopwatch = Stopwatch(group.device, None)
+        sent_before = group.payload_bytes
+        stated = self._stated(trigger, tensors)
+        try:
+            quorum = meeting.lighthouse.ask(stated, meeting.quorum_timeout)
+        except QuorumError as error:
+            _log.warning("%s Training goes on locally.", error)
+            return self._postpone()
+        plan = plan_of(quorum.members, meeting.lighthouse.name)
+        self._check_admitted(plan, stated)
+        self._settle(plan)
+        least = meeting.min_workers if plan.contributors else max(meeting.min_workers, meeting.start_workers)
+        if len(plan.members) < least:
+            _log.warning("%d worker(s) of at least %d have met.", len(plan.members), least)
+            return self._postpone()
+        lost = None
+        numbers: Reduction | None = None
+        try:
+            deviations = self._average(plan, quorum, tensors)
+            numbers = self._measures.launch(deviations, group.all_contribute)
+            numbers.wait()
+        except CollectiveError as error:
+            lost = str(error)  # its traceback would keep connections open
+        if lost is not None:
+            _log.warning("Round %d lost a worker: %s", plan.round, lost)
+            self._connection = ""
+            group.disconnect()
+            if self.committed < plan.round:
+                return "aborted"
+            self._start_from(self.steps)  # others may know the measures: whoever is behind follows the leader's rule
+            return "committed"
+        self._measured = plan.round
+        if plan.contributors and numbers is not None:
+            stopwatch.stop()
+            self._measures.book_bytes_since(sent_before)
+            self._measures.append(self._measuring(plan, tensors, numbers, stopwatch))
+        self._start_from(self.steps)
+        return "committed"
+
+    @property
+    def lacks_quorum(self) -> bool:
+        """Whether the latest attempt has found no quorum, and the next one is postponed."""
+        return self.steps < self._not_before
+
+    def leave(self) -> None:
+        """Close the connections, and stop the heartbeats."""
+        self._staged, self._connection = None, ""
+        self._workers.disconnect()
+        self._meeting.lighthouse.close()
+
+    def _stated(self, trigger: Trigger, tensors: AveragedTensors) -> MemberState:
+        rule = self._meeting.rule
+        return MemberState(
+            committed=self.committed,
+            measured=self._measured,
+            staged=0 if self._staged is None else self._staged.round,
+            steps=self.steps,
+            local_steps=self.local_steps,
+            trigger=trigger,
+            fingerprint=tensors.layout.fingerprint,
+            tensors=len(tensors.tensors),
+            finite=bool(tensors.layout.are_finite(self._workers.device)),
+            connection=self._connection,
+            period=rule.period(),
+            rule=rule.state_dict(),
+        )
+
+    def _check_admitted(self, plan: Plan, stated: MemberState) -> None:
+        """Raise if this worker cannot take part. The others leave it out, and go on."""
+        if plan.rank is not None:
+            return
+        if not stated.finite:
+            parameters = self.tracker.current().parameters
+            names = [self.tracker.name_of(each) for each in parameters if not all_finite([each])]
+            raise WorkersDivergedError(
+                f"Parameters of worker {self._meeting.lighthouse.name!r} are not finite at step {self.steps}. The first"
+                f" of {len(names)}: {', '.join(names[:3])}. The others go on without it. Lower the learning rate,"
+                " clip gradients, or look for bad samples in this worker's data, and start the worker again."
+            )
+        theirs = plan.of_leader
+        raise WorkersDisagreeError(
+            f"Worker {self._meeting.lighthouse.name!r} averages {stated.tensors} tensors (hash {stated.fingerprint}),"
+            f" the other workers {theirs.tensors} (hash {theirs.fingerprint}): expected the same dtypes, shapes,"
+            " parameter groups and memory formats. Build the same model and optimizer in this worker. The others go on"
+            " without it."
+        )
+
+    def _postpone(self) -> Outcome:
+        """Train for another period before the next attempt."""
+        self._not_before = self.steps + self._meeting.rule.period()
+        return "no quorum"
+
+    def _settle(self, plan: Plan) -> None:
+        """Commit what was staged in an earlier round if others have committed it; discard it otherwise."""
+        staged, self._staged = self._staged, None
+        if staged is None or not plan.commits_staged:
+            return
+        since = self.local_steps - staged.local_steps
+        self.tracker.rebind(staged.tensors)
+        staged.tensors.averager.adopt(staged.in_flight, moved=since > 0)
+        self.committed, self.local_steps = staged.round, since
+
+    def _average(self, plan: Plan, quorum: AnsweredQuorum, tensors: AveragedTensors) -> Sequence[float | Tensor]:
+        """Stage the means, vote, and write them back; return this worker's deviations from them."""
+        assert plan.rank is not None
+        group = self._workers
+        self._connect(plan, quorum)
+        self._follow(plan)
+        contributors = plan.contributors or (plan.leader,)
+        place = contributors.index(plan.rank) if plan.rank in contributors else None
+        group.contribute(Contribution(len(contributors), place))
+        self._hand_over(plan)
+        deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
+        in_flight: Sequence[BucketInFlight] = ()
+        if len(plan.members) > 1 and plan.contributors:
+            in_flight, _ = tensors.averager.send(0, 1, group)
+            for bucket in in_flight:
+                bucket.reduction.wait()
+        # From here on this worker has all it needs, so it may commit late. One that has not joined yet starts over.
+        if self.committed > 0:
+            self._staged = _Staged(plan.round, tensors, in_flight, self.local_steps)
+        group.table([plan.round])  # the vote: it completes only if all members have all means
+        self._staged = None
+        if in_flight:
+            deviations = [*tensors.averager.adopt(in_flight, moved=False)]
+        self.committed, self.local_steps = plan.round, self.local_steps if plan.rank in plan.contributors else 0
+        return deviations
+
+    def _connect(self, plan: Plan, quorum: AnsweredQuorum) -> None:
+        assert plan.rank is not None
+        if plan.keeps_connection:
+            return
+        self._connection = ""
+        store = plan.members[plan.leader].store_address
+        names = [member.name for member in plan.members]
+        self._workers.connect(f"{store}/adpsgd/{quorum.number}", names[plan.rank], plan.rank, len(names))
+        self._connection = f"{quorum.number} {' '.join(names)}"
+
+    def _follow(self, plan: Plan) -> None:
+        """Continue from the leader's rule, and from the step of the furthest contributor."""
+        rule, leader = self._meeting.rule, plan.of_leader
+        if rule.state_dict() != leader.rule:
+            rule.load_state_dict(leader.rule, plan.steps)
+        self._measured = leader.measured
+        self.restore(plan.steps, self.local_steps)
+
+    def _hand_over(self, plan: Plan) -> None:
+        """Send the leader's state to the workers that join."""
+        meeting = self._meeting
+        if not plan.receivers:
+            return
+        try:
+            if plan.rank == plan.leader:
+                meeting.transport.send_checkpoint(
+                    [*plan.receivers], plan.round, meeting.state.take(), meeting.round_timeout
+                )
+            elif plan.rank in plan.receivers:
+                received = meeting.transport.recv_checkpoint(plan.leader, "", plan.round, meeting.round_timeout)
+                meeting.state.restore(received)
+        except RuntimeError as error:
+            raise CollectiveError(str(error).splitlines()[0]) from error
+
+    def _measuring(self, plan: Plan, tensors: AveragedTensors, numbers: Reduction, stopwatch: Stopwatch) -> Measuring:
+        return Measuring(
+            step=self.steps,
+            trigger=plan.trigger,
+            period=plan.of_leader.period,
+            drift="a period" if plan.is_comparable else None,
+            numbers=numbers,
+            groups=tensors.averager.groups,
+            read_at=self.steps,
+            local_steps=self.local_steps,
+            stopwatch=stopwatch,
+            parameters=tensors.parameters,
+        )

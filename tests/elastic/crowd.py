@@ -1,0 +1,81 @@
+"""Elastic workers in processes of their own, which a test commands step by step."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from tests.elastic import member
+
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.member", "torchft"])
+
+
+class Lighthouse:
+    """torchft's lighthouse, in a process of its own: in this one it would answer even after its shutdown."""
+
+    def __init__(self, join_timeout_ms: int = 3000, port: int = 0, min_replicas: int = 1) -> None:
+        self._pipe, theirs = CONTEXT.Pipe()
+        arguments = (theirs, join_timeout_ms, port, min_replicas)
+        self._process = CONTEXT.Process(target=member.serve_lighthouse, args=arguments)
+        self._process.start()
+        self.port = self._pipe.recv()
+        self.address = f"http://localhost:{self.port}"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(10)
+
+
+class Crowd:
+    """Workers by their numbers; commands are given to several of them at once, and answered by each."""
+
+    def __init__(self, address: str, **arguments: Any) -> None:
+        self._address = address
+        self._arguments = arguments
+        self.processes: dict[int, Any] = {}
+        self._pipes: dict[int, Any] = {}
+
+    def start(self, *workers: int, **arguments: Any) -> None:
+        for worker in workers:
+            mine, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
+                target=member.follow, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
+            )
+            process.start()
+            theirs.close()
+            self.processes[worker], self._pipes[worker] = process, mine
+
+    def send(self, command: Any, *workers: int) -> None:
+        for worker in workers:
+            self._pipes[worker].send(command)
+
+    def receive(self, *workers: int, seconds: float = 60.0) -> dict[int, Any]:
+        answers = {}
+        deadline = time.monotonic() + seconds
+        for worker in workers:
+            if not self._pipes[worker].poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"worker {worker} does not answer")
+            answers[worker] = self._pipes[worker].recv()
+        return answers
+
+    def do(self, command: Any, *workers: int) -> dict[int, Any]:
+        self.send(command, *workers)
+        return self.receive(*workers)
+
+    def kill(self, worker: int) -> None:
+        os.kill(self.processes[worker].pid, signal.SIGKILL)
+        self.processes[worker].join(10)
+
+    def end(self) -> None:
+        """End the workers: those that are alive, in the normal way."""
+        for worker, process in self.processes.items():
+            if process.is_alive():
+                self._pipes[worker].send("end")
+        for process in self.processes.values():
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join(10)

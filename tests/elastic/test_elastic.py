@@ -1,0 +1,241 @@
+"""Real processes, which meet at torchft's lighthouse and are killed by SIGKILL."""
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+
+from tests.elastic import member
+from tests.elastic.crowd import Crowd, Lighthouse
+
+pytest.importorskip("torchft", reason="torchft is not installed: pip install 'lightning-adpsgd[elastic]'")
+pytestmark = pytest.mark.workers
+
+
+@pytest.fixture
+def lighthouse() -> Iterator[Lighthouse]:
+    lighthouse = Lighthouse()
+    yield lighthouse
+    lighthouse.kill()
+
+
+@pytest.fixture
+def crowd(lighthouse: Lighthouse) -> Iterator[Crowd]:
+    crowd = Crowd(lighthouse.address)
+    yield crowd
+    crowd.end()
+
+
+def gather(crowd, workers, **arguments):
+    crowd.start(*workers, start_workers=len(workers), **arguments)
+    return crowd.do("join", *workers)
+
+
+def same(answers):
+    """Whether all hold the same: weights, rule and steps. BatchNorm's count of batches is an int: it has no mean."""
+    first, *others = answers.values()
+    return all(
+        torch.equal(a, b)
+        for other in others
+        for a, b in zip(first["weights"], other["weights"], strict=True)
+        if a.is_floating_point()
+    ) and all(other["rule"] == first["rule"] and other["steps"] == first["steps"] for other in others)
+
+
+@pytest.mark.parametrize("period", [3, None])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_without_faults_the_result_is_that_of_local_sgd_bit_for_bit(pool, crowd, workers, period):
+    gather(crowd, range(workers), period=period)
+    crowd.do(40, *range(workers))
+    elastic = crowd.do("average", *range(workers))
+    plain = pool.run(member.plain, 40, period, workers=workers)
+    for rank in range(workers):
+        assert all(map(torch.equal, elastic[rank]["weights"], plain[rank]["weights"]))
+        assert all(map(torch.equal, elastic[rank]["momentum"], plain[rank]["momentum"]))
+        assert elastic[rank]["rule"] == plain[rank]["rule"]
+        measures = [
+            [(r.step, r.trigger, r.local_steps, r.period, r.variance, r.ratio, r.target) for r in each["records"]]
+            for each in (elastic[rank], plain[rank])
+        ]
+        assert measures[0] == measures[1]
+
+
+def test_workers_start_from_the_first_ones_weights(crowd):
+    answers = gather(crowd, [0, 1, 2])
+    assert same(answers)
+    assert torch.equal(answers[2]["weights"][0], member.network(0).state_dict()["0.weight"])
+
+
+def test_the_others_go_on_after_a_worker_is_killed_between_rounds(crowd):
+    gather(crowd, [0, 1, 2, 3])
+    crowd.do(10, 0, 1, 2, 3)
+    crowd.kill(3)
+    began = time.monotonic()
+    answers = crowd.do(2, 0, 1, 2)
+    assert time.monotonic() - began < 15
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [4, 8, 12]
+    assert answers[0]["taken"] == answers[0]["steps"] == 12
+    answers = crowd.do(4, 0, 1, 2)
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("method", ["sum_", "table"])
+def test_a_round_that_loses_a_worker_overwrites_nothing_and_loses_no_step(crowd, method):
+    gather(crowd, [0, 1, 2, 3])
+    crowd.do(7, 0, 1, 2, 3)
+    crowd.do(("kill", method), 3)
+    before = crowd.do("look", 0, 1, 2)
+    crowd.send(1, 0, 1, 2, 3)
+    after = crowd.receive(0, 1, 2, seconds=10)  # they notice at once, not after a timeout
+    crowd.processes[3].join(10)
+    assert crowd.processes[3].exitcode == -9
+    for worker in (0, 1, 2):
+        assert [record.step for record in after[worker]["records"]] == [4]
+        alone, _ = trained_on(before[worker], worker, 1)
+        assert all(map(torch.equal, after[worker]["weights"], alone))
+    answers = crowd.do(1, 0, 1, 2)
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [4, 9]
+    assert answers[0]["records"][-1].local_steps == 5
+    assert same(crowd.do(4, 0, 1, 2))
+
+
+def test_a_worker_killed_while_it_waits_for_a_quorum_holds_up_the_others_for_a_few_seconds(crowd):
+    gather(crowd, [0, 1, 2])
+    crowd.do(3, 0, 1, 2)
+    crowd.send(1, 2)
+    time.sleep(0.3)
+    crowd.kill(2)
+    crowd.send(2, 0, 1)
+    answers = crowd.receive(0, 1, seconds=15)
+    assert same(answers)
+    assert len(answers[0]["records"]) == 1
+
+
+def test_a_round_whose_measures_are_lost_is_committed_by_all(crowd):
+    gather(crowd, [0, 1, 2])
+    crowd.do(3, 0, 1, 2)
+    crowd.do(("kill", "launch_mean"), 2)
+    crowd.send(1, 0, 1, 2)
+    answers = crowd.receive(0, 1, seconds=10)
+    assert same(answers)
+    assert [each["records"] for each in answers.values()] == [[], []]
+    answers = crowd.do(4, 0, 1)
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [8]
+
+
+def test_a_worker_that_does_not_hear_the_vote_commits_when_it_learns_that_another_has(crowd):
+    gather(crowd, [0, 1])
+    crowd.do(3, 0, 1)
+    crowd.do(("fail", "table"), 0)
+    sent = crowd.do("look", 0, 1)
+    answers = crowd.do(1, 0, 1)
+    assert not same(answers)
+    assert len(answers[1]["records"]) == 0  # worker 0 closes the connection before the measures
+    mean = answers[1]["weights"]
+    sent, _ = trained_on(sent[0], 0, 1)
+    assert all(map(torch.equal, answers[0]["weights"], sent))
+    moved, _ = trained_on(answers[0], 0, 1)
+    theirs, _ = trained_on(answers[1], 1, 4)
+    crowd.send(1, 0)
+    crowd.send(4, 1)
+    settled = crowd.receive(0, 1)
+    assert same(settled)
+    for place, name in enumerate(member.network(0).state_dict()):
+        if "running" not in name and "num" not in name:
+            mine = mean[place] + moved[place] - sent[place]
+            torch.testing.assert_close(settled[0]["weights"][place], (mine + theirs[place]) / 2)
+    assert settled[0]["taken"] == 5
+    assert same(crowd.do(4, 0, 1))
+
+
+def trained_on(answer, worker, steps):
+    """What ``worker`` would hold after more steps without any averaging: its weights and its optimizer."""
+    model, optimizer, _ = member.make(worker, 100, plain=True)
+    model.load_state_dict(dict(zip(model.state_dict(), answer["weights"], strict=True)))
+    for parameter, momentum in zip(model.parameters(), answer["momentum"], strict=True):
+        optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
+    for step in range(answer["taken"], answer["taken"] + steps):
+        member.train_step(model, optimizer, worker, step)
+    return [*model.state_dict().values()], optimizer
+
+
+def test_a_straggler_misses_a_round_and_its_steps_count_in_the_next():
+    hasty = Lighthouse(join_timeout_ms=1500)
+    crowd = Crowd(hasty.address)
+    try:
+        gather(crowd, [0, 1, 2])
+        crowd.do(4, 0, 1, 2)
+        assert same(crowd.do(4, 0, 1))  # without worker 2, which has stopped in mid-period
+        before = crowd.do("look", 0, 1, 2)
+        each = [trained_on(before[worker], worker, 4)[0] for worker in (0, 1, 2)]
+        crowd.send(4, 2)
+        time.sleep(0.2)
+        crowd.send(4, 0, 1)
+        answers = crowd.receive(0, 1, 2)
+        assert same(answers)
+        mean = (each[0][0] + each[1][0] + each[2][0]) / 3
+        torch.testing.assert_close(answers[0]["weights"][0], mean)
+    finally:
+        crowd.end()
+        hasty.kill()
+
+
+@pytest.mark.parametrize("period", [4, None])
+def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(pool, crowd, period):
+    gather(crowd, [0, 1], period=period)
+    crowd.do(8, 0, 1)
+    crowd.start(2, period=period)
+    crowd.send("join", 2)
+    time.sleep(0.5)  # it waits for the others' next round
+    crowd.send(4, 0, 1)
+    joined = crowd.receive(0, 1, 2)
+    assert same(joined)
+    assert joined[2]["steps"] == 12
+    assert joined[2]["taken"] == 0
+    undisturbed = pool.run(member.plain, 12, period)  # what it brings along is not averaged
+    assert all(map(torch.equal, joined[2]["weights"], undisturbed[0]["weights"]))
+    assert any(joined[2]["momentum"][0].equal(joined[worker]["momentum"][0]) for worker in (0, 1))
+    answers = crowd.do(4, 0, 1, 2)
+    assert same(answers)
+    assert answers[2]["records"][-1].local_steps == 4
+    assert len({record.variance for record in (each["records"][-1] for each in answers.values())}) == 1
+
+
+def test_a_worker_that_is_killed_and_started_again_joins(crowd):
+    gather(crowd, [0, 1, 2])
+    crowd.do(6, 0, 1, 2)
+    crowd.kill(0)  # the one that led the start
+    assert same(crowd.do(2, 1, 2))
+    crowd.start(0)
+    crowd.send("join", 0)
+    time.sleep(0.5)
+    crowd.send(4, 1, 2)
+    assert same(crowd.receive(0, 1, 2))
+    assert same(crowd.do(4, 0, 1, 2))
+
+
+def test_training_goes_on_without_a_lighthouse_and_averages_again_when_there_is_one(lighthouse, crowd):
+    gather(crowd, [0, 1], quorum_timeout=timedelta(seconds=4))
+    lighthouse.kill()
+    answers = crowd.do(5, 0, 1)
+    assert not same(answers)
+    assert answers[0]["records"] == []
+    assert answers[0]["taken"] == 5
+    again = Lighthouse(port=lighthouse.port, min_replicas=2)  # or the first one to ask would be alone
+    answers = crowd.do(3, 0, 1)
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [8]
+    again.kill()
+
+
+def test_workers_exit_with_0(crowd):
+    gather(crowd, [0, 1])
+    crowd.do(5, 0, 1)
+    crowd.end()
+    assert [process.exitcode for process in crowd.processes.values()] == [0, 0]
