@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("name", ["adpsgd", "adaptive_local_sgd", "adpsgd_spawn", "adpsgd_int4_fork"])
+@pytest.mark.parametrize("name", ["adpsgd", "adpsgd_spawn", "adpsgd_int4_fork"])
 def test_a_name_starts_its_processes_and_returns_the_average_and_the_rounds(tmp_path, name):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run("script.py", name, cwd=tmp_path)
