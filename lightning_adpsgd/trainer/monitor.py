@@ -56,7 +56,7 @@ class CommunicationMonitor(RoundHistory, Callback):
     @override
     def state_key(self) -> str:
         """Under which checkpoints hold the history: one for each prefix, so that a Trainer may have several."""
-        return super().state_key if self.prefix == "adpsgd" else self._generate_state_key(prefix=self.prefix)
+        return super().state_key if self.prefix == "adpsgd" else f"{super().state_key}[{self.prefix}]"
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
