@@ -126,7 +126,7 @@ class RoundHistory:
         check_matplotlib("CommunicationMonitor.plot()")
         return figure_of(self.rounds, self._transport)
 
-    def _in_brief(self) -> str:
+    def in_brief(self) -> str:
         """The latest period and the bytes saved, for a progress bar; "" before the first round."""
         if not self.rounds:
             return ""

@@ -149,5 +149,5 @@ class _BarMetrics:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the bar shows; costs nothing between rounds."""
-        entries = {monitor.prefix: monitor._in_brief() for monitor in self._monitors}
+        entries = {monitor.prefix: monitor.in_brief() for monitor in self._monitors}
         return {**self._get_metrics(*args, **kwargs), **{name: told for name, told in entries.items() if told}}

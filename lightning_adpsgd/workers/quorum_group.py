@@ -70,7 +70,7 @@ class QuorumGroup(WorkerGroup):
             self._elastic.configure(store_address, name, rank, size)
             # torchft knows one timeout. But a worker that was killed while it waited for the quorum is a member of it,
             # and never connects, whereas one that has connected may take long to send its state to one that joins.
-            self._elastic.parent._get_backend(self.device)._set_default_timeout(self._round_timeout)
+            dist.ProcessGroup._get_backend(self._elastic.parent, self.device)._set_default_timeout(self._round_timeout)
         self._group, self.rank, self.size, self.is_connected = self._elastic, rank, size, True
 
     def disconnect(self) -> None:

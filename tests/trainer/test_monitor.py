@@ -642,7 +642,7 @@ def test_progress_bar_shows_the_latest_period_and_the_bytes_saved_and_loggers_do
 def test_progress_bar_entry_is_the_one_computed_by_hand(rounds, optimizers, told):
     monitor = CommunicationMonitor(progress_bar=True)
     emit(started(monitor, optimizers=[sgd(100)] * optimizers), *rounds)
-    assert monitor._in_brief() == told
+    assert monitor.in_brief() == told
 
 
 class Stops(pl.Callback):
