@@ -40,7 +40,7 @@ OWN_TOOLS = (
     "psutil",
 )
 # Not bounded by the package
-ONLY_CAPPED = {"numpy", "pyparsing"}
+ONLY_CAPPED = {"numpy", "pyparsing", "pyarrow"}
 
 
 def name_of(requirement):

@@ -390,4 +390,4 @@ print(sum("gloo_runloop" in name for name in names))
 def test_the_threads_of_a_group_end_when_a_script_without_lightning_destroys_it(tmp_path):
     script = [sys.executable, "-c", THREADS_OF_A_SCRIPT_WITHOUT_LIGHTNING, str(tmp_path / "store")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "0\n", done.stderr
+    assert done.stdout.splitlines()[-1:] == ["0"], done.stderr  # gloo of older versions prints lines of its own
