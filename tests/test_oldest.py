@@ -37,7 +37,6 @@ OWN_TOOLS = (
     "mlflow-skinny",
     "nbclient",
     "ipykernel",
-    "psutil",
 )
 # Not bounded by the package
 ONLY_CAPPED = {"numpy", "pyparsing", "pyarrow"}
