@@ -14,11 +14,10 @@ whole run, each as a ratio to the undisturbed run; the median and largest time f
 and from the start of a process (imports done) to its first round; the loss of the final average on data of its own, of
 both runs; and the processes that were left.
 
-The exit code is 0, or 1 if a kill was not survived or a process was left.
+The exit code is 0, 1 if a kill was not survived or a process was left, and 130 after Ctrl-C.
 """
 
 import argparse
-import json
 import random
 import signal
 import statistics
@@ -26,12 +25,14 @@ import sys
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+
+from benchmarks.frame.command import NOT_AS_CLAIMED, Arguments, new_main, new_parser, number, settings
+from benchmarks.frame.results import write_json
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["benchmarks.survival", "lightning_adpsgd.elastic", "torchft"])
@@ -222,19 +223,7 @@ def measure(options: argparse.Namespace, disturbed: bool) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure both runs, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each of the two runs")
-    parser.add_argument("--every", type=float, default=15.0, help="mean seconds between kills")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds until a killed worker is started again")
-    parser.add_argument("--period", type=int, default=8)
-    parser.add_argument("--step-ms", type=float, default=20.0)
-    parser.add_argument("--heartbeat-ms", type=int, default=1000, help="without one for so long, a worker is dead")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def _measure_and_print(options: argparse.Namespace) -> int:
     calm, wild = measure(options, disturbed=False), measure(options, disturbed=True)
 
     def spread(values: list[float]) -> str:
@@ -248,9 +237,27 @@ def main() -> int:
     print(f"final loss, disturbed | undisturbed   {wild['loss']:.4f} | {calm['loss']:.4f}")
     print(f"processes left                        {wild['processes_left']} | {calm['processes_left']}")
     if options.json is not None:
-        options.json.write_text(json.dumps({"undisturbed": calm, "disturbed": wild}, indent=1))
-    return int(wild["survived"] < wild["kills"] or wild["processes_left"] > 0)
+        rows = [{"run": "undisturbed", **calm}, {"run": "disturbed", **wild}]
+        write_json(options.json, "survival", settings(options), rows)
+    return NOT_AS_CLAIMED if wild["survived"] < wild["kills"] or wild["processes_left"] > 0 else 0
 
+
+def parse(arguments: Arguments) -> argparse.Namespace:
+    """The options."""
+    parser = new_parser("benchmarks.survival", (__doc__ or "").splitlines()[0])
+    add, seconds = parser.add_argument, number(0.001, kind=float)
+    add("--workers", type=number(2), default=4, metavar="N", help="(4)")
+    add("--seconds", type=seconds, default=120.0, metavar="T", help="of each of the two runs (120)")
+    add("--every", type=seconds, default=15.0, metavar="T", help="mean seconds between kills (15)")
+    add("--pause", type=seconds, default=1.0, metavar="T", help="seconds until a killed worker is started again (1)")
+    add("--period", type=number(1), default=8, metavar="P", help="steps between two rounds (8)")
+    add("--step-ms", type=seconds, default=20.0, metavar="T", help="that a step sleeps (20)")
+    add("--heartbeat-ms", type=number(1), default=1000, metavar="T", help="without one, a worker is dead (1000)")
+    add("--seed", type=number(0), default=0, metavar="N", help="of the kills (0)")
+    return parser.parse_args(arguments)
+
+
+main = new_main(parse, _measure_and_print)
 
 if __name__ == "__main__":
     sys.exit(main())
