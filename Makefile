@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-examples
 
 ## Run the tests of the package and its examples
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients --ignore=tests/ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/benchmarks --ignore=tests/clients --ignore=tests/ray
 
 ## Run the tests of Ray Train, with a local Ray of two workers
 test-ray: $(VENV)/.installed-dev
@@ -48,7 +48,7 @@ bench-gpu: $(if $(OFFLINE),,$(VENV)/.installed-bench)
 
 ## Run the package's tests with PyTorch's nightly build and Lightning's main branch, in an environment of its own
 test-nightly: $(NIGHTLY)/.installed-dev
-	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/benchmarks --ignore=tests/clients
+	$(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/benchmarks --ignore=tests/clients
 
 ## Build the sdist and the wheel into dist/ and check them, the wheel in an empty folder
 build: $(RELEASE)/.installed $(VENV)/.installed-dev

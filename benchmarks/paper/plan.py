@@ -156,7 +156,7 @@ FASTER = {
 }
 """With AdamW each of these is tuned, as their best learning rates differ."""
 
-SHORTLIST = (FULL, POWERSGD[1], ADPSGD, ADPSGD_INT4)
+SHORTLIST = (FULL, POWERSGD[-1], ADPSGD, ADPSGD_INT4)
 
 GRID = tuple(_adaptive(initial, sampling) for initial in (2, 4, 8) for sampling in (0.1, 0.25, 0.5))
 MOMENTUM = (CPSGD_8, _constant(16, "average"), _constant(8, "average"), _constant(8, "reset"))
@@ -216,7 +216,7 @@ def _further(resnet: Task, **common: Any) -> tuple[Study, ...]:
         data="text",
     )
     long = replace(resnet, name=f"{resnet.name}-long", title=f"{resnet.title}, 60 epochs", epochs=60)
-    tuned = [contender for base in (FULL, POWERSGD[1], ADPSGD_INT4) for contender in FASTER[base]]
+    tuned = [contender for base in (FULL, POWERSGD[-1], ADPSGD_INT4) for contender in FASTER[base]]
     pair = (FULL, ADPSGD_INT4, *FASTER[FULL], *FASTER[ADPSGD_INT4])
     return (
         Study("language", "Accuracy against bytes: language", [language], (*SHORTLIST, *tuned), 3, first=pair),
