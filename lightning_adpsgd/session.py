@@ -72,19 +72,8 @@ class TrainingSession:
                 with naming_lost_workers(workers, "opening connections"):
                     self._async_group = workers.new_async_group()
             for index, optimizer in enumerate(optimizers):
-                local_sgd = LocalSGD(
-                    optimizer,
-                    copy.deepcopy(period),
-                    module=module,
-                    total_steps="later",
-                    options=dataclasses.replace(options, update=_copied(options.update)),
-                    workers=workers,
-                    async_group=self._async_group,
-                    flags=self.flags,
-                    owners=owners,
-                    index=index,
-                )
-                self.local_sgd.append(local_sgd)
+                own = dataclasses.replace(options, update=_copied(options.update))
+                self.local_sgd.append(self._new_local_sgd(optimizer, copy.deepcopy(period), own, owners, index))
         except BaseException:
             self.close()
             raise
@@ -208,6 +197,27 @@ class TrainingSession:
             local_sgd.close()
         if self._async_group is not None:
             self._async_group.close()
+
+    def _new_local_sgd(
+        self,
+        optimizer: Optimizer,
+        period: AveragingPeriod,
+        options: AveragingOptions,
+        owners: dict[int, Any],
+        index: int,
+    ) -> LocalSGD:
+        return LocalSGD(
+            optimizer,
+            period,
+            module=self.module,
+            total_steps="later",
+            options=options,
+            workers=self.workers,
+            async_group=self._async_group,
+            flags=self.flags,
+            owners=owners,
+            index=index,
+        )
 
     def _untrained_that_differ(self, trigger: Trigger) -> list[Tensor]:
         if not (self._untrained_may_differ and self.local_sgd) or self.workers.count == 1:

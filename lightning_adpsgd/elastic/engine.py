@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,8 +11,9 @@ from typing_extensions import override
 from lightning_adpsgd.averaging.averager import BucketInFlight
 from lightning_adpsgd.averaging.tensors import AveragedTensors
 from lightning_adpsgd.elastic.lighthouse import AnsweredQuorum, Lighthouse, QuorumError
+from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.elastic.plan import MemberState, Plan, plan_of
-from lightning_adpsgd.elastic.worker_state import WorkerState
+from lightning_adpsgd.elastic.worker_state import JoinableState
 from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.rounds.engine import RoundEngine
 from lightning_adpsgd.rounds.guards import all_finite
@@ -46,12 +46,9 @@ class Meeting(NamedTuple):
     lighthouse: Lighthouse
     transport: Any
     """torchft's ``CheckpointTransport``, which sends a worker's state to one that joins."""
-    state: WorkerState
+    state: JoinableState
     rule: Rule
-    min_workers: int
-    start_workers: int
-    quorum_timeout: timedelta
-    round_timeout: timedelta
+    options: ElasticOptions
 
 
 class _Staged(NamedTuple):
@@ -81,6 +78,7 @@ class ElasticEngine(RoundEngine):
     _staged: _Staged | None = None
     _not_before = 0  # the step before which no further quorum is asked for
     _connection = ""
+    _writer = ""
 
     def attach(self, meeting: Meeting) -> None:
         """Set how the workers meet."""
@@ -114,14 +112,16 @@ class ElasticEngine(RoundEngine):
         sent_before = group.payload_bytes
         stated = self._stated(trigger, tensors)
         try:
-            quorum = meeting.lighthouse.ask(stated, meeting.quorum_timeout)
+            quorum = meeting.lighthouse.ask(stated, meeting.options.quorum_timeout)
         except QuorumError as error:
             _log.warning("%s Training goes on locally.", error)
             return self._postpone()
         plan = plan_of(quorum.members, meeting.lighthouse.name)
         self._check_admitted(plan, stated)
         self._settle(plan)
-        least = meeting.min_workers if plan.contributors else max(meeting.min_workers, meeting.start_workers)
+        least = meeting.options.min_workers
+        if not plan.contributors:
+            least = max(least, meeting.options.start_workers)
         if len(plan.members) < least:
             _log.warning("%d worker(s) of at least %d have met.", len(plan.members), least)
             return self._postpone()
@@ -154,6 +154,15 @@ class ElasticEngine(RoundEngine):
         """Whether the latest attempt has found no quorum, and the next one is postponed."""
         return self.steps < self._not_before
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes for all: one of those of the latest round, until it is lost."""
+        return self._writer == self._meeting.lighthouse.name
+
+    def hurry(self) -> None:
+        """Wait no longer than ``leave_timeout`` for a quorum from now on. May be called by a signal handler."""
+        self._meeting.lighthouse.hurry(self._meeting.options.leave_timeout)
+
     def leave(self) -> None:
         """Close the connections, and stop the heartbeats."""
         self._staged, self._connection = None, ""
@@ -173,6 +182,7 @@ class ElasticEngine(RoundEngine):
             tensors=len(tensors.tensors),
             finite=bool(tensors.layout.are_finite(self._workers.device)),
             connection=self._connection,
+            writer=self._writer,
             period=rule.period(),
             rule=rule.state_dict(),
         )
@@ -254,6 +264,7 @@ class ElasticEngine(RoundEngine):
         if rule.state_dict() != leader.rule:
             rule.load_state_dict(leader.rule, plan.steps)
         self._measured = leader.measured
+        self._writer = plan.writer
         self.restore(plan.steps, self.local_steps)
 
     def _hand_over(self, plan: Plan) -> None:
@@ -264,10 +275,10 @@ class ElasticEngine(RoundEngine):
         try:
             if plan.rank == plan.leader:
                 meeting.transport.send_checkpoint(
-                    [*plan.receivers], plan.round, meeting.state.take(), meeting.round_timeout
+                    [*plan.receivers], plan.round, meeting.state.take(), meeting.options.round_timeout
                 )
             elif plan.rank in plan.receivers:
-                received = meeting.transport.recv_checkpoint(plan.leader, "", plan.round, meeting.round_timeout)
+                received = meeting.transport.recv_checkpoint(plan.leader, "", plan.round, meeting.options.round_timeout)
                 meeting.state.restore(received)
         except RuntimeError as error:
             raise CollectiveError(str(error).splitlines()[0]) from error

@@ -1,9 +1,15 @@
 """Asks torchft's lighthouse for a quorum, and lets torchft send the heartbeats."""
 
 import contextlib
+import math
 import os
+import queue
+import threading
+import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 from lightning_adpsgd.elastic.plan import Member, MemberState
@@ -14,6 +20,7 @@ ENVIRONMENT = "TORCHFT_LIGHTHOUSE"
 
 _HEARTBEAT_INTERVAL = timedelta(milliseconds=100)
 _CONNECT_TIMEOUT = timedelta(seconds=5)
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class QuorumError(RuntimeError):
@@ -58,6 +65,7 @@ class Lighthouse:
         self._store: Any = None
         self._heart: Any = None
         self._client: Any = None
+        self._latest = math.inf
 
     def ask(self, state: MemberState, timeout: timedelta) -> AnsweredQuorum:
         """Ask for a quorum, and wait for it.
@@ -75,7 +83,8 @@ class Lighthouse:
             heart = self._beating()
             if self._client is None:
                 self._client = LighthouseClient(self._address, connect_timeout=_CONNECT_TIMEOUT)
-            quorum = self._client.quorum(
+            ask = partial(
+                self._client.quorum,
                 replica_id=self.name,
                 timeout=timeout,
                 address=heart.address(),
@@ -85,6 +94,7 @@ class Lighthouse:
                 shrink_only=False,
                 data=state._asdict(),
             )
+            quorum = self._answer(ask)
         except (RuntimeError, OSError) as error:
             self._client = None  # it does not reconnect to a lighthouse that was restarted
             raise QuorumError(f"The lighthouse at {self._address} has given no quorum: {error}") from error
@@ -95,6 +105,30 @@ class Lighthouse:
         ]
         created = quorum.created
         return AnsweredQuorum(members, f"{quorum.quorum_id}.{created.seconds}.{created.nanos}")
+
+    def hurry(self, time_left: timedelta) -> None:
+        """Wait no longer than ``time_left``, counted from now, in this and further calls of :meth:`ask`."""
+        self._latest = min(self._latest, time.monotonic() + time_left.total_seconds())
+
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        """Call ``ask`` in a thread: torchft's client would hold up signals, such as Ctrl-C, until it returns."""
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put((ask(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=work, name="adpsgd-quorum", daemon=True).start()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                answer, error = answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
+                if error is not None:
+                    raise error
+                return answer
+            if time.monotonic() > self._latest:
+                raise TimeoutError("this worker was asked to end, and the others have not met in time")
 
     def close(self) -> None:
         """Stop the heartbeats: the others no longer wait for this worker."""

@@ -1,7 +1,6 @@
 """Local SGD for one optimizer in a plain training loop, among workers that come and go."""
 
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -14,19 +13,18 @@ from typing_extensions import override
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.elastic.engine import ElasticEngine, Meeting, Rule
 from lightning_adpsgd.elastic.lighthouse import Lighthouse
-from lightning_adpsgd.elastic.worker_state import Stateful, WorkerState
+from lightning_adpsgd.elastic.options import ElasticOptions
+from lightning_adpsgd.elastic.worker_state import JoinableState, Stateful, WorkerState
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.options import AveragingOptions, OptimizerState, ReduceDtype, options_of
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.engine import RoundEngine
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
-from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 
 _SECONDS_BETWEEN_ATTEMPTS = 0.1
 _CONNECT_TIMEOUT = timedelta(seconds=3)  # all members have asked for the quorum just now
-_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=100), timedelta(days=365)
 
 _REFUSED = {
     "stagger": "its fragments are written back one by one, so a round that loses a worker would be half written",
@@ -90,6 +88,9 @@ class ElasticLocalSGD(LocalSGD):
         overlap: only 0.
         reduce_dtype: only None.
         options: all of these, in place of single ones.
+        elastic: ``lighthouse`` to ``hostname``, in place of single ones.
+        worker_state: what a worker that joins receives, in place of ``stateful``, weights and optimizer state.
+        index: the optimizer's index, for the records.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -125,6 +126,9 @@ class ElasticLocalSGD(LocalSGD):
         overlap: int = 0,
         reduce_dtype: ReduceDtype | Codec | None = None,
         options: AveragingOptions | None = None,
+        elastic: ElasticOptions | None = None,
+        worker_state: JoinableState | None = None,
+        index: int = 0,
     ) -> None:
         options = options_of(
             options,
@@ -136,42 +140,48 @@ class ElasticLocalSGD(LocalSGD):
             overlap=overlap,
             reduce_dtype=reduce_dtype,
         )
-        _check_supported(options)
-        for name, value in (
-            ("quorum_timeout", quorum_timeout),
-            ("round_timeout", round_timeout),
-            ("join_timeout", join_timeout),
-        ):
-            check_instance(None, name, value, timedelta, "a datetime.timedelta, such as timedelta(seconds=60)")
-            if not _SHORTEST_TIMEOUT <= value <= _LONGEST_TIMEOUT:
-                raise wrong_value(None, name, value, "between 0.1 s and a year, such as timedelta(seconds=60)")
-        least = check_int(None, "min_workers", min_workers, at_least=1)
-        first = check_int(None, "start_workers", start_workers, at_least=1)
-        for name, text in (("lighthouse", lighthouse), ("worker_id", worker_id), ("hostname", hostname)):
-            check_instance(None, name, text, str, optional=True)
-        worker_id = worker_id or f"worker-{uuid.uuid4().hex[:8]}"
-        if any(character in worker_id for character in ": /") or not worker_id.isascii():
-            raise ValueError(f"worker_id={worker_id!r}: expected ASCII without spaces, colons and slashes.")
-        at = Lighthouse(lighthouse, worker_id, hostname, round_timeout)
-        group, transport = _torchft(round_timeout)
+        check_supported(options)
+        elastic = elastic or ElasticOptions(
+            lighthouse=lighthouse,
+            min_workers=min_workers,
+            start_workers=start_workers,
+            worker_id=worker_id,
+            quorum_timeout=quorum_timeout,
+            round_timeout=round_timeout,
+            join_timeout=join_timeout,
+            hostname=hostname,
+        )
+        at = Lighthouse(elastic.lighthouse, elastic.name, elastic.hostname, elastic.round_timeout)
+        group, transport = _torchft(elastic.round_timeout)
         super().__init__(
             optimizer,
             period,
             module=module,
             total_steps=total_steps,
             options=options,
-            workers=QuorumGroup(group, round_timeout),
+            workers=QuorumGroup(group, elastic.round_timeout),
+            index=index,
         )
         _check_on_cpu(self.averaged)
-        state = WorkerState(optimizer, module, stateful or {})
+        state = worker_state or WorkerState(optimizer, module, stateful or {})
         rule = Rule(lambda: self.period.value, self._rule.state_dict, self._load_rule)
-        self._join_timeout = join_timeout
-        self._engine.attach(Meeting(at, transport, state, rule, least, first, quorum_timeout, round_timeout))
+        self._elastic = elastic
+        self._engine.attach(Meeting(at, transport, state, rule, elastic))
 
     @property
     def has_joined(self) -> bool:
         """Whether this worker has started with the others, or has received their state."""
         return self._engine.committed > 0
+
+    @property
+    def rounds(self) -> int:
+        """The rounds of the run that this worker knows to be committed, those before it has joined included."""
+        return self._engine.committed
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes logs and checkpoints: one of those of the latest round, until it is lost."""
+        return self._engine.is_writer
 
     @override
     def broadcast(self) -> None:
@@ -183,15 +193,15 @@ class ElasticLocalSGD(LocalSGD):
             WorkerLostError: if there was no round within ``join_timeout``.
             WorkersDisagreeError: if this worker has built another model or optimizer than the others.
         """
-        deadline = time.monotonic() + self._join_timeout.total_seconds()
+        deadline = time.monotonic() + self._elastic.join_timeout.total_seconds()
         while not self.has_joined:
             if self._engine.attempt("period") == "committed":
                 self._emit(self._engine.land(self.period.value))
             elif time.monotonic() > deadline:
                 raise WorkerLostError(
-                    f"This worker has met no others within join_timeout={self._join_timeout}: expected a round of at"
-                    " least min_workers workers in that time. Check that the lighthouse runs and that the other workers"
-                    " have its address, or raise join_timeout above the time that an averaging period takes."
+                    f"This worker has met no others within join_timeout={self._elastic.join_timeout}: expected a round"
+                    " of at least min_workers workers in that time. Check that the lighthouse runs and that the other"
+                    " workers have its address, or raise join_timeout above the time that an averaging period takes."
                 )
             else:
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
@@ -209,10 +219,14 @@ class ElasticLocalSGD(LocalSGD):
         Returns:
             The round's record, or None if there was no round.
         """
-        arrived = super().average(trigger, also)
+        arrived = super().average(trigger, also) if self.has_trained or also else None
         while self.local_steps > 0 and not self._engine.lacks_quorum:
             arrived = super().average(trigger, also) or arrived
         return arrived
+
+    def leave_soon(self) -> None:
+        """Wait no longer than ``leave_timeout`` for others from now on. May be called by a signal handler."""
+        self._engine.hurry()
 
     @override
     def close(self) -> None:
@@ -224,13 +238,14 @@ class ElasticLocalSGD(LocalSGD):
         self._rule.load_state_dict(state, steps, warns=True)
 
 
-def _check_supported(options: AveragingOptions) -> None:
+def check_supported(options: AveragingOptions) -> None:
+    """Raise ``ValueError`` if elastic rounds do not support an option."""
     default = AveragingOptions()
     for name, reason in _REFUSED.items():
         value, expected = getattr(options, name), getattr(default, name)
         if value != expected:
             raise ValueError(
-                f"{name}={value!r} for ElasticLocalSGD: expected {expected!r}, because {reason}. Leave it out, or use"
+                f"{name}={value!r} for elastic workers: expected {expected!r}, because {reason}. Leave it out, or use"
                 " LocalSGD."
             )
 

@@ -31,6 +31,8 @@ class MemberState(NamedTuple):
     """Whether its parameters are finite."""
     connection: str
     """The name of the connection that it holds; empty if it holds none."""
+    writer: str
+    """The name of the worker that writes for all, as far as it knows; empty if it does not."""
     period: int
     rule: dict[str, Any]
     """The state of its averaging rule."""
@@ -77,6 +79,12 @@ class Plan(NamedTuple):
     def of_leader(self) -> MemberState:
         """What the leader has stated."""
         return self.members[self.leader].state
+
+    @property
+    def writer(self) -> str:
+        """The name of the member that writes for all: the one that did so before, or else the leader."""
+        before = self.of_leader.writer
+        return before if before in [each.name for each in self.members] else self.members[self.leader].name
 
 
 def plan_of(quorum: Sequence[Member], me: str) -> Plan:

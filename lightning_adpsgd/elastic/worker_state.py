@@ -18,6 +18,16 @@ class Stateful(Protocol):
         """Restore it."""
 
 
+class JoinableState(Protocol):
+    """All state of a worker that a round does not average: that of a healthy one is restored by one that joins."""
+
+    def take(self) -> Any:
+        """The state now; its tensors need not be copied."""
+
+    def restore(self, state: Any) -> None:
+        """Continue from another worker's state. Parameters and buffers keep their storage."""
+
+
 class WorkerState:
     """Takes and restores all state of one worker that a round does not average.
 

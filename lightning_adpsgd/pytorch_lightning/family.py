@@ -6,6 +6,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     Timer,
@@ -16,7 +17,7 @@ from pytorch_lightning.plugins import Precision
 from pytorch_lightning.plugins.io import AsyncCheckpointIO, async_plugin
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "GradientAccumulationScheduler",
     "LightningCLI",
     "MisconfigurationException",
+    "ModelCheckpoint",
     "ModelPruning",
     "Precision",
     "SIGTERMException",
@@ -40,5 +42,6 @@ __all__ = [
     "ddp_overrides",
     "pl",
     "rank_zero_info",
+    "rank_zero_only",
     "rank_zero_warn",
 ]

@@ -10,10 +10,10 @@ from .family import Callback, ModelPruning, SIGTERMException, StochasticWeightAv
 from .signals import REQUEUE, SIGTERM, DeferredSignals
 
 if TYPE_CHECKING:
-    from lightning_adpsgd.trainer.weights import AveragedWeights
+    from lightning_adpsgd.trainer.elastic import ElasticWorkers
 
 
-def insert_callbacks(trainer: "pl.Trainer", strategy: "AveragedWeights", signals: DeferredSignals) -> list[Callback]:
+def insert_callbacks(trainer: "pl.Trainer", strategy: "ElasticWorkers", signals: DeferredSignals) -> list[Callback]:
     """Insert the strategy's callbacks for a fit; return them."""
     first, after_pruning = FirstCallback(strategy, signals), AfterPruning(strategy)
     callbacks = callbacks_of(trainer)
@@ -39,7 +39,7 @@ class _OwnCallback(Callback):
     on_after_backward = None  # type: ignore[assignment]
     on_before_optimizer_step = None  # type: ignore[assignment]
 
-    def __init__(self, strategy: "AveragedWeights") -> None:
+    def __init__(self, strategy: "ElasticWorkers") -> None:
         self._strategy = strategy
 
 
@@ -53,7 +53,7 @@ class FirstCallback(_OwnCallback):
         signals: the deferred signals.
     """
 
-    def __init__(self, strategy: "AveragedWeights", signals: DeferredSignals) -> None:
+    def __init__(self, strategy: "ElasticWorkers", signals: DeferredSignals) -> None:
         super().__init__(strategy)
         self._signals = signals
 
@@ -71,6 +71,7 @@ class FirstCallback(_OwnCallback):
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:
         if self._strategy.session is not None:
             self._strategy.session.note_forward()
+            self._strategy.follow_the_others()
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:

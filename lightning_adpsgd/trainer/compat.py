@@ -1,6 +1,8 @@
 """All private or version-dependent names of Lightning and torch that the trainer uses, and why."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -147,3 +149,112 @@ def stop_watching_children() -> None:
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             vars(thread)["_run"] = lambda: True  # True: finished
+
+
+def loaded_checkpoint(trainer: "pl.Trainer") -> dict[str, Any]:
+    """The checkpoint file that the Trainer is about to continue from; empty if there is none."""
+    return trainer._checkpoint_connector._loaded_checkpoint
+
+
+def restore_later(trainer: "pl.Trainer", checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint in memory, as if ``fit`` had been given its path; for ``Strategy.setup``.
+
+    Lightning restores the loops, the optimizers and the schedulers after that.
+    """
+    connector = trainer._checkpoint_connector
+    connector._loaded_checkpoint = checkpoint
+    connector.restore_model()
+    connector.restore_datamodule()
+    connector.restore_callbacks()
+    trainer.fit_loop._combined_loader = None  # made early, it would begin at the epoch's first batch
+
+
+def restore_now(trainer: "pl.Trainer", checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint in memory, but go on in the loops where they are; for a fit that is running."""
+    connector = trainer._checkpoint_connector
+    connector._loaded_checkpoint = checkpoint
+    connector.restore_model()
+    connector.restore_callbacks()
+    connector.restore_precision_plugin_state()
+    connector.restore_optimizers_and_schedulers()
+    connector._loaded_checkpoint = {}
+
+
+@contextmanager
+def as_after_the_batch(trainer: "pl.Trainer") -> Iterator[bool]:
+    """Within an optimizer's step, let the loops' counters look as when the callbacks' ``on_train_batch_end`` is called.
+
+    Lightning can continue from there, but not from within a step. Yields whether this is within a step.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    steps = _steps_of(trainer)
+    batch = progress.total.started - progress.total.processed
+    step = steps.total.ready - steps.total.completed
+
+    def add(sign: int) -> None:
+        for each in (progress.total, progress.current):
+            each.processed += sign * batch
+        for each in (steps.total, steps.current):
+            each.completed += sign * step
+
+    add(1)
+    try:
+        yield batch > 0
+    finally:
+        add(-1)
+
+
+def finish_schedules_of_the_batch(trainer: "pl.Trainer") -> None:
+    """Step the learning-rate schedulers as the loop does between a batch and ``on_train_batch_end``."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+    if loop._num_ready_batches_reached():
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+
+
+def first_batch(trainer: "pl.Trainer") -> tuple[int, int]:
+    """The epoch in which training begins, and how many of its batches were trained on before."""
+    epochs: Any = trainer.fit_loop.epoch_progress
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    if epochs.current.started == epochs.current.processed:  # between two epochs
+        return trainer.current_epoch, 0
+    return (
+        (trainer.current_epoch + 1, 0) if batches.is_last_batch else (trainer.current_epoch, batches.current.processed)
+    )
+
+
+def skip_steps(trainer: "pl.Trainer", steps: int) -> None:
+    """Count further ``steps`` as done, at most to the end of the epoch; for ``on_train_batch_start``.
+
+    The current batch becomes a later one of its epoch, and schedulers are stepped. No data are loaded for it: the epoch
+    ends sooner.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress
+    while steps > 0 and batches.current.ready < trainer.num_training_batches:
+        if not loop._should_accumulate():
+            steps -= 1
+            _steps_of(trainer).increment_ready()
+            _steps_of(trainer).increment_completed()
+            loop._batches_that_stepped += 1
+        batches.increment_by(1, batches.is_last_batch)
+        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+
+
+def without_versions(trainer: "pl.Trainer") -> list[Any]:
+    """The loggers that choose a version by themselves, and have not done so yet."""
+    return [each for each in trainer.loggers if getattr(each, "_version", "") is None]
+
+
+def forget_versions(loggers: "list[Any]") -> None:
+    """Have loggers choose a version that does not exist yet, because some delete what they find in their folder."""
+    for each in loggers:
+        each._version = None
+
+
+def _steps_of(trainer: "pl.Trainer") -> Any:
+    """The progress of optimizer steps from which ``trainer.global_step`` is computed."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step
+    return loop.manual_optimization.optim_step_progress

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     Timer,
@@ -20,7 +21,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "GradientAccumulationScheduler",
     "LightningCLI",
     "MisconfigurationException",
+    "ModelCheckpoint",
     "ModelPruning",
     "Precision",
     "SIGTERMException",
@@ -44,5 +46,6 @@ __all__ = [
     "ddp_overrides",
     "pl",
     "rank_zero_info",
+    "rank_zero_only",
     "rank_zero_warn",
 ]

@@ -10,22 +10,22 @@ from typing_extensions import Self, override
 
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Update
+from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.local_sgd import LocalSGD
 from lightning_adpsgd.names import int4_settings, register
 from lightning_adpsgd.options import AveragingOptions, WorkerKind, as_period, check_timeout
 from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import check_module, naming_lost_workers
 from lightning_adpsgd.rounds.record import AveragingRound
-from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.validation import check_choice, check_instance, check_listener
 from lightning_adpsgd.workers.group import WorkerGroup
 from lightning_adpsgd.workers.peers import closed_at_exit
 
 from .callbacks import insert_callbacks, remove_callbacks
 from .compat import trainer_of
+from .elastic import ElasticWorkers, elastic_options
 from .family import CheckpointIO, ClusterEnvironment, Precision, StrategyRegistry, TrainerFn, pl
 from .lifecycle import forget_failure, report_failure
-from .nodes import NodeGradients
 from .preparation import (
     check_module_is_ready,
     check_validation_is_not_timed,
@@ -41,7 +41,7 @@ from .signals import DeferredSignals
 _log = logging.getLogger(__name__)
 
 
-class ADPSGDStrategy(NodeGradients):
+class ADPSGDStrategy(ElasticWorkers):
     """Adaptive periodic parameter averaging (ADPSGD) in place of DDP's gradient all-reduce.
 
     Every process trains its own replica on its own share of the data, and sends no gradients. Every p optimizer steps
@@ -89,6 +89,8 @@ class ADPSGDStrategy(NodeGradients):
             the parameters.
         update: what is done with the mean in rounds that the period asks for; None: it is adopted. Each optimizer gets
             its own copy.
+        elastic: workers come and go, each a launch of its own with a Trainer of one process: how they meet, or True for
+            :class:`~lightning_adpsgd.elastic.ElasticOptions` as the environment says. Experimental.
         accelerator: set by the Trainer.
         parallel_devices: set by the Trainer.
         cluster_environment: as for ``DDPStrategy``.
@@ -116,6 +118,7 @@ class ADPSGDStrategy(NodeGradients):
         reduce_dtype: Literal["bf16", "fp16", "int8", "int4"] | Codec | None = None,
         exclude_buffers: Sequence[str] = (),
         update: Update | None = None,
+        elastic: ElasticOptions | bool | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -151,6 +154,7 @@ class ADPSGDStrategy(NodeGradients):
         )
         self._options.check_with(self._period)
         self._worker: WorkerKind = check_choice(None, "worker", worker, get_args(WorkerKind))
+        self._elastic = elastic_options(elastic, self._options, worker)
 
         # State
         self._listeners: list[Callable[[AveragingRound], None]] = []  # of all fits
@@ -260,7 +264,7 @@ class ADPSGDStrategy(NodeGradients):
     @override
     def register_strategies(cls, strategy_registry: Any = StrategyRegistry) -> None:
         """Register the strategy names with Lightning; may be called again."""
-        register(cls, strategy_registry)
+        register(cls, strategy_registry, elastic=True)
 
     # Details
 
@@ -269,15 +273,10 @@ class ADPSGDStrategy(NodeGradients):
         self._fitting = True
         warn_of_sync_batchnorm(self.lightning_module)
         former = self._session
-        self._session = TrainingSession(
-            # If configure_optimizers() returns none, Lightning substitutes a mock without parameter groups.
-            [optimizer for optimizer in self.optimizers if optimizer.param_groups],
-            self._period,
-            self._options,
-            module=self.lightning_module,
-            workers=workers,
-            listeners=[*self._listeners, *self._listeners_of_this_fit],
-        )
+        # If configure_optimizers() returns none, Lightning substitutes a mock without parameter groups.
+        optimizers = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
+        listeners = [*self._listeners, *self._listeners_of_this_fit]
+        self._session = self._new_session(optimizers, self._period, self._options, workers, listeners)
         self._signals = DeferredSignals(trainer, self._raise_flags)
         self._signals.install()
         self._callbacks = insert_callbacks(trainer, self, self._signals)
@@ -287,7 +286,4 @@ class ADPSGDStrategy(NodeGradients):
         warn_of_short_steps(self.optimizers, self._options.optimizer_state, workers)
         if former is not None and former.module is self.lightning_module and trainer.global_step > 0:
             self._session.go_on_from(former)
-
-    def _raise_flags(self, flags: int) -> None:
-        if self._session is not None:
-            self._session.flags.raised |= flags
+        self._join()

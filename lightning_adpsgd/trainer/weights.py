@@ -10,7 +10,7 @@ from lightning_adpsgd.rounds.record import Trigger
 from lightning_adpsgd.session import CHECKPOINT_KEY
 
 from .communication import GuardedCommunication
-from .compat import second_weights, snapshot, trainer_of
+from .compat import is_interrupted, second_weights, snapshot, trainer_of
 from .family import rank_zero_info, rank_zero_warn
 
 
@@ -34,7 +34,7 @@ class AveragedWeights(GuardedCommunication):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The averaged weights; this rank's own after an exception, when others may be gone."""
-        if not self._is_alone():
+        if not is_interrupted(trainer_of(self.lightning_module)):
             self.average("checkpoint")
         return super().lightning_module_state_dict()
 
@@ -62,7 +62,9 @@ class AveragedWeights(GuardedCommunication):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the optimizers and the rules; with a checkpoint of another strategy, the rules start anew."""
         super().load_optimizer_state_dict(checkpoint)
-        state = checkpoint.get(CHECKPOINT_KEY)
+        self._load_session(checkpoint.get(CHECKPOINT_KEY))
+
+    def _load_session(self, state: Mapping[str, Any] | None) -> None:
         if state is None:
             rank_zero_info(
                 "This checkpoint holds no averaging period: it was written by another strategy, or by a process that"

@@ -26,13 +26,13 @@ class QuorumGroup(WorkerGroup):
         device: where small tensors are created.
 
     Raises:
-        ValueError: if torch's default process group is initialized.
+        ValueError: if torch's default process group is initialized, and has other ranks than this one.
     """
 
     def __init__(self, group: Any, round_timeout: timedelta, device: torch.device | str = "cpu") -> None:
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
-                "ElasticLocalSGD in a process with an initialized process group: expected none, because each elastic"
+                "Elastic workers in a process group of several ranks: expected none, because each elastic"
                 " worker is one process, and meets the others at the lighthouse. Do not call"
                 " torch.distributed.init_process_group, and start each worker by itself."
             )
