@@ -79,6 +79,7 @@ class ElasticEngine(RoundEngine):
     _not_before = 0  # the step before which no further quorum is asked for
     _connection = ""
     _writer = ""
+    _met = 0  # workers in the latest quorum, if these were too few
 
     def attach(self, meeting: Meeting) -> None:
         """Set how the workers meet."""
@@ -123,8 +124,11 @@ class ElasticEngine(RoundEngine):
         if not plan.contributors:
             least = max(least, meeting.options.start_workers)
         if len(plan.members) < least:
-            _log.warning("%d worker(s) of at least %d have met.", len(plan.members), least)
+            if len(plan.members) != self._met:
+                _log.warning("%d worker(s) of at least %d have met.", len(plan.members), least)
+            self._met = len(plan.members)
             return self._postpone()
+        self._met = 0
         lost = None
         numbers: Reduction | None = None
         try:

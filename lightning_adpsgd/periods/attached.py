@@ -14,16 +14,25 @@ class AttachedRule:
         self._rule = rule
         self._restored: dict[str, Any] | None = None
         self._in_reserve: tuple[Observation, Sequence[float]] | None = None
+        self._is_set_up = False
+        self._early: list[tuple[Observation, Sequence[float]]] = []  # rounds before that, in which a worker has joined
 
     def setup(self, total_steps: int | None) -> None:
         """Tell the rule how long the run is. A restored state is kept."""
         self._rule.setup(total_steps)
         if self._restored is not None:
             self._rule.load_state_dict(self._restored)
+        self._is_set_up = True
+        early, self._early = self._early, []
+        for record, scalars in early:
+            self.see(record, scalars)
 
     def see(self, record: Observation, scalars: Sequence[float]) -> None:
         """Pass a comparable round to the rule."""
         self._in_reserve = None
+        if not self._is_set_up:
+            self._early.append((record, scalars))
+            return
         report(self._rule, record, scalars)
 
     def reserve(self, record: Observation, scalars: Sequence[float]) -> None:

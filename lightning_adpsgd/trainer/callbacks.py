@@ -71,10 +71,10 @@ class FirstCallback(_OwnCallback):
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:
         if self._strategy.session is not None:
             self._strategy.session.note_forward()
-            self._strategy.follow_the_others()
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: object) -> None:
+        self._strategy.follow_the_others()
         # Not within the optimizer's step: a checkpoint that a signal asks for has to follow it.
         self._act_on_signals()
 

@@ -218,27 +218,45 @@ def first_batch(trainer: "pl.Trainer") -> tuple[int, int]:
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress
     if epochs.current.started == epochs.current.processed:  # between two epochs
         return trainer.current_epoch, 0
-    return (
-        (trainer.current_epoch + 1, 0) if batches.is_last_batch else (trainer.current_epoch, batches.current.processed)
-    )
+    if batches.is_last_batch:
+        return trainer.current_epoch + 1, 0
+    return trainer.current_epoch, batches.current.processed
 
 
-def skip_steps(trainer: "pl.Trainer", steps: int) -> None:
-    """Count further ``steps`` as done, at most to the end of the epoch; for ``on_train_batch_start``.
+def skip_steps(trainer: "pl.Trainer", steps: int, scheduled: int) -> int:
+    """Count further ``steps`` as done; for ``on_train_batch_end``. No data are loaded: the epoch ends sooner.
 
-    The current batch becomes a later one of its epoch, and schedulers are stepped. No data are loaded for it: the epoch
-    ends sooner.
+    From the end of the epoch on, only whole epochs are left out. Schedulers are stepped, except for the first
+    ``scheduled`` steps.
+
+    Returns:
+        How many steps were counted.
     """
-    loop = trainer.fit_loop.epoch_loop
-    batches = loop.batch_progress
-    while steps > 0 and batches.current.ready < trainer.num_training_batches:
-        if not loop._should_accumulate():
-            steps -= 1
-            _steps_of(trainer).increment_ready()
-            _steps_of(trainer).increment_completed()
-            loop._batches_that_stepped += 1
+    loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress
+    batches, counted = loop.batch_progress, 0
+    while counted < steps and batches.current.ready < trainer.num_training_batches:
         batches.increment_by(1, batches.is_last_batch)
-        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if not loop._should_accumulate():
+            counted += 1
+            _count_steps(trainer, 1)
+        if counted > scheduled:
+            finish_schedules_of_the_batch(trainer)
+    per_epoch = len(range(0, int(min(trainer.num_training_batches, 2**52)), trainer.accumulate_grad_batches))
+    left_out = (steps - counted) // max(1, per_epoch)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        left_out = min(left_out, trainer.max_epochs - trainer.current_epoch - 1)
+    if left_out > 0:
+        epochs.increment_by(left_out)
+        batches.total.increment_by(left_out * int(trainer.num_training_batches))
+        _count_steps(trainer, left_out * per_epoch)
+    return counted + max(0, left_out) * per_epoch
+
+
+def _count_steps(trainer: "pl.Trainer", steps: int) -> None:
+    progress = _steps_of(trainer)
+    for each in (progress.total, progress.current):
+        each.increment_by(steps)
+    trainer.fit_loop.epoch_loop._batches_that_stepped += steps
 
 
 def without_versions(trainer: "pl.Trainer") -> list[Any]:

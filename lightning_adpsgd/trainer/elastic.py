@@ -50,6 +50,7 @@ class ElasticWorkers(NodeGradients):
         self._taken: dict[str, Any] | None = None
         self._counts_from = 0  # Lightning's step at step 0 of the optimizer
         self._schedules_are_late = False
+        self._scheduled = 0  # steps that are not counted yet, but for which schedulers were stepped
         self._loggers: list[Any] = []
 
     @property
@@ -126,10 +127,12 @@ class ElasticWorkers(NodeGradients):
                 finish_schedules_of_the_batch(trainer)
 
     def follow_the_others(self) -> None:
-        """Leave out as many batches as the other workers are ahead of this one, at most to the end of the epoch."""
+        """Leave out as many batches as the other workers are ahead of this one."""
         trainer = trainer_of(self.lightning_module)
         if isinstance(self._session, ElasticSession) and trainer is not None:
-            skip_steps(trainer, self._session.steps + self._counts_from - trainer.global_step)
+            # They are ahead if this worker has missed rounds.
+            ahead = self._session.steps + self._counts_from - trainer.global_step
+            self._scheduled = max(0, self._scheduled - skip_steps(trainer, ahead, self._scheduled))
 
     def take_worker_state(self) -> dict[str, Any]:
         """What a worker that joins receives: a checkpoint that is not written, or the weights if nothing has begun."""
@@ -163,6 +166,8 @@ class ElasticWorkers(NodeGradients):
             self._schedules_are_late = state.get("is_within_a_step", False)
         else:
             restore_now(trainer, checkpoint)
+            with as_after_the_batch(trainer):
+                self._scheduled = max(0, checkpoint["global_step"] - trainer.global_step)
 
     def _new_session(
         self,

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from tests.elastic import member
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.member", "torchft"])
+CONTEXT.set_forkserver_preload(["tests.faults.job", "tests.elastic.member", "tests.elastic.trainer_member", "torchft"])
 
 
 class Lighthouse:
@@ -32,8 +33,9 @@ class Lighthouse:
 class Crowd:
     """Workers by their numbers; commands are given to several of them at once, and answered by each."""
 
-    def __init__(self, address: str, **arguments: Any) -> None:
+    def __init__(self, address: str, target: Callable[..., None] = member.follow, **arguments: Any) -> None:
         self._address = address
+        self._target = target
         self._arguments = arguments
         self.processes: dict[int, Any] = {}
         self._pipes: dict[int, Any] = {}
@@ -42,7 +44,7 @@ class Crowd:
         for worker in workers:
             mine, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=member.follow, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
+                target=self._target, args=(worker, theirs, self._address), kwargs={**self._arguments, **arguments}
             )
             process.start()
             theirs.close()
