@@ -105,7 +105,9 @@ class CommunicationMonitor(RoundHistory, Callback):
             self._print_summary(self._plot_path)
 
     def _on_round(self, trainer: "pl.Trainer", round_: AveragingRound) -> None:
-        metrics = self._note(round_, trainer.optimizers, trainer.world_size)
+        session = getattr(trainer.strategy, "session", None)
+        ranks = trainer.world_size if session is None else session.workers.size  # elastic ones come and go
+        metrics = self._note(round_, trainer.optimizers, ranks)
         if not trainer.loggers or not trainer.is_global_zero:
             return
         logged_step = getattr(trainer.strategy, "logged_step", None)

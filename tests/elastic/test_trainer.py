@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,8 @@ def test_workers_train_on_shares_of_the_data_and_validate_on_all_of_it(crowd, tm
     assert same(ended)
     assert [each["how"] for each in ended.values()] == ["finished"] * 3
     assert position(ended[0]) == position(ended[1]) == position(ended[2])
+    assert ended[0]["bytes"] == (ended[1]["bytes"][0], ended[2]["bytes"][1])
+    assert ended[0]["bytes"][1] > 2 * ended[0]["bytes"][0] > 0
     assert [each["writes"] for each in ended.values()] == [True, False, False]
     assert len([*tmp_path.rglob("*.ckpt")]) == 1
     assert len([*tmp_path.rglob("metrics.csv")]) == 1
@@ -182,3 +186,27 @@ def test_a_run_continues_from_a_checkpoint(crowd, tmp_path):
     assert position(answers[0]) == position(answers[1])
     assert answers[0]["steps"] == answers[0]["global_step"] == BATCHES + 4
     assert {epoch for epoch, _ in answers[0]["seen"]} == {1}
+
+
+def test_a_yaml_file_describes_an_elastic_worker(lighthouse, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"""
+        model: {{class_path: lightning.pytorch.demos.boring_classes.BoringModel}}
+        trainer:
+          accelerator: cpu
+          devices: 1
+          max_steps: 4
+          callbacks: [{{class_path: lightning_adpsgd.CommunicationMonitor}}]
+          strategy:
+            class_path: lightning_adpsgd.ADPSGDStrategy
+            init_args:
+              period: 2
+              elastic: {{lighthouse: "{lighthouse.address}", worker: 0, max_workers: 1, quorum_timeout: "0:00:20"}}
+        """
+    )
+    command = [sys.executable, "-m", "lightning_adpsgd", "fit", "-c", "config.yaml"]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "max_steps=4" in done.stderr
+    assert len([*tmp_path.rglob("*.ckpt")]) == 1

@@ -84,6 +84,8 @@ class Obey(Callback):
         strategy: Any = trainer.strategy
         checkpoint: Any = trainer.checkpoint_callback
         stopping: Any = trainer.early_stopping_callback
+        monitor: Any = next(each for each in trainer.callbacks if isinstance(each, CommunicationMonitor))  # type: ignore[attr-defined]
+        summary = monitor.summary()
         local_sgd = strategy.local_sgd[0]
         self.pipe.send(
             {
@@ -102,6 +104,7 @@ class Obey(Callback):
                 "best": checkpoint.best_model_path,
                 "waited": stopping.wait_count,
                 "log_dir": trainer.log_dir,
+                "bytes": (summary["sent_bytes"], summary["sent_bytes_ddp"]),
                 "members": strategy.session.workers.size,
             }
         )
