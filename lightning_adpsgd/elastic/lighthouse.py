@@ -21,6 +21,7 @@ ENVIRONMENT = "TORCHFT_LIGHTHOUSE"
 _HEARTBEAT_INTERVAL = timedelta(milliseconds=100)
 _CONNECT_TIMEOUT = timedelta(seconds=5)
 _SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_TO_RENEW = 2.0
 
 
 class QuorumError(RuntimeError):
@@ -70,6 +71,9 @@ class Lighthouse:
     def ask(self, state: MemberState, timeout: timedelta) -> AnsweredQuorum:
         """Ask for a quorum, and wait for it.
 
+        A worker that has not joined asks again and again: the lighthouse counts its ``--join_timeout_ms`` from the
+        first request, and otherwise the others would meet before all of them have asked.
+
         Args:
             state: what this worker states.
             timeout: how long to wait.
@@ -86,7 +90,6 @@ class Lighthouse:
             ask = partial(
                 self._client.quorum,
                 replica_id=self.name,
-                timeout=timeout,
                 address=heart.address(),
                 store_address=self._store_address,
                 step=state.committed,
@@ -94,7 +97,12 @@ class Lighthouse:
                 shrink_only=False,
                 data=state._asdict(),
             )
-            quorum = self._answer(ask)
+            quorum = self._answer(ask, timeout.total_seconds(), renews=state.committed == 0)
+        except TimeoutError:
+            raise QuorumError(
+                f"The lighthouse at {self._address} has given no quorum: not enough other workers have asked for one in"
+                " time."
+            ) from None
         except (RuntimeError, OSError) as error:
             self._client = None  # it does not reconnect to a lighthouse that was restarted
             raise QuorumError(f"The lighthouse at {self._address} has given no quorum: {error}") from error
@@ -110,8 +118,22 @@ class Lighthouse:
         """Wait no longer than ``time_left``, counted from now, in this and further calls of :meth:`ask`."""
         self._latest = min(self._latest, time.monotonic() + time_left.total_seconds())
 
-    def _answer(self, ask: Callable[[], Any]) -> Any:
-        """Call ``ask`` in a thread: torchft's client would hold up signals, such as Ctrl-C, until it returns."""
+    def _answer(self, ask: Callable[..., Any], seconds: float, renews: bool) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, min(deadline, self._latest) - time.monotonic())
+            seconds = min(left, _SECONDS_TO_RENEW) if renews else left
+            try:
+                return self._in_a_thread(partial(ask, timeout=timedelta(seconds=seconds)))
+            except TimeoutError:
+                if seconds == left:
+                    raise
+
+    def _in_a_thread(self, ask: Callable[[], Any]) -> Any:
+        """Call ``ask`` in a thread: torchft's client would hold up signals, such as Ctrl-C, until it returns.
+
+        The thread is not a daemon, because the process would be aborted if an answer arrived while it exits.
+        """
         answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def work() -> None:
@@ -120,7 +142,7 @@ class Lighthouse:
             except BaseException as error:
                 answers.put((None, error))
 
-        threading.Thread(target=work, name="adpsgd-quorum", daemon=True).start()
+        threading.Thread(target=work, name="adpsgd-quorum").start()
         while True:
             with contextlib.suppress(queue.Empty):
                 answer, error = answers.get(timeout=_SECONDS_BETWEEN_LOOKS)

@@ -93,7 +93,7 @@ class ElasticWorkers(NodeGradients):
                 " launcher of several tasks, pass Trainer(plugins=[LightningEnvironment()]) too."
             )
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None:
+        if trainer is not None and self._session is None:
             self._loggers = without_versions(trainer)
             self._set_writer(trainer, self._elastic.worker == 0)  # until it is known who writes
 

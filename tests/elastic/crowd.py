@@ -1,8 +1,10 @@
 """Elastic workers in processes of their own, which a test commands step by step."""
 
 import os
+import re
 import signal
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,18 @@ class Lighthouse:
         self._process.start()
         self.port = self._pipe.recv()
         self.address = f"http://localhost:{self.port}"
+
+    def wait_for_requests(self, number: int = 1, seconds: float = 60.0) -> None:
+        """Wait until as many workers have asked for a quorum, and have not been given one."""
+        deadline = time.monotonic() + seconds
+        waiting = -1
+        while waiting < number:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{waiting} workers wait at the lighthouse, not {number}")
+            time.sleep(0.05)
+            page = urllib.request.urlopen(f"{self.address}/status").read().decode()
+            found = re.search(r"\[(\d+)/\d+ participants healthy\]", page)
+            waiting = int(found.group(1)) if found else -1
 
     def kill(self) -> None:
         self._process.kill()

@@ -104,11 +104,11 @@ def test_a_round_that_loses_a_worker_overwrites_nothing_and_loses_no_step(crowd,
     assert same(crowd.do(4, 0, 1, 2))
 
 
-def test_a_worker_killed_while_it_waits_for_a_quorum_holds_up_the_others_for_a_few_seconds(crowd):
+def test_a_worker_killed_while_it_waits_for_a_quorum_holds_up_the_others_for_a_few_seconds(lighthouse, crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(3, 0, 1, 2)
     crowd.send(1, 2)
-    time.sleep(0.3)
+    lighthouse.wait_for_requests()
     crowd.kill(2)
     crowd.send(2, 0, 1)
     answers = crowd.receive(0, 1, seconds=15)
@@ -175,7 +175,7 @@ def test_a_straggler_misses_a_round_and_its_steps_count_in_the_next():
         before = crowd.do("look", 0, 1, 2)
         each = [trained_on(before[worker], worker, 4)[0] for worker in (0, 1, 2)]
         crowd.send(4, 2)
-        time.sleep(0.2)
+        hasty.wait_for_requests()
         crowd.send(4, 0, 1)
         answers = crowd.receive(0, 1, 2)
         assert same(answers)
@@ -187,12 +187,12 @@ def test_a_straggler_misses_a_round_and_its_steps_count_in_the_next():
 
 
 @pytest.mark.parametrize("period", [4, None])
-def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(pool, crowd, period):
+def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(pool, lighthouse, crowd, period):
     gather(crowd, [0, 1], period=period)
     crowd.do(8, 0, 1)
     crowd.start(2, period=period)
     crowd.send("join", 2)
-    time.sleep(0.5)  # it waits for the others' next round
+    lighthouse.wait_for_requests()
     crowd.send(4, 0, 1)
     joined = crowd.receive(0, 1, 2)
     assert same(joined)
@@ -207,14 +207,14 @@ def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(
     assert len({record.variance for record in (each["records"][-1] for each in answers.values())}) == 1
 
 
-def test_a_worker_that_is_killed_and_started_again_joins(crowd):
+def test_a_worker_that_is_killed_and_started_again_joins(lighthouse, crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(6, 0, 1, 2)
     crowd.kill(0)  # the one that led the start
     assert same(crowd.do(2, 1, 2))
     crowd.start(0)
     crowd.send("join", 0)
-    time.sleep(0.5)
+    lighthouse.wait_for_requests()
     crowd.send(4, 1, 2)
     assert same(crowd.receive(0, 1, 2))
     assert same(crowd.do(4, 0, 1, 2))

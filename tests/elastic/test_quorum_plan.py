@@ -15,6 +15,7 @@ def state(**changes):
         "tensors": 2,
         "finite": True,
         "connection": "9 a b c",
+        "writer": "b",
         "period": 4,
         "rule": {},
     }
@@ -106,3 +107,12 @@ def test_a_worker_that_cannot_be_averaged_is_left_out_and_knows_it(change):
 def test_a_worker_that_has_diverged_does_not_decide_which_tensors_are_averaged():
     left_out = plans(state(committed=9, finite=False, fingerprint=8), state(), state())
     assert [plan.rank for plan in left_out] == [None, 0, 1]
+
+
+def test_the_worker_that_writes_goes_on_to_write_until_it_is_lost():
+    assert {plan.writer for plan in plans(state(), state(), state())} == {"b"}
+    assert {plan.writer for plan in plans(state(writer="z"), state(writer="z"))} == {"a"}
+    # What the furthest worker knows counts, not what one says that starts, or that has been away.
+    late, started = state(committed=1, measured=1, writer="a"), state(committed=0, measured=0, writer="")
+    assert {plan.writer for plan in plans(late, state(writer="c"), started)} == {"c"}
+    assert {plan.writer for plan in plans(started, started)} == {"a"}

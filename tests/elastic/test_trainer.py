@@ -63,7 +63,7 @@ def test_workers_train_on_shares_of_the_data_and_validate_on_all_of_it(crowd, tm
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_a_worker_that_is_started_again_goes_on_where_the_others_are(crowd, tmp_path, manual):
+def test_a_worker_that_is_started_again_goes_on_where_the_others_are(lighthouse, crowd, tmp_path, manual):
     gather(crowd, [0, 1, 2], manual=manual)
     crowd.do(BATCHES + 1, 0, 1, 2)
     crowd.kill(0)  # the one that writes
@@ -71,7 +71,7 @@ def test_a_worker_that_is_started_again_goes_on_where_the_others_are(crowd, tmp_
     assert same(after)
     assert [each["writes"] for each in after.values()] == [True, False]
     crowd.start(0, manual=manual)
-    time.sleep(1)  # it waits for the others' next round
+    lighthouse.wait_for_requests()
     crowd.send(4, 1, 2)
     others = crowd.receive(1, 2)
     joined = crowd.receive(0)[0]
@@ -93,11 +93,11 @@ def test_a_worker_that_is_started_again_goes_on_where_the_others_are(crowd, tmp_
     assert len([*tmp_path.rglob("metrics.csv")]) == 2  # what the one that was lost has written is kept
 
 
-def test_a_worker_that_joins_in_mid_epoch_goes_on_in_its_share_of_the_data(crowd):
+def test_a_worker_that_joins_in_mid_epoch_goes_on_in_its_share_of_the_data(lighthouse, crowd):
     gather(crowd, [0, 1])
     crowd.do(2, 0, 1)
     crowd.start(2)
-    time.sleep(1)
+    lighthouse.wait_for_requests()
     crowd.send(2, 0, 1)
     joined = crowd.receive(0, 1, 2)
     assert position(joined[2]) == position(joined[0])
@@ -112,7 +112,7 @@ def test_a_worker_that_joins_in_mid_epoch_goes_on_in_its_share_of_the_data(crowd
 
 
 @pytest.mark.parametrize("sleeps_for", [1, BATCHES + 6])
-def test_a_straggler_is_given_the_others_state_and_place_in_the_run(crowd, sleeps_for):
+def test_a_straggler_is_given_the_others_state_and_place_in_the_run(lighthouse, crowd, sleeps_for):
     gather(crowd, [0, 1, 2])
     crowd.do(2, 0, 1, 2)
     os.kill(crowd.processes[2].pid, signal.SIGSTOP)
@@ -120,7 +120,7 @@ def test_a_straggler_is_given_the_others_state_and_place_in_the_run(crowd, sleep
     at = crowd.do(6 + 4 * (sleeps_for // 4), 0, 1)[0]["global_step"]
     os.kill(crowd.processes[2].pid, signal.SIGCONT)
     crowd.send(2, 2)
-    time.sleep(1)
+    lighthouse.wait_for_requests()
     crowd.send(4, 0, 1)
     answers = crowd.receive(0, 1, 2)
     assert same(answers)
@@ -133,12 +133,12 @@ def test_a_straggler_is_given_the_others_state_and_place_in_the_run(crowd, sleep
     assert [each["how"] for each in ended.values()] == ["finished"] * 3
 
 
-def test_a_worker_that_receives_sigterm_says_goodbye_and_its_last_steps_count(crowd):
+def test_a_worker_that_receives_sigterm_says_goodbye_and_its_last_steps_count(lighthouse, crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(6, 0, 1, 2)
     os.kill(crowd.processes[2].pid, signal.SIGTERM)
     crowd.send(1, 2)
-    time.sleep(1)  # it waits for the others' next round
+    lighthouse.wait_for_requests()
     crowd.send(2, 0, 1)
     left = crowd.receive(0, 1, 2)
     assert left[2]["how"].startswith("SIGTERMException")
