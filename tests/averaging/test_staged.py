@@ -9,11 +9,6 @@ from lightning_adpsgd.workers.group import WorkerGroup
 from tests.averaging.test_averager import GROUPS, tensors_of
 
 
-def averager_of(tensors, groups=(0, None), bucket_bytes=16):
-    layout = FlatLayout(tensors, [groups[0] if place == 0 else groups[1] for place in range(len(tensors))])
-    return ParameterAverager(layout, 1, WorkerGroup(), bucket_bytes)
-
-
 def stage(rank_dtype: torch.dtype, moved: float) -> dict:
     tensors, others = (tensors_of(dist.get_rank(), rank_dtype) for _ in range(2))
     group = WorkerGroup()
@@ -53,9 +48,11 @@ def test_means_that_are_written_late_keep_later_steps(pool):
 @pytest.mark.parametrize("ends", [StagedMeans.write, StagedMeans.release])
 def test_buffers_serve_the_next_round_but_not_before_they_are_released(ends):
     tensors = [torch.arange(11.0), torch.arange(5.0).double()]  # of two dtypes, so a buffer fits some buckets only
-    averager = averager_of(tensors)
+    averager = ParameterAverager(FlatLayout(tensors, [0, None]), 1, WorkerGroup(), bucket_bytes=16)
     in_doubt = StagedMeans(averager, WorkerGroup())
+    in_doubt.keep_sent()
     held = [buffer.data_ptr() for buffer in in_doubt._buffers]
+    assert len(held) == len({*held})
     between = StagedMeans(averager, WorkerGroup())
     assert not {buffer.data_ptr() for buffer in between._buffers} & {*held}
     ends(in_doubt)
