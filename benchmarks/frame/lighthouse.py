@@ -8,6 +8,8 @@ from multiprocessing.connection import Connection
 
 import torch.multiprocessing as mp
 
+from benchmarks.frame.errors import NotMeasuredError
+
 CONTEXT = mp.get_context("forkserver")
 
 
@@ -18,12 +20,22 @@ def lighthouse(heartbeat_ms: int, min_workers: int = 2) -> Iterator[str]:
     Args:
         heartbeat_ms: without a heartbeat for this long, a worker is dead.
         min_workers: with fewer there is no quorum.
+
+    Raises:
+        NotMeasuredError: if it does not start.
     """
     mine, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_serve, args=(theirs, heartbeat_ms, min_workers))
     process.start()
+    theirs.close()
     try:
-        yield f"http://localhost:{mine.recv()}"
+        try:
+            address = f"http://localhost:{mine.recv()}"
+        except EOFError:
+            raise NotMeasuredError(
+                "The lighthouse did not start. Is torchft installed? pip install -e '.[elastic]'"
+            ) from None
+        yield address
     finally:
         process.kill()
         process.join()
