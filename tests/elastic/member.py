@@ -73,6 +73,7 @@ def snapshot(local_sgd: LocalSGD, model: nn.Module, optimizer: torch.optim.Optim
         "momentum": [state["momentum_buffer"].clone() for state in optimizer.state.values()],
         "steps": local_sgd.steps,
         "rule": local_sgd.state_dict()["period"],
+        "first_workers": local_sgd.state_dict()["first_workers"],
     }
 
 

@@ -194,6 +194,7 @@ def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(
     gather(crowd, [0, 1], period=period)
     crowd.do(8, 0, 1)
     crowd.start(2, period=period)
+    crowd.do("look", 2)  # now it has started
     crowd.send("join", 2)
     time.sleep(0.5)  # it waits for the others' next round
     crowd.send(4, 0, 1)
@@ -207,7 +208,11 @@ def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(
     answers = crowd.do(4, 0, 1, 2)
     assert same(answers)
     assert answers[2]["records"][-1].local_steps == 4
-    assert len({record.variance for record in (each["records"][-1] for each in answers.values())}) == 1
+    latest = [each["records"][-1] for each in answers.values()]
+    assert len({record.variance for record in latest}) == 1
+    assert [each["first_workers"] for each in answers.values()] == [2, 2, 2]
+    if period is None:  # C₂ was measured among 2: among 3, it is (1 − 1/3) / (1 − 1/2) times as large
+        assert [record.target for record in latest] == pytest.approx([joined[2]["rule"]["target"] * 4 / 3] * 3)
 
 
 def test_a_worker_that_is_killed_and_started_again_joins(crowd):
@@ -216,6 +221,7 @@ def test_a_worker_that_is_killed_and_started_again_joins(crowd):
     crowd.kill(0)  # the one that led the start
     assert same(crowd.do(2, 1, 2))
     crowd.start(0)
+    crowd.do("look", 0)
     crowd.send("join", 0)
     time.sleep(0.5)
     crowd.send(4, 1, 2)

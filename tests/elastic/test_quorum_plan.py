@@ -14,6 +14,7 @@ def state(**changes):
         "tensors": 2,
         "finite": True,
         "connection": "9 a b c",
+        "writer": "",
         "period": 4,
         "rule": {},
     }
