@@ -19,38 +19,22 @@ The exit code is 0, 1 if a kill was not survived or a process was left, and 130 
 
 import argparse
 import random
-import signal
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from benchmarks.frame.command import NOT_AS_CLAIMED, Arguments, new_main, new_parser, number, settings
+from benchmarks.frame.lighthouse import CONTEXT, lighthouse
 from benchmarks.frame.results import write_json
 
-CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["benchmarks.survival", "lightning_adpsgd.elastic", "torchft"])
-
-
-def serve_lighthouse(pipe: Connection, heartbeat_ms: int) -> None:
-    """Serve torchft's lighthouse until this process is killed."""
-    from torchft.coordination import LighthouseServer
-
-    server = LighthouseServer(
-        bind="[::]:0",
-        min_replicas=2,
-        join_timeout_ms=10_000,
-        quorum_tick_ms=20,
-        heartbeat_timeout_ms=heartbeat_ms,
-    )
-    pipe.send(int(server.address().rpartition(":")[2]))
-    signal.pause()
 
 
 def samples(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,10 +90,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        mine, theirs = CONTEXT.Pipe()
-        self.lighthouse = CONTEXT.Process(target=serve_lighthouse, args=(theirs, options.heartbeat_ms))
-        self.lighthouse.start()
-        self.address = f"http://localhost:{mine.recv()}"
+        self.lighthouse = ExitStack()
+        self.address = self.lighthouse.enter_context(lighthouse(options.heartbeat_ms))
         self.processes: dict[int, Any] = {}
         self.pipes: dict[int, Connection] = {}
         self.incarnations = dict.fromkeys(range(options.workers), -1)
@@ -172,7 +154,7 @@ class Run:
             if process.is_alive():
                 left += 1
                 process.kill()
-        self.lighthouse.kill()
+        self.lighthouse.close()
         return left
 
 

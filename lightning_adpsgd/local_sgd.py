@@ -259,14 +259,14 @@ class LocalSGD(FormerNames):
             return [self._emit_one(result) for result in results][-1]
 
     def _emit_one(self, result: RoundResult) -> AveragingRound:
-        record = result.record._replace(target=self.period.target)
+        record = result.record._replace(target=self._rule.target_among(result.workers))
         self._engine.guards.check_variance(record)
         if result.drift == "a period":
-            self._rule.see(record, result.scalars)
+            self._rule.see(record, result.scalars, result.workers)
         self._engine.guards.look_for_drift(record, result.parameters)
         for listener in self._listeners:
             listener(record)
         if result.drift == "at least a period":
             # Its variance is larger than others'. If there are no others, it is comparable with its like.
-            self._rule.reserve(record, result.scalars)
+            self._rule.reserve(record, result.scalars, result.workers)
         return record

@@ -88,12 +88,17 @@ class ParameterAverager:
         self._workers = workers
         on_cpu = workers.device.type == "cpu"
         self._bucket_bytes = min(bucket_bytes, _LONGEST_ON_CPU) if on_cpu else bucket_bytes
-        self._buffers = BufferPool(layout, workers.device, keeps=on_cpu)
+        self.buffers = BufferPool(layout, workers.device, keeps=on_cpu)
+        """What buckets of a full round are packed into."""
 
     @property
     def has_residual(self) -> bool:
         """Whether there may be a rounding residual that has not been sent yet."""
         return self.delta is not None and self.delta.has_residual
+
+    def cut(self) -> list[Bucket]:
+        """The buckets of a full round."""
+        return self.layout.cut(self._bucket_bytes)
 
     def average(self, terms: Terms | None = None) -> Tensor:
         """Average the whole layout.
@@ -110,17 +115,17 @@ class ParameterAverager:
         in_flight: deque[BucketInFlight] = deque()
         buffers: deque[Tensor] = deque()  # of the buckets in flight
         try:
-            for bucket in self.layout.cut(self._bucket_bytes):
+            for bucket in self.cut():
                 if len(in_flight) == 2:
                     deviations.append(self.finish(in_flight.popleft()))
-                    self._buffers.give_back(buffers.popleft())
-                buffers.append(self._buffers.lend(bucket))
+                    self.buffers.give_back(buffers.popleft())
+                buffers.append(self.buffers.lend(bucket))
                 in_flight.append(self.launch(bucket, buffers[-1][: len(bucket)], terms))
             deviations += [self.finish(oldest) for oldest in in_flight]
-            self._buffers.give_back(*buffers)
+            self.buffers.give_back(*buffers)
         finally:
             in_flight.clear()  # a traceback would keep it alive after an error
-            self._buffers.end_round()
+            self.buffers.end_round()
         if self.delta is not None and terms.as_it_is:
             self.delta.note_all()
         return sum_of(deviations, self.groups, self._workers.device)
@@ -176,7 +181,7 @@ class ParameterAverager:
             Σ ‖w̄ − w_i‖² over the bucket, per parameter group; float64, shape (groups,), on the bucket's device.
         """
         bucket, _, terms, cut_off, sent = in_flight
-        mean = self._mean(in_flight)
+        mean = self.mean(in_flight)
         rounding = cut_off
         if terms.report is not None and cut_off is None and self.delta is not None:
             rounding = self.delta.residual(bucket)
@@ -220,8 +225,8 @@ class ParameterAverager:
             position = stop
         return updated
 
-    def _mean(self, in_flight: BucketInFlight) -> Tensor:
-        """Wait for a bucket's mean."""
+    def mean(self, in_flight: BucketInFlight) -> Tensor:
+        """Wait for a bucket's mean; the same one if called again, unless a codec is used."""
         with span("reduce"):
             arrived = in_flight.reduction.wait()
         if self.delta is not None and in_flight.cut_off is not None:

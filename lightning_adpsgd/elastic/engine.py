@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_adpsgd.averaging.averager import BucketInFlight
+from lightning_adpsgd.averaging.staged import StagedMeans
 from lightning_adpsgd.averaging.tensors import AveragedTensors
 from lightning_adpsgd.elastic.lighthouse import AnsweredQuorum, Lighthouse, QuorumError
 from lightning_adpsgd.elastic.options import ElasticOptions
@@ -56,7 +56,8 @@ class _Staged(NamedTuple):
 
     round: int
     tensors: AveragedTensors
-    in_flight: Sequence[BucketInFlight]
+    means: StagedMeans | None
+    """None if there are none, because nobody else takes part."""
     local_steps: int
     """Local steps that the values sent had taken."""
 
@@ -64,17 +65,17 @@ class _Staged(NamedTuple):
 class ElasticEngine(RoundEngine):
     """A :class:`RoundEngine` whose full rounds are among the workers of a quorum, and are committed or not at all.
 
-    A round stages all means in buffers of their own, and the members then vote. A worker that sees all votes commits:
-    it writes the means back. One whose vote fails is in doubt: it goes on with its own values, and holds the means
-    until the next quorum, where it learns whether another worker has committed. If one has, so does this worker, and
-    keeps the steps that it has taken meanwhile: w ← w + (w̄ − values sent).
+    A round stages all means in buffers of their own. The members then reduce what they measure on them, which is their
+    vote: nobody gets the result before all have all means. A worker that gets it commits: it writes the means back. One
+    that does not is in doubt: it goes on with its own values, and holds the means until the next quorum, where it
+    learns whether another worker has committed. If one has, so does this worker, and keeps the steps that it has taken
+    meanwhile: w ← w + (w̄ − values sent).
     """
 
     _meeting: Meeting
     _workers: QuorumGroup
     committed = 0
     """Rounds that this worker has committed, the one in which it joined included; 0: it has not joined yet."""
-    _measured = 0
     _staged: _Staged | None = None
     _not_before = 0  # the step before which no further quorum is asked for
     _connection = ""
@@ -129,24 +130,17 @@ class ElasticEngine(RoundEngine):
             self._met = len(plan.members)
             return self._postpone()
         self._met = 0
-        lost = None
-        numbers: Reduction | None = None
+        lost, numbers = None, None
         try:
-            deviations = self._average(plan, quorum, tensors)
-            numbers = self._measures.launch(deviations, group.all_contribute)
-            numbers.wait()
+            numbers = self._average(plan, quorum, tensors)
         except CollectiveError as error:
             lost = str(error)  # its traceback would keep connections open
-        if lost is not None:
+        if numbers is None:
             _log.warning("Round %d lost a worker: %s", plan.round, lost)
             self._connection = ""
             group.disconnect()
-            if self.committed < plan.round:
-                return "aborted"
-            self._start_from(self.steps)  # others may know the measures: whoever is behind follows the leader's rule
-            return "committed"
-        self._measured = plan.round
-        if plan.contributors and numbers is not None:
+            return "aborted"
+        if plan.contributors:
             stopwatch.stop()
             self._measures.book_bytes_since(sent_before)
             self._measures.append(self._measuring(plan, tensors, numbers, stopwatch))
@@ -177,7 +171,6 @@ class ElasticEngine(RoundEngine):
         rule = self._meeting.rule
         return MemberState(
             committed=self.committed,
-            measured=self._measured,
             staged=0 if self._staged is None else self._staged.round,
             steps=self.steps,
             local_steps=self.local_steps,
@@ -219,38 +212,53 @@ class ElasticEngine(RoundEngine):
     def _settle(self, plan: Plan) -> None:
         """Commit what was staged in an earlier round if others have committed it; discard it otherwise."""
         staged, self._staged = self._staged, None
-        if staged is None or not plan.commits_staged:
+        if staged is None:
             return
-        since = self.local_steps - staged.local_steps
-        self.tracker.rebind(staged.tensors)
-        staged.tensors.averager.adopt(staged.in_flight, moved=since > 0)
-        self.committed, self.local_steps = staged.round, since
+        means = staged.means
+        if plan.commits_staged:
+            since = self.local_steps - staged.local_steps
+            self.tracker.rebind(staged.tensors)
+            if means is not None and since > 0:
+                means.write_late()
+            elif means is not None:
+                means.write()
+            self.committed, self.local_steps = staged.round, since
+            self._follow(plan)  # whose rule has seen that round: from now on this worker may lead
+        elif means is not None:
+            means.release()
 
-    def _average(self, plan: Plan, quorum: AnsweredQuorum, tensors: AveragedTensors) -> Sequence[float | Tensor]:
-        """Stage the means, vote, and write them back; return this worker's deviations from them."""
+    def _average(self, plan: Plan, quorum: AnsweredQuorum, tensors: AveragedTensors) -> Reduction:
+        """Stage the means, vote, and write them back; return the round's measures, which have arrived."""
         assert plan.rank is not None
         group = self._workers
         self._connect(plan, quorum)
         self._follow(plan)
+        self._writer = plan.writer
+        self.restore(plan.steps, self.local_steps)
         contributors = plan.contributors or (plan.leader,)
         place = contributors.index(plan.rank) if plan.rank in contributors else None
         group.contribute(Contribution(len(contributors), place))
         self._hand_over(plan)
+        means = None
         deviations: Sequence[float | Tensor] = [0.0] * tensors.averager.groups
-        in_flight: Sequence[BucketInFlight] = ()
         if len(plan.members) > 1 and plan.contributors:
-            in_flight, _ = tensors.averager.send(0, 1, group)
-            for bucket in in_flight:
-                bucket.reduction.wait()
-        # From here on this worker has all it needs, so it may commit late. One that has not joined yet starts over.
-        if self.committed > 0:
-            self._staged = _Staged(plan.round, tensors, in_flight, self.local_steps)
-        group.table([plan.round])  # the vote: it completes only if all members have all means
-        self._staged = None
-        if in_flight:
-            deviations = [*tensors.averager.adopt(in_flight, moved=False)]
+            means = StagedMeans(tensors.averager, group)
+            deviations = [*means.deviations()]
+        try:
+            # The vote: it completes only if all members have all means.
+            numbers = self._measures.launch(deviations, group.all_contribute)
+            numbers.wait()
+        except CollectiveError:
+            # This worker has all it needs, so it may commit late. One that has not joined yet starts over.
+            if self.committed > 0:
+                if means is not None:
+                    means.keep_sent()
+                self._staged = _Staged(plan.round, tensors, means, self.local_steps)
+            raise
+        if means is not None:
+            means.write()
         self.committed, self.local_steps = plan.round, self.local_steps if plan.rank in plan.contributors else 0
-        return deviations
+        return numbers
 
     def _connect(self, plan: Plan, quorum: AnsweredQuorum) -> None:
         assert plan.rank is not None
@@ -263,13 +271,10 @@ class ElasticEngine(RoundEngine):
         self._connection = f"{quorum.number} {' '.join(names)}"
 
     def _follow(self, plan: Plan) -> None:
-        """Continue from the leader's rule, and from the step of the furthest contributor."""
+        """Continue from the leader's rule."""
         rule, leader = self._meeting.rule, plan.of_leader
         if rule.state_dict() != leader.rule:
             rule.load_state_dict(leader.rule, plan.steps)
-        self._measured = leader.measured
-        self._writer = plan.writer
-        self.restore(plan.steps, self.local_steps)
 
     def _hand_over(self, plan: Plan) -> None:
         """Send the leader's state to the workers that join."""

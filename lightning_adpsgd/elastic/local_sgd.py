@@ -57,7 +57,9 @@ class ElasticLocalSGD(LocalSGD):
         local_sgd.close()
 
     Between two rounds this package sends nothing. torchft's own thread sends the lighthouse a heartbeat every 0.1 s.
-    A round in which not all contributors have taken a whole period is not shown to the rule.
+    A round in which not all contributors have taken a whole period, or of one worker alone, is not shown to the rule. If
+    the number of contributors changes, the rule sees what S_k / γ_k would be among as many as in the first round that it
+    has seen, (1 − 1/n₁) / (1 − 1/n) times the record's ratio, so its target goes on.
 
     The lighthouse's options decide how fast the others go on. A worker that is killed holds up their next round until
     ``--heartbeat_timeout_ms`` has passed. One that is slow holds it up for ``--join_timeout_ms`` at most, counted from
@@ -83,7 +85,8 @@ class ElasticLocalSGD(LocalSGD):
         average_buffers: this and the following arguments are as for :class:`LocalSGD`.
         exclude_buffers: patterns of the names of buffers that are not averaged.
         optimizer_state: only "local".
-        bucket_size_mb: size of the largest bucket, in MiB. All buckets of a round are in memory twice, until it ends.
+        bucket_size_mb: size of the largest bucket, in MiB. The means of all buckets have memory of their own, kept
+            from round to round.
         stagger: only False.
         overlap: only 0.
         reduce_dtype: only None.

@@ -14,8 +14,6 @@ class MemberState(NamedTuple):
 
     committed: int
     """Rounds that this worker has committed, or received; 0: it has not joined yet."""
-    measured: int
-    """Rounds whose measures it knows."""
     staged: int
     """The number of the round whose means it holds without knowing whether others have committed it; 0: none."""
     steps: int
@@ -36,11 +34,6 @@ class MemberState(NamedTuple):
     period: int
     rule: dict[str, Any]
     """The state of its averaging rule."""
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """How far it is: the rounds it has committed, and how many of them it has measured."""
-        return self.committed, self.measured
 
 
 class Member(NamedTuple):
@@ -94,14 +87,14 @@ def plan_of(quorum: Sequence[Member], me: str) -> Plan:
         quorum: its members, in the same order on all of them.
         me: the name of this worker, which is one of them.
     """
-    reference = max(quorum, key=lambda member: (member.state.finite, *member.state.progress)).state
+    reference = max(quorum, key=lambda member: (member.state.finite, member.state.committed)).state
     members = tuple(each for each in quorum if each.state.finite and each.state.fingerprint == reference.fingerprint)
     states = [each.state for each in members]
     names = [each.name for each in members]
     if me not in names:
         return Plan(members, None, 0, (), (), 0, False, 0, "period", False, False)
     rank = names.index(me)
-    leader = max(range(len(states)), key=lambda place: states[place].progress)
+    leader = max(range(len(states)), key=lambda place: states[place].committed)
     committed = states[leader].committed
     resolved = [_resolved(state, committed) for state in states]
     contributors = tuple(

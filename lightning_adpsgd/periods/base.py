@@ -93,7 +93,7 @@ class AveragingPeriod(ABC):
         Args:
             record: the :class:`AveragingRound`. Its ``step`` is k; its ``ratio`` is S_k / γ_k, summed over the
                 parameter groups whose learning rate is not 0. If all are 0, ``learning_rate`` is 0, and ``ratio`` means
-                nothing.
+                nothing. If the number of workers has changed, ``ratio`` is what is to be expected among the former.
             scalars: the means over the workers of what :meth:`scalars` returned when the round was measured.
         """
 

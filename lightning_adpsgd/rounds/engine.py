@@ -37,6 +37,8 @@ class RoundResult(NamedTuple):
     drift: Drift | None
     """How long the values sent had drifted; None if the round must not be compared with others."""
     parameters: Sequence[Tensor]
+    workers: int
+    """How many were averaged."""
 
 
 class RoundEngine:
@@ -276,7 +278,8 @@ class RoundEngine:
         record = self._measures.record(measuring, means, local_steps)
         scalars = means[2 * measuring.groups :]
         parameters = measuring.parameters if full else self.tracker.current().parameters
-        return RoundResult(record, scalars, measuring.drift, parameters)
+        workers = self._workers.all_contribute.contributors - measuring.dropped
+        return RoundResult(record, scalars, measuring.drift, parameters, workers)
 
     def _start_from(self, step: int) -> None:
         """Count local steps from a round at ``step``; forget what was trained if nothing was since."""

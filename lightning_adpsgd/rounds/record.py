@@ -29,7 +29,9 @@ class AveragingRound(NamedTuple):
     ratio: float
     """r = Σ_g S_g / γ_g over the parameter groups with γ_g > 0."""
     target: float | None
-    """C₂, the ratio that the rule aimed at when the round ran; None before the first sample, or if it has no target."""
+    """C₂, the ratio that the rule aimed at when the round ran; None before the first sample, or if it has no target.
+
+    If the number of workers has changed since the rule's first round, this is the target among those of this round."""
     payload_bytes: int
     """Bytes of all tensors that this rank put into collectives of this round."""
     sent_bytes: int

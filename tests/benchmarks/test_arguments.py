@@ -30,6 +30,13 @@ WRONG = {
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--json", "no_such_folder/file.json"], "there is no folder"),
     ],
+    "elastic": [
+        (["--workers", "2,1"], "argument --workers: expected int from 2 to 250, got '1'"),
+        (["--parameters", "none"], "argument --parameters: expected float from 1e-06 to 10000, got 'none'"),
+        (["--turns", "0"], "argument --turns: expected int of at least 1, got '0'"),
+        (["--parameters", "0.001", "--tensors", "5000"], "--tensors 5000: expected at most as many as there are"),
+        (["--json", "no_such_folder/file.json"], "there is no folder"),
+    ],
     "gpu": [
         (["--parts", "training,test"], "argument --parts: expected some of local-step, round, training, trace"),
         (["--backend", "mpi"], "argument --backend: invalid choice: 'mpi'"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_adpsgd import AdaptivePeriod, LocalSGD
 from lightning_adpsgd.elastic import ElasticLocalSGD
-from lightning_adpsgd.workers.reduction import CollectiveError
+from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
 DEAD_AFTER_MS = 1000
 """Without a heartbeat for this long, the lighthouse takes a worker for dead."""
@@ -61,6 +61,8 @@ class Fault:
         result = self.method(*args, **kwargs)
         if self.kind == "fail":
             self.kind = ""
+            if isinstance(result, Reduction):
+                result.wait()
             raise CollectiveError("a fault that the test has asked for")
         return result
 
@@ -71,6 +73,7 @@ def snapshot(local_sgd: LocalSGD, model: nn.Module, optimizer: torch.optim.Optim
         "momentum": [state["momentum_buffer"].clone() for state in optimizer.state.values()],
         "steps": local_sgd.steps,
         "rule": local_sgd.state_dict()["period"],
+        "first_workers": local_sgd.state_dict()["first_workers"],
     }
 
 

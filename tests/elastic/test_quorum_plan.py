@@ -6,7 +6,6 @@ from lightning_adpsgd.elastic.plan import Member, MemberState, plan_of
 def state(**changes):
     usual = {
         "committed": 3,
-        "measured": 3,
         "staged": 0,
         "steps": 16,
         "local_steps": 4,
@@ -43,13 +42,13 @@ def test_a_connection_among_other_workers_or_none_is_made_anew(connection):
 
 
 def test_the_first_worker_gives_its_state_to_the_others_at_the_start():
-    plan = plans(*[state(committed=0, measured=0, steps=0, local_steps=0)] * 3)[0]
+    plan = plans(*[state(committed=0, steps=0, local_steps=0)] * 3)[0]
     assert (plan.leader, plan.contributors, plan.receivers, plan.round) == (0, (), (1, 2), 1)
     assert not plan.is_comparable
 
 
 def test_a_worker_that_joins_receives_and_is_not_averaged():
-    plan = plans(state(committed=0, measured=0, steps=0, local_steps=0, period=9), state(), state())[0]
+    plan = plans(state(committed=0, steps=0, local_steps=0, period=9), state(), state())[0]
     assert (plan.leader, plan.contributors, plan.receivers) == (1, (1, 2), (0,))
     assert plan.of_leader.period == 4
     assert plan.steps == 16
@@ -81,8 +80,8 @@ def test_a_worker_that_has_missed_one_round_is_averaged_and_one_that_has_missed_
     assert plan.receivers == (2,)
 
 
-def test_the_rule_of_a_worker_that_has_measured_the_latest_round_counts():
-    assert plans(state(measured=2), state(), state())[0].leader == 1
+def test_a_worker_in_doubt_does_not_lead_because_its_rule_has_not_seen_the_latest_round():
+    assert plans(state(staged=4), state(committed=4), state(committed=4))[0].leader == 1
 
 
 def test_a_round_after_unequal_numbers_of_steps_is_not_shown_to_the_rule():

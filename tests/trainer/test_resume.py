@@ -391,7 +391,9 @@ def test_another_number_of_workers_resumes_with_a_warning(pool, tmp_path, worker
     assert f"written by 2 worker(s), and now there are {workers}" in outcomes[0]["told"][0]
     assert all(outcome["told"] == [] for outcome in outcomes[1:])
     first = next(round_ for round_ in outcomes[0]["rounds"] if round_.step > 22)
-    assert first.target == state["period"]["target"]
+    # C₂ was measured among 2: among n it is (1 − 1/n) / (1 − 1/2) times as large.
+    expected = state["period"]["target"] * (1.0 if workers == 1 else 2 * (1 - 1 / workers))
+    assert first.target == pytest.approx(expected)
     assert first.step == 22 + state["period"]["period"]
 
 
