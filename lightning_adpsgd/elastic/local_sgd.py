@@ -57,9 +57,9 @@ class ElasticLocalSGD(LocalSGD):
         local_sgd.close()
 
     Between two rounds this package sends nothing. torchft's own thread sends the lighthouse a heartbeat every 0.1 s.
-    A round in which not all contributors have taken a whole period, or of one worker alone, is not shown to the rule. If
-    the number of contributors changes, the rule sees what S_k / γ_k would be among as many as in the first round that it
-    has seen, (1 − 1/n₁) / (1 − 1/n) times the record's ratio, so its target goes on.
+    A round in which not all contributors have taken a whole period, or of one worker alone, is not shown to the rule.
+    If the number of contributors changes, the rule sees what S_k / γ_k would be among as many as in the first round
+    that it has seen, (1 − 1/n₁) / (1 − 1/n) times the record's ratio, so its target goes on.
 
     The lighthouse's options decide how fast the others go on. A worker that is killed holds up their next round until
     ``--heartbeat_timeout_ms`` has passed. One that is slow holds it up for ``--join_timeout_ms`` at most, counted from
