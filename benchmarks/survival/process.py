@@ -1,0 +1,88 @@
+"""What the processes of a run do: serve the lighthouse, or train until they are told to stop."""
+
+import contextlib
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks.frame.hosts import Host
+from benchmarks.survival.contenders import CONTENDERS
+from benchmarks.survival.task import Place, Setup, Tally, final_loss, new_network, new_optimizer, training_loss
+
+JOIN_TIMEOUT_MS = 10_000
+
+
+def serve_lighthouse(pipe: Connection, host: Host, port: int, heartbeat_ms: int) -> None:
+    """Serve torchft's lighthouse, and tell the port, until this process is killed or its parent has ended."""
+    _settle(host)
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind=f"[::]:{port}",
+        min_replicas=2,
+        join_timeout_ms=JOIN_TIMEOUT_MS,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=heartbeat_ms,
+    )
+    pipe.send(int(server.address().rpartition(":")[2]))
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+def train(pipe: Connection, setup: Setup, place: Place) -> None:
+    """Train until the parent says stop.
+
+    What is told, each with the time and the steps that count so far:
+
+    - joined: seconds since this function began, at the first round;
+    - round: its number;
+    - ended: the loss on test samples;
+    - failed: the error that ends this process.
+    """
+    began = time.time()
+    _settle(place.host)
+    os.environ["GLOO_SOCKET_IFNAME"] = place.host.interface
+    torch.set_num_threads(1)
+    tally = Tally()
+
+    def tell(kind: str, value: float | str) -> None:
+        pipe.send((kind, time.time(), tally.useful, value))
+
+    try:
+        network = new_network(setup.seed)
+        optimizer = new_optimizer(network)
+        contender = CONTENDERS[setup.contender](
+            network, optimizer, setup, place, tally, lambda number: tell("round", number)
+        )
+        contender.join()
+        tell("joined", time.time() - began)
+        latest = None
+        while latest is None or not contender.may_end(latest):
+            if latest is None and pipe.poll():
+                latest = pipe.recv()
+            optimizer.zero_grad()
+            training_loss(network, setup, place, tally.taken).backward()
+            time.sleep(setup.step_seconds)
+            tally.taken += 1
+            optimizer.step()
+            contender.after_step()
+        contender.average()
+        tell("ended", final_loss(network))
+        pipe.recv()
+        contender.close()
+    except (EOFError, BrokenPipeError):
+        return  # the parent has ended
+    except Exception as error:
+        tell("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        os._exit(1)  # torchft's threads may wait for something
+
+
+def _settle(host: Host) -> None:
+    """Move this process onto its host, quietly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    host.enter()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # torchft prints several lines in every round
