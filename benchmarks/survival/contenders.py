@@ -19,6 +19,8 @@ from torch import nn
 from benchmarks.survival.task import Place, Setup, Tally
 
 _QUORUM_RETRIES = 10
+_QUORUM_TIMEOUT = timedelta(seconds=60)  # torchft's own default: it is far above a period, as torchft asks for
+_CONNECT_TIMEOUT = timedelta(seconds=3)  # as this package has it; a worker that was just killed may be in a quorum
 
 
 class Contender(Protocol):
@@ -122,10 +124,13 @@ class Torchft:
     ) -> None:
         from torch.distributed import TCPStore
         from torchft import Manager, ProcessGroupGloo
+        from torchft.checkpointing.pg_transport import PGTransport
         from torchft.local_sgd import LocalSGD
 
         timeout = timedelta(seconds=setup.timeout_seconds)
         self._store = TCPStore(place.host.address, 0, is_master=True, wait_for_workers=False)
+
+        group = ProcessGroupGloo(timeout=_CONNECT_TIMEOUT)
 
         def receive(state: Any) -> None:
             network.load_state_dict(state["network"])
@@ -133,14 +138,14 @@ class Torchft:
             tally.receive()
 
         self._manager = Manager(
-            pg=ProcessGroupGloo(timeout=timeout),
+            pg=group,
             load_state_dict=receive,
             state_dict=lambda: {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
             min_replica_size=2,
             use_async_quorum=False,
             timeout=timeout,
-            quorum_timeout=timeout,
-            connect_timeout=timeout,
+            quorum_timeout=_QUORUM_TIMEOUT,
+            connect_timeout=_CONNECT_TIMEOUT,
             rank=0,
             world_size=1,
             store_addr=place.host.address,
@@ -148,6 +153,7 @@ class Torchft:
             lighthouse_addr=place.lighthouse,
             replica_id=f"w{place.worker}",
             hostname=place.host.address,
+            checkpoint_transport=PGTransport(group, timeout, torch.device("cpu")),
             quorum_retries=_QUORUM_RETRIES,
         )
         self._local_sgd = LocalSGD(self._manager, network, optimizer, sync_every=setup.period)

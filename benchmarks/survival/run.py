@@ -15,7 +15,7 @@ from benchmarks.frame.hosts import Host
 from benchmarks.frame.sockets import listening_sockets, ports_held
 from benchmarks.survival.faults import OWN_END, Draw
 from benchmarks.survival.log import Fault, Log, Presence
-from benchmarks.survival.process import serve_lighthouse, train
+from benchmarks.survival.process import IMPORTED_LATER, serve_lighthouse, train
 from benchmarks.survival.task import Place, Setup
 
 PATIENCE_SECONDS = 60.0
@@ -45,7 +45,7 @@ class Run:
         self._present: dict[int, Presence] = {}  # of the process that a worker has now
         self._to_undo: list[tuple[float, Fault]] = []
         self._is_ending = False
-        _CONTEXT.set_forkserver_preload(["benchmarks.survival.process", "lightning_adpsgd.elastic", "torchft"])
+        _CONTEXT.set_forkserver_preload(["benchmarks.survival.process", *IMPORTED_LATER])
 
     def __enter__(self) -> "Run":
         try:
