@@ -156,7 +156,7 @@ def hosts(count: int, *, rate_mbit: float | None = None, offload: bool = True) -
         Host(f"{prefix}-{index}", f"10.77.0.{index + 1}", port=(switch, f"port{index}")) for index in range(count)
     ]
     names = [switch, *(host.name for host in cluster)]
-    with _termination_raises():
+    with termination_raises():
         try:
             _lay_out(switch, cluster)
             if not offload:
@@ -269,7 +269,7 @@ def _require(shaping: bool) -> None:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Turn signals that would end the process without cleaning up into an exception."""
 
     def leave(number: int, _: Any) -> None:

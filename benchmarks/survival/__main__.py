@@ -63,7 +63,7 @@ from benchmarks.frame.command import (
     several,
 )
 from benchmarks.frame.errors import NotMeasuredError
-from benchmarks.frame.hosts import Host, hosts
+from benchmarks.frame.hosts import Host, hosts, termination_raises
 from benchmarks.frame.ranks import this_machine
 from benchmarks.frame.results import write_json
 from benchmarks.frame.table import table
@@ -87,14 +87,14 @@ OURS = "adpsgd"
 
 
 @contextmanager
-def _cluster(options: argparse.Namespace) -> Iterator[Sequence[Host]]:
+def cluster_of(options: argparse.Namespace) -> Iterator[Sequence[Host]]:
     """A host for the lighthouse and one for each worker: of their own if any is cut off, this machine otherwise."""
     count = 1 + options.workers
     if "cut" in options.faults:
         with hosts(count) as cluster:
             yield cluster
     else:
-        with this_machine() as (machine,):
+        with termination_raises(), this_machine() as (machine,):
             yield [machine] * count
 
 
@@ -115,10 +115,10 @@ def run_pair(options: argparse.Namespace, contender: str, seed: int, kills: int 
             return sum(fault.kind == "kill" for fault in log.faults) >= kills
         return time.time() >= log.began + options.seconds
 
-    with _cluster(options) as cluster, Run(setup, cluster, options.pause, options.away) as run:
+    with cluster_of(options) as cluster, Run(setup, cluster, options.pause, options.away) as run:
         run.strike(is_enough, draws(seed, options.every, options.faults, options.workers))
         disturbed = run.end()
-    with _cluster(options) as cluster, Run(setup, cluster, options.pause, options.away) as run:
+    with cluster_of(options) as cluster, Run(setup, cluster, options.pause, options.away) as run:
         run.calm(disturbed.ended - disturbed.began)
         return Pair(run.end(), disturbed)
 
@@ -133,7 +133,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
         seed = options.seed + place
         for name in contenders:
             say(f"{name}, seed {seed} ({1 + place} of {options.seeds})")
-            pairs[name][seed] = run_pair(options, name, seed, _share(options, place))
+            pairs[name][seed] = run_pair(options, name, seed, share(options, place))
     period_seconds = options.period * options.step_ms / 1e3
     found = {name: measures([*runs.values()], options.workers, period_seconds) for name, runs in pairs.items()}
     print(_text(options, pairs, found))
@@ -143,7 +143,7 @@ def _measure_and_print(options: argparse.Namespace) -> int:
     return NOT_AS_CLAIMED if any(each.is_promised and each.met is False for each in found[OURS]) else 0
 
 
-def _share(options: argparse.Namespace, place: int) -> int | None:
+def share(options: argparse.Namespace, place: int) -> int | None:
     """The kills in the run with one of the seeds, which together are all."""
     if options.kills is None:
         return None

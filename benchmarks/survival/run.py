@@ -39,7 +39,7 @@ class Run:
         self._pause, self._away = pause, away
         self._started: list[tuple[Any, Host]] = []  # all processes, those that have ended too
         self._sockets: dict[Host, set[str]] = {}
-        self._workers: dict[int, Any] = {}
+        self.processes: dict[int, Any] = {}
         self._pipes: dict[int, Connection] = {}
         self._incarnations = dict.fromkeys(range(setup.workers), -1)
         self._present: dict[int, Presence] = {}  # of the process that a worker has now
@@ -54,10 +54,10 @@ class Run:
             for worker in range(self._setup.workers):
                 self._start(worker)
             self.log = Log(time.time())
-            self._wait(lambda: len(self._present) == self._setup.workers)
+            self._wait(lambda: len(self._present) == self._setup.workers or self.log.faults != [])
             if len(self._present) < self._setup.workers:
-                reasons = "".join(f" {fault.reason}" for fault in self.log.faults[:1])
-                raise NotMeasuredError(f"Workers of {self._setup.contender} have not met.{reasons}")
+                reason = self.log.faults[0].reason if self.log.faults else f"None within {PATIENCE_SECONDS:g} s."
+                raise NotMeasuredError(f"Workers of {self._setup.contender} could not start together. {reason}")
         except BaseException:
             self.__exit__()
             raise
@@ -102,7 +102,7 @@ class Run:
         if len(healthy) <= _FEWEST_HEALTHY:
             return False
         worker = next(worker for worker in draw.order if worker in healthy)
-        process = self._workers[worker]
+        process = self.processes[worker]
         self._look_at_sockets(process, self._cluster[1 + worker])
         fault = self._note(Fault(draw.kind, worker, time.time()), self._pause if draw.kind == "kill" else self._away)
         if draw.kind == "kill":
@@ -118,7 +118,7 @@ class Run:
         if fault.kind == "lighthouse":
             self._serve()
         elif fault.kind == "stop":
-            os.kill(self._workers[fault.worker].pid, signal.SIGCONT)  # type: ignore[index]
+            os.kill(self.processes[fault.worker].pid, signal.SIGCONT)  # type: ignore[index]
         elif fault.kind == "cut":
             self._cluster[1 + fault.worker].plug_in()  # type: ignore[operator]
         else:
@@ -160,7 +160,7 @@ class Run:
         address = f"http://{self._cluster[0].address}:{self._port}"
         host = self._cluster[1 + worker]
         place = Place(worker, self._incarnations[worker], host, address)
-        self._workers[worker] = self._new(train, (theirs, self._setup, place), host)
+        self.processes[worker] = self._new(train, (theirs, self._setup, place), host)
         theirs.close()
         self._pipes[worker] = mine
 
@@ -200,8 +200,8 @@ class Run:
                 try:
                     self._hear(worker, *pipe.recv())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    self._workers[worker].join(1)
-                    self._note_own_end(worker, f"exit code {self._workers[worker].exitcode}")
+                    self.processes[worker].join(1)
+                    self._note_own_end(worker, f"exit code {self.processes[worker].exitcode}")
         for due, fault in list(self._to_undo):
             if time.time() >= due:
                 self._to_undo.remove((due, fault))
