@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.survival.task import Place, Setup, Tally
 
-_QUORUM_RETRIES = 10
+_QUORUM_RETRIES = 60  # one a second: torchft spreads them over the timeout below
 _QUORUM_TIMEOUT = timedelta(seconds=60)  # torchft's own default: it is far above a period, as torchft asks for
 _CONNECT_TIMEOUT = timedelta(seconds=3)  # as this package has it; a worker that was just killed may be in a quorum
 

@@ -23,8 +23,11 @@ class Draw(NamedTuple):
 
 
 def draws(seed: int, every: float, kinds: Sequence[str], workers: int) -> Iterator[Draw]:
-    """A Poisson process with ``every`` seconds on average between faults; the seed decides when, what and whom."""
+    """A Poisson process with ``every`` seconds on average between faults; the seed decides when, what and whom.
+
+    All kinds come in random order, and again in another one, so that there are as many of each even in a short run.
+    """
     random_ = random.Random(seed)
     while True:
-        wait_seconds = random_.expovariate(1 / every)
-        yield Draw(wait_seconds, random_.choice(kinds), tuple(random_.sample(range(workers), workers)))
+        for kind in random_.sample(kinds, len(kinds)):
+            yield Draw(random_.expovariate(1 / every), kind, tuple(random_.sample(range(workers), workers)))

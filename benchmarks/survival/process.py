@@ -72,9 +72,11 @@ def train(pipe: Connection, setup: Setup, place: Place) -> None:
         contender.join()
         tell("joined", time.time() - began)
         latest = None
-        while latest is None or not contender.may_end(latest):
+        while True:
             if latest is None and pipe.poll():
                 latest = pipe.recv()
+            if latest is not None and contender.may_end(latest):
+                break  # with no further step, as the others may have averaged for the last time just now
             optimizer.zero_grad()
             training_loss(network, setup, place, tally.taken).backward()
             time.sleep(setup.step_seconds)

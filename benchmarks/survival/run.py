@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -84,7 +84,7 @@ class Run:
             if time.time() >= due and self._do(draw):
                 draw = next(faults)
                 due = time.time() + draw.wait_seconds
-        self._wait(lambda: not self._to_undo and len(self._healthy()) == self._setup.workers)
+        self._wait(lambda: not self._to_undo and len(self._healthy({"lighthouse"})) == self._setup.workers)
 
     def calm(self, seconds: float) -> None:
         """Let that time pass."""
@@ -131,12 +131,16 @@ class Run:
             self._to_undo.append((fault.began + seconds, fault))
         return fault
 
-    def _healthy(self) -> set[int]:
-        """Workers that are not struck, and had a round since they were."""
+    def _healthy(self, also_since: Collection[str] = ()) -> set[int]:
+        """Workers that are not struck, and had a round since they were, and since all faults of some kinds."""
         return {
             worker
             for worker, presence in self._present.items()
-            if all(fault.ended < presence.last for fault in self.log.faults if fault.worker == worker)
+            if all(
+                fault.ended < presence.last
+                for fault in self.log.faults
+                if fault.worker == worker or fault.kind in also_since
+            )
         }
 
     # Processes
