@@ -36,7 +36,8 @@ What is reported beside the goals
   which it was stopped or cut off. With start: per second of the whole run and worker.
 - from start to first round: of processes that were started again, imports done.
 - final loss: after an average at the end, the mean over workers and seeds. The goal is met if it is not above the
-  range of the undisturbed runs over the seeds.
+  range of the undisturbed runs over the seeds. These last as long but take more steps, so runs of less than a minute
+  or two, in which the loss still falls, miss it for that reason alone.
 - processes left: that have not ended within 10 s of being told to, and ports held: sockets of the run's processes that
   are still listened on after all processes have ended.
 
