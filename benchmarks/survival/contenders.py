@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.survival.task import Place, Setup, Tally
 
+_PERIODS_TO_THE_END = 3  # by then, all workers know where it is
 _QUORUM_RETRIES = 60  # one a second: torchft spreads them over the timeout below
 _QUORUM_TIMEOUT = timedelta(seconds=60)  # torchft's own default: it is far above a period, as torchft asks for
 _CONNECT_TIMEOUT = timedelta(seconds=3)  # as this package has it; a worker that was just killed may be in a quorum
@@ -57,6 +58,7 @@ class Elastic:
         from lightning_adpsgd.elastic import ElasticLocalSGD
 
         timeout = timedelta(seconds=setup.timeout_seconds)
+        self._period = setup.period
         self._local_sgd = ElasticLocalSGD(
             optimizer,
             setup.period,
@@ -85,8 +87,8 @@ class Elastic:
         self._local_sgd.step()
 
     def may_end(self, latest: int) -> bool:
-        """At any time."""
-        return True
+        """After the same number of steps as the others, three periods from now."""
+        return self._local_sgd.steps >= latest + _PERIODS_TO_THE_END * self._period
 
     def average(self) -> None:
         """Average with those that are there."""
@@ -178,7 +180,7 @@ class Torchft:
 
     def may_end(self, latest: int) -> bool:
         """After the same round as the others."""
-        return self._has_averaged and self._round >= latest + 3
+        return self._has_averaged and self._round >= latest + _PERIODS_TO_THE_END
 
     def average(self) -> None:
         """Do nothing: the latest step has averaged."""

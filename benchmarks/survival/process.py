@@ -76,7 +76,7 @@ def train(pipe: Connection, setup: Setup, place: Place) -> None:
             if latest is None and pipe.poll():
                 latest = pipe.recv()
             if latest is not None and contender.may_end(latest):
-                break  # with no further step, as the others may have averaged for the last time just now
+                break  # with no further step: whoever is alone after the last round waits in vain
             optimizer.zero_grad()
             training_loss(network, setup, place, tally.taken).backward()
             time.sleep(setup.step_seconds)
