@@ -57,7 +57,7 @@ build: $(RELEASE)/.installed $(VENV)/.installed-dev
 	$(RELEASE)/bin/twine check --strict dist/*
 	$(BIN)/python .ci/check_distribution.py dist
 
-## Run short benchmarks that need no GPU and print one page (about five minutes; those on links run only as root)
+## Run short benchmarks that need no GPU and print one page (about six minutes; those on links run only as root)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
 

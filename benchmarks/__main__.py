@@ -3,12 +3,12 @@
     .venv/bin/python -m benchmarks [--json DIR]
     sudo .venv/bin/python -m benchmarks
 
-It takes about five minutes on two cores. Runs are short, so the numbers are only a guide: each section names the
+It takes about six minutes on two cores. Runs are short, so the numbers are only a guide: each section names the
 command of the full measurement, whose module says how. Three of them lay out hosts that are joined by links (network
-namespaces, see `frame/hosts.py`). Where that is not possible (it needs Linux and root), their sections say what is
-missing and the others run. Progress goes to standard error, the page to standard output.
+namespaces, see `frame/hosts.py`), and one needs torchft. Where that is not possible (links need Linux and root), their
+sections say what is missing and the others run. Progress goes to standard error, the page to standard output.
 
-The exit code is 0 if everything that can be measured here was measured, 1 if bytes differ from what the package claims,
+The exit code is 0 if everything that can be measured here was measured, 1 if something is not as the package claims,
 2 if something failed, and 130 after Ctrl-C, which keeps the sections that were complete.
 """
 
@@ -33,6 +33,7 @@ from benchmarks.frame.command import FAILED, INTERRUPTED, NOT_AS_CLAIMED, folder
 from benchmarks.frame.errors import HostsUnavailableError
 from benchmarks.frame.hosts import hosts
 from benchmarks.frame.results import machine
+from benchmarks.survival import __main__ as survival
 
 RATE_MBIT, SLOW_RATE_MBIT = 1000, 300
 SLOW_LINKS = f"--hosts 4 --rate-mbit {SLOW_RATE_MBIT} --parameters 400000 --pause-ms 40"
@@ -49,11 +50,17 @@ class Benchmark(NamedTuple):
     full: str  # its arguments for the same measurement in full
     file: str  # the name of its file of results
     hosts: Mapping[str, Any] | None = None  # settings of the hosts that it lays out; None if it needs none
+    needs: str | None = None  # a package that may be missing
+
+    @property
+    def name(self) -> str:
+        """What is run, after ``python -m``."""
+        return self.module.__name__.removesuffix(".__main__")
 
     @property
     def command(self) -> str:
         """The command that measures in full."""
-        return f"python -m {self.module.__name__} {self.full}".rstrip()
+        return f"python -m {self.name} {self.full}".rstrip()
 
 
 BENCHMARKS = (
@@ -101,6 +108,15 @@ BENCHMARKS = (
         file="interface_bytes.json",
         hosts={},
     ),
+    Benchmark(
+        "Faults",
+        "How workers that come and go survive others being killed, stopped, and the lighthouse being killed.",
+        survival,
+        short="--workers 3 --seconds 8 --every 2 --away 2 --faults kill,stop,lighthouse",
+        full="--kills 100 --seeds 3",
+        file="survival.json",
+        needs="torchft",
+    ),
 )
 
 
@@ -134,7 +150,9 @@ def run(benchmark: Benchmark, results: Path | None = None) -> Result:
 
 
 def _missing(benchmark: Benchmark) -> str | None:
-    """Why the hosts that it needs cannot be laid out; None if they can, or if it needs none."""
+    """Why what it needs is not here, or cannot be laid out; None if it can, or if it needs nothing."""
+    if benchmark.needs is not None and find_spec(benchmark.needs) is None:
+        return f"{benchmark.needs} is not installed."
     if benchmark.hosts is None:
         return None
     try:
@@ -157,7 +175,7 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 def run_all(results: Path | None = None) -> Iterator[Result]:
     """Measure everything, one after the other, with a message for each."""
     for place, benchmark in enumerate(BENCHMARKS, start=1):
-        say(f"\n{place} of {len(BENCHMARKS)}: {benchmark.title} ({benchmark.module.__name__} {benchmark.short})")
+        say(f"\n{place} of {len(BENCHMARKS)}: {benchmark.title} ({benchmark.name} {benchmark.short})")
         began = time.monotonic()
         result = run(benchmark, results)
         say(f"{time.monotonic() - began:.0f} s" if result.code != FAILED else "failed")

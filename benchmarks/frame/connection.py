@@ -1,15 +1,12 @@
 """The process group of a rank."""
 
 import os
-import sys
 from functools import cache
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.frame.rank import ADDRESS, LOOPBACK
-
-_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+from benchmarks.frame.rank import ADDRESS, LOOPBACK, LOOPBACK_INTERFACE
 
 
 @cache
@@ -34,11 +31,11 @@ def connect(backend: str = "gloo", port: int | None = None) -> None:
     if port is not None:
         os.environ["MASTER_PORT"] = str(port)
     if os.environ.get(ADDRESS) == LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = _INTERFACE
+        os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
     if backend == "nccl":
         os.environ |= {
             "NCCL_HOSTID": f"rank-{os.environ['RANK']}",
-            "NCCL_SOCKET_IFNAME": _INTERFACE,
+            "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
             "NCCL_NET": "Socket",
             "NCCL_P2P_DISABLE": "1",
             "NCCL_SHM_DISABLE": "1",

@@ -8,6 +8,7 @@
 A process on one of them reads the same counters with :class:`Interface`. Linux and root only.
 """
 
+import ctypes
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ INTERFACE = "eth0"  # the name of every host's interface
 HEADER_BYTES = 66  # of one packet: Ethernet (14), IPv4 (20), TCP with time stamps (32)
 
 _NAMESPACES = Path("/run/netns")  # where iproute2 keeps the names
+_NETWORK = 0x40000000  # CLONE_NEWNET
 _serial = itertools.count()  # a process may lay out several clusters
 
 
@@ -67,11 +69,14 @@ class Host:
     Args:
         name: of the namespace, as in ``ip netns exec NAME``.
         address: of ``eth0``; only the other hosts reach it.
+        port: where its cable ends: the namespace of the switch, and the interface there.
     """
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, port: tuple[str, str] = ("", "")) -> None:
         self.name = name
         self.address = address
+        self.interface = INTERFACE
+        self._port = port
         self._processes: list[subprocess.Popen[Any]] = []
 
     def command(self, arguments: Sequence[str]) -> list[str]:
@@ -84,6 +89,26 @@ class Host:
         process = subprocess.Popen(self.command(arguments), start_new_session=True, **options)
         self._processes.append(process)
         return process
+
+    def enter(self) -> None:
+        """Move the calling process onto this host; its threads that run already stay where they are."""
+        libc = ctypes.CDLL(None, use_errno=True)  # os.setns is there from Python 3.12 on
+        with open(_NAMESPACES / self.name) as namespace:
+            if libc.setns(namespace.fileno(), _NETWORK) != 0:
+                raise OSError(ctypes.get_errno(), f"{self!r} could not be entered: {os.strerror(ctypes.get_errno())}")
+
+    def unplug(self) -> None:
+        """Cut this host off: what is sent to it and by it is lost, and nobody is told."""
+        self._plug("down")
+
+    def plug_in(self) -> None:
+        """Undo :meth:`unplug`."""
+        self._plug("up")
+
+    def _plug(self, state: str) -> None:
+        # At the switch: an interface that is set down at the host would forget the addresses of the others.
+        switch, port = self._port
+        _ip("-n", switch, "link", "set", port, state)
 
     def stop(self) -> None:
         """Kill what :meth:`start` has started."""
@@ -127,9 +152,11 @@ def hosts(count: int, *, rate_mbit: float | None = None, offload: bool = True) -
     _require(shaping=rate_mbit is not None)
     prefix = f"adpsgd-{os.getpid()}-{next(_serial)}"
     switch = f"{prefix}-switch"
-    cluster = [Host(f"{prefix}-{index}", f"10.77.0.{index + 1}") for index in range(count)]
+    cluster = [
+        Host(f"{prefix}-{index}", f"10.77.0.{index + 1}", port=(switch, f"port{index}")) for index in range(count)
+    ]
     names = [switch, *(host.name for host in cluster)]
-    with _termination_raises():
+    with termination_raises():
         try:
             _lay_out(switch, cluster)
             if not offload:
@@ -242,7 +269,7 @@ def _require(shaping: bool) -> None:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Turn signals that would end the process without cleaning up into an exception."""
 
     def leave(number: int, _: Any) -> None:

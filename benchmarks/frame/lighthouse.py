@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch.multiprocessing as mp
 
@@ -41,16 +42,21 @@ def lighthouse(heartbeat_ms: int, min_workers: int = 2) -> Iterator[str]:
         process.join()
 
 
-def _serve(pipe: Connection, heartbeat_ms: int, min_workers: int) -> None:
+def new_server(heartbeat_ms: int, min_workers: int = 2, port: int = 0) -> Any:
+    """Serve a lighthouse in this process, which may serve no other one later; port 0: one that is free."""
     from torchft.coordination import LighthouseServer
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it logs each request
-    server = LighthouseServer(
-        bind="[::]:0",
+    return LighthouseServer(
+        bind=f"[::]:{port}",
         min_replicas=min_workers,
         join_timeout_ms=10_000,
         quorum_tick_ms=20,
         heartbeat_timeout_ms=heartbeat_ms,
     )
+
+
+def _serve(pipe: Connection, heartbeat_ms: int, min_workers: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it logs each request
+    server = new_server(heartbeat_ms, min_workers)
     pipe.send(int(server.address().rpartition(":")[2]))
     signal.pause()

@@ -16,6 +16,7 @@ from typing import Any
 
 ADDRESS = "HOST_ADDRESS"  # the environment variable with the address of the rank's host
 LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 class Parent:

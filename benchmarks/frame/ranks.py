@@ -21,9 +21,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frame.errors import RankFailedError
+from benchmarks.frame.errors import HostsUnavailableError, RankFailedError
 from benchmarks.frame.hosts import INTERFACE, Host, hosts
-from benchmarks.frame.rank import ADDRESS, LOOPBACK
+from benchmarks.frame.rank import ADDRESS, LOOPBACK, LOOPBACK_INTERFACE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 1800  # without an answer from any rank
@@ -35,10 +35,17 @@ class ThisMachine(Host):
 
     def __init__(self) -> None:
         super().__init__("this machine", LOOPBACK)
+        self.interface = LOOPBACK_INTERFACE
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The command line itself."""
         return list(arguments)
+
+    def enter(self) -> None:
+        """Do nothing: the calling process is there."""
+
+    def _plug(self, state: str) -> None:
+        raise HostsUnavailableError("This machine cannot be cut off from itself.")
 
 
 @contextmanager

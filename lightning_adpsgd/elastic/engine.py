@@ -1,6 +1,7 @@
 """Runs elastic rounds: asks for a quorum, stages the means, and writes them back once all members have them."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,8 @@ from lightning_adpsgd.rounds.stopwatch import Stopwatch
 from lightning_adpsgd.workers.contribution import Contribution
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
+
+_SECONDS_BETWEEN_ATTEMPTS = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class ElasticEngine(RoundEngine):
     _not_before = 0  # the step before which no further quorum is asked for
     _connection = ""
     _writer = ""
+    _lacks_lighthouse = False
     _met = 0  # workers in the latest quorum, if these were too few
 
     def attach(self, meeting: Meeting) -> None:
@@ -116,8 +120,11 @@ class ElasticEngine(RoundEngine):
         try:
             quorum = meeting.lighthouse.ask(stated, meeting.options.quorum_timeout)
         except QuorumError as error:
-            _log.warning("%s Training goes on locally.", error)
+            if not self._lacks_lighthouse:
+                _log.warning("%s Training goes on locally.", error)
+            self._lacks_lighthouse = True
             return self._postpone()
+        self._lacks_lighthouse = False
         plan = plan_of(quorum.members, meeting.lighthouse.name)
         self._check_admitted(plan, stated)
         self._settle(plan)
@@ -147,10 +154,15 @@ class ElasticEngine(RoundEngine):
         self._start_from(self.steps)
         return "committed"
 
-    @property
-    def lacks_quorum(self) -> bool:
-        """Whether the latest attempt has found no quorum, and the next one is postponed."""
-        return self.steps < self._not_before
+    def may_try_again(self, deadline: float) -> bool:
+        """Whether another attempt may find others, before ``deadline`` (of ``time.monotonic()``).
+
+        Not if too few have met. A lighthouse that does not answer may be about to start again: this waits a little.
+        """
+        if not self._lacks_lighthouse:
+            return self.steps >= self._not_before
+        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        return time.monotonic() < min(deadline, self._meeting.lighthouse.latest)
 
     @property
     def is_writer(self) -> bool:

@@ -66,7 +66,8 @@ class Lighthouse:
         self._store: Any = None
         self._heart: Any = None
         self._client: Any = None
-        self._latest = math.inf
+        self.latest = math.inf
+        """When this worker is to end (of ``time.monotonic()``): it waits no longer."""
 
     def ask(self, state: MemberState, timeout: timedelta) -> AnsweredQuorum:
         """Ask for a quorum, and wait for it.
@@ -116,12 +117,12 @@ class Lighthouse:
 
     def hurry(self, time_left: timedelta) -> None:
         """Wait no longer than ``time_left``, counted from now, in this and further calls of :meth:`ask`."""
-        self._latest = min(self._latest, time.monotonic() + time_left.total_seconds())
+        self.latest = min(self.latest, time.monotonic() + time_left.total_seconds())
 
     def _answer(self, ask: Callable[..., Any], seconds: float, renews: bool) -> Any:
         deadline = time.monotonic() + seconds
         while True:
-            left = max(0.0, min(deadline, self._latest) - time.monotonic())
+            left = max(0.0, min(deadline, self.latest) - time.monotonic())
             seconds = min(left, _SECONDS_TO_RENEW) if renews else left
             try:
                 return self._in_a_thread(partial(ask, timeout=timedelta(seconds=seconds)))
@@ -149,7 +150,7 @@ class Lighthouse:
                 if error is not None:
                     raise error
                 return answer
-            if time.monotonic() > self._latest:
+            if time.monotonic() > self.latest:
                 raise TimeoutError("this worker was asked to end, and the others have not met in time")
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 
 _SECONDS_BETWEEN_ATTEMPTS = 0.1
+_SECONDS_FOR_A_LIGHTHOUSE_TO_START = 10.0
 _CONNECT_TIMEOUT = timedelta(seconds=3)  # all members have asked for the quorum just now
 
 _REFUSED = {
@@ -223,7 +224,8 @@ class ElasticLocalSGD(LocalSGD):
             The round's record, or None if there was no round.
         """
         arrived = super().average(trigger, also) if self.has_trained or also else None
-        while self.local_steps > 0 and not self._engine.lacks_quorum:
+        deadline = time.monotonic() + _SECONDS_FOR_A_LIGHTHOUSE_TO_START
+        while self.local_steps > 0 and self._engine.may_try_again(deadline):
             arrived = super().average(trigger, also) or arrived
         return arrived
 

@@ -93,6 +93,15 @@ WRONG = {
         (["--bucket-size-mb", "0"], "argument --bucket-size-mb: expected float from 1e-06"),
         (["--json", "no_such_folder/file.json"], "there is no folder"),
     ],
+    "survival.__main__": [
+        (["--workers", "2"], "argument --workers: expected int from 3 to 200, got '2'"),
+        (["--faults", "kill,flood"], "argument --faults: expected some of kill, stop, cut, lighthouse, got 'flood'"),
+        (["--kills", "10", "--seconds", "5"], "argument --seconds: not allowed with argument --kills"),
+        (["--kills", "10", "--faults", "stop"], "--kills 10: expected kill among the --faults"),
+        (["--kills", "2", "--seeds", "3"], "--kills 2: expected at least one for each of 3 seeds"),
+        (["--contender", "horovod"], "argument --contender: invalid choice: 'horovod'"),
+        (["--json", "no_such_folder/file.json"], "there is no folder"),
+    ],
 }
 
 

@@ -42,7 +42,8 @@ class Benchmarks:
                 write_json(arguments[arguments.index("--json") + 1], benchmark.title, {}, [])
             return 0
 
-        return benchmark._replace(module=SimpleNamespace(__name__=benchmark.module.__name__, main=main))
+        module = SimpleNamespace(__name__=benchmark.module.__name__, main=main)
+        return benchmark._replace(module=module, needs=benchmark.needs and "json")  # which is there
 
     @contextlib.contextmanager
     def lay_out(self, count, **settings):
@@ -90,9 +91,9 @@ def test_page_has_a_section_for_each_benchmark_in_order(benchmarks, capsys):
         assert text.rstrip().endswith(found_by(benchmark))
 
 
-def test_all_four_modules_take_part():
-    names = {benchmark.module.__name__.removeprefix("benchmarks.") for benchmark in bench.BENCHMARKS}
-    assert names == {"local_step", "round", "link", "interface_bytes"}
+def test_all_five_modules_take_part():
+    names = {benchmark.name.removeprefix("benchmarks.") for benchmark in bench.BENCHMARKS}
+    assert names == {"local_step", "round", "link", "interface_bytes", "survival"}
 
 
 def test_headline_says_what_was_measured_on(benchmarks, capsys):
@@ -147,8 +148,23 @@ def test_benchmark_that_cannot_run_here_is_replaced_by_what_is_missing(benchmark
         assert (benchmark.title in benchmarks.given) != needs_hosts
 
 
-def test_only_local_step_and_the_round_on_loopback_need_no_hosts():
-    assert [title for title in TITLES if title not in NEED_HOSTS] == ["Local step", "Averaging round, loopback"]
+def test_package_that_is_not_installed_is_named_and_the_others_run(benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert bench.main([]) == 0
+    sections = sections_of(capsys.readouterr().out)
+    needing = [benchmark.title for benchmark in bench.BENCHMARKS if benchmark.needs is not None]
+    assert needing == ["Faults"]
+    for title in TITLES:
+        assert ("Not measured here. json is not installed." in sections[title]) == (title in needing)
+        assert (title in benchmarks.given) != (title in needing)
+
+
+def test_three_benchmarks_need_no_hosts():
+    assert [title for title in TITLES if title not in NEED_HOSTS] == [
+        "Local step",
+        "Averaging round, loopback",
+        "Faults",
+    ]
 
 
 def test_hosts_are_tried_with_the_settings_that_the_benchmark_gives_them(benchmarks):
@@ -250,7 +266,7 @@ def test_command_on_the_page_runs_the_module_that_was_measured_with(benchmark, m
     python, dash_m, module, *arguments = shlex.split(benchmark.command)
     assert (python, dash_m, arguments) == ("python", "-m", benchmark.full.split())
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, benchmark.module.__name__)
     with pytest.raises(SystemExit) as left:
         runpy.run_module(module, run_name="__main__")
     assert left.value.code == 0

@@ -243,6 +243,27 @@ def test_training_goes_on_without_a_lighthouse_and_averages_again_when_there_is_
     again.kill()
 
 
+def test_the_average_at_the_end_waits_for_a_lighthouse_that_is_starting_again(lighthouse, crowd):
+    gather(crowd, [0, 1])
+    crowd.do(6, 0, 1)
+    lighthouse.kill()
+    crowd.send("average", 0, 1)
+    again = Lighthouse(port=lighthouse.port, min_replicas=2)
+    answers = crowd.receive(0, 1)
+    assert same(answers)
+    assert [record.step for record in answers[0]["records"]] == [4, 6]
+    again.kill()
+
+
+def test_without_a_lighthouse_the_average_at_the_end_is_given_up_after_some_seconds(lighthouse, crowd):
+    gather(crowd, [0, 1])
+    crowd.do(6, 0, 1)
+    lighthouse.kill()
+    answers = crowd.do("average", 0, 1)
+    assert not same(answers)
+    assert answers[0]["steps"] == 6
+
+
 def test_workers_exit_with_0(crowd):
     gather(crowd, [0, 1])
     crowd.do(5, 0, 1)

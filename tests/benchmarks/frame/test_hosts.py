@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.frame.errors import HostsUnavailableError
 from benchmarks.frame.hosts import Interface, hosts
+from benchmarks.frame.ranks import this_machine
 from tests.benchmarks.helpers import PATIENCE_SECONDS, REPOSITORY, left_behind_by
 
 # Lays out hosts, starts a process on one of them, says so, and waits to be told to end.
@@ -20,6 +22,15 @@ with hosts(2) as cluster:
     while True:
         time.sleep(0.1)  # a signal that arrives just before a sleep is handled after it
 """
+
+ANSWER = """
+import socket
+with socket.create_server(("", 5000)) as server:
+    print("ready", flush=True)
+    while True:
+        server.accept()[0].close()
+"""
+KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], 5000), timeout=2)"
 
 
 def is_running(pid):
@@ -66,6 +77,44 @@ def test_rate_is_kept(namespaces):
         sender.start([sys.executable, "-c", send, receiver.address])
         mbit_per_second, _ = receiving.communicate(timeout=30)
     assert 10 < float(mbit_per_second) < 55
+
+
+@pytest.mark.network
+def test_host_that_is_cut_off_reaches_the_others_again_when_its_cable_is_back(namespaces):
+    with hosts(3) as (first, second, third):
+
+        def reaches(a, b):
+            command = [sys.executable, "-c", KNOCK, b.address]
+            return a.start(command).wait(timeout=30) == 0
+
+        for host in (second, third):
+            host.start([sys.executable, "-c", ANSWER], stdout=subprocess.PIPE).stdout.readline()
+        assert reaches(first, second)
+        second.unplug()
+        assert not reaches(first, second)
+        assert reaches(first, third)
+        second.plug_in()
+        assert reaches(first, second)
+
+
+@pytest.mark.network
+def test_process_that_enters_a_host_has_the_address_of_that_host(namespaces):
+    enter = (
+        "import pickle, socket, sys; pickle.loads(bytes.fromhex(sys.argv[1])).enter();"
+        "socket.create_server((sys.argv[2], 5000))"
+    )
+    with hosts(2) as (first, second):
+        for address, code in ((first.address, 0), (second.address, 1)):
+            command = [sys.executable, "-c", enter, pickle.dumps(first).hex(), address]
+            ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+            assert ended.returncode == code, ended.stderr
+
+
+def test_this_machine_cannot_be_cut_off():
+    with this_machine() as (machine,):
+        machine.enter()
+        with pytest.raises(HostsUnavailableError, match="cannot be cut off"):
+            machine.unplug()
 
 
 @contextmanager
