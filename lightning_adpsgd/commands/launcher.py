@@ -104,7 +104,7 @@ class Launcher:
         self._start_what_is_due()
 
     def _listen_for_address(self, line: str) -> None:
-        if self._lighthouse is None or self._workers or not line.startswith(ANNOUNCEMENT):
+        if self._lighthouse is None or self._workers or self._stopped_by or not line.startswith(ANNOUNCEMENT):
             return
         address = line.removeprefix(ANNOUNCEMENT).strip()
         self._lighthouse.command += ["--port", address.rpartition(":")[2]]  # where it would be started again
@@ -198,7 +198,7 @@ class Launcher:
             self._outputs[1].say(f"  {worker.name}: {worker.restarts} restarts, {ending_of(worker.exit_code)}{said}")
         if self._stopped_by is not None:
             return 128 + self._stopped_by
-        return 1 if failed else 0
+        return 1 if failed else 0 if self._workers else 2
 
     def _say(self, text: str) -> None:
         self._outputs[1].say(f"adpsgd elastic: {text}")

@@ -43,6 +43,9 @@ def folder(tmp_path, monkeypatch):
         process = STARTED.pop()
         process.kill()
         process.communicate(timeout=60)
+    for pid in [pid for file in tmp_path.glob("starts.*") for pid in file.read_text().split()]:
+        if is_alive(pid):  # after a failure
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def start(script, *options, workers=2, arguments=(), command="elastic"):
@@ -408,13 +411,27 @@ def test_a_port_in_use_is_an_error_that_names_it(torchft, folder, capsys):
     assert "choose another --port" in told
 
 
+def children_of(process):
+    return read(f"/proc/{process.pid}/task/{process.pid}/children").split()
+
+
+def test_a_signal_while_the_lighthouse_starts_ends_the_run_without_workers(torchft, folder):
+    process = start(COUNTED)
+    children = wait_for(lambda: children_of(process))
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM
+    assert "no worker was started" in err
+    assert not is_alive(children[0])
+    assert not Path("starts.0").exists()
+
+
 @pytest.mark.workers
 def test_a_lighthouse_that_dies_is_started_again_at_its_address(torchft, folder):
     script = COUNTED + "import time\nwhile not os.path.exists('go'): time.sleep(0.05)"
     process = start(script, "--restart-delay", "0")
     wait_for(lambda: read("starts.0") and read("starts.1"))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (lighthouse,) = set(children) - {read("starts.0").strip(), read("starts.1").strip()}
+    (lighthouse,) = set(children_of(process)) - {read("starts.0").strip(), read("starts.1").strip()}
     os.kill(int(lighthouse), signal.SIGKILL)
     wait_for(lambda: read("out").count("TORCHFT_LIGHTHOUSE=") == 2)
     Path("go").touch()
