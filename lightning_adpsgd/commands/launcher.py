@@ -186,19 +186,22 @@ class Launcher:
 
     def _conclude(self) -> int:
         """Print what has become of the workers; return the exit code."""
-        if not self._workers and self._stopped_by is None:
-            self._say("the lighthouse has not started (see above), so no worker was started.")
-            return 2
         failed = [worker for worker in self._workers if worker.exit_code != 0]
-        self._say(
-            f"{len(failed)} of {len(self._workers)} workers have failed." if failed else "all workers have ended."
-        )
+        if not self._workers:
+            why = "" if self._stopped_by else " The lighthouse has not started (see above)."
+            self._say(f"no worker was started.{why}")
+        elif failed:
+            self._say(f"{len(failed)} of {len(self._workers)} workers have failed.")
+        else:
+            self._say(f"all {len(self._workers)} workers have ended with exit code 0.")
         for worker in self._workers:
             said = f" ({worker.last_error})" if worker.exit_code != 0 and worker.last_error else ""
             self._outputs[1].say(f"  {worker.name}: {worker.restarts} restarts, {ending_of(worker.exit_code)}{said}")
         if self._stopped_by is not None:
             return 128 + self._stopped_by
-        return 1 if failed else 0 if self._workers else 2
+        if not self._workers:
+            return 2
+        return 1 if failed else 0
 
     def _say(self, text: str) -> None:
         self._outputs[1].say(f"adpsgd elastic: {text}")
