@@ -195,7 +195,8 @@ class Launcher:
         else:
             self._say(f"all {len(self._workers)} workers have ended with exit code 0.")
         for worker in self._workers:
-            said = f" ({worker.last_error})" if worker.exit_code != 0 and worker.last_error else ""
+            is_told = worker.exit_code != 0 and worker.last_error and self._stopped_by is None
+            said = f" ({worker.last_error})" if is_told else ""
             self._outputs[1].say(f"  {worker.name}: {worker.restarts} restarts, {ending_of(worker.exit_code)}{said}")
         if self._stopped_by is not None:
             return 128 + self._stopped_by
