@@ -122,6 +122,8 @@ def test_module_trains_and_console_script_helps_and_tells_its_version(folder):
     assert helped.returncode == 0, helped.stderr
     assert "usage: adpsgd" in helped.stdout
     assert "fit" in helped.stdout
+    for command in ("plot", "elastic", "lighthouse"):
+        assert f"adpsgd {command} " in " ".join(helped.stdout.split())
     assert told.stdout == f"adpsgd {__version__}\n"
 
 

@@ -9,7 +9,11 @@ from lightning_adpsgd import __version__
 from .family import LightningCLI
 from .strategy import ADPSGDStrategy
 
-_EPILOG = "adpsgd plot CHECKPOINT draws the averaging rounds that a checkpoint tells of (adpsgd plot --help)."
+_EPILOG = (
+    "Further commands, each with a --help of its own: adpsgd plot CHECKPOINT draws the averaging rounds that a"
+    " checkpoint tells of; adpsgd elastic --workers N SCRIPT runs workers of ElasticLocalSGD on this machine, and"
+    " starts those again that die; adpsgd lighthouse runs the place where they meet."
+)
 
 
 def main(args: Any = None) -> None:
