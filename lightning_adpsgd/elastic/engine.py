@@ -11,13 +11,12 @@ from typing_extensions import override
 
 from lightning_adpsgd.averaging.staged import StagedMeans
 from lightning_adpsgd.averaging.tensors import AveragedTensors
+from lightning_adpsgd.elastic.admission import check_admitted
 from lightning_adpsgd.elastic.lighthouse import AnsweredQuorum, Lighthouse, QuorumError
 from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.elastic.plan import MemberState, Plan, plan_of
 from lightning_adpsgd.elastic.worker_state import JoinableState
-from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.rounds.engine import RoundEngine
-from lightning_adpsgd.rounds.guards import all_finite
 from lightning_adpsgd.rounds.measures import Measuring
 from lightning_adpsgd.rounds.record import Trigger
 from lightning_adpsgd.rounds.stopwatch import Stopwatch
@@ -126,7 +125,7 @@ class ElasticEngine(RoundEngine):
             return self._postpone()
         self._lacks_lighthouse = False
         plan = plan_of(quorum.members, meeting.lighthouse.name)
-        self._check_admitted(plan, stated)
+        check_admitted(plan, stated, meeting.lighthouse.name, self.tracker)
         self._settle(plan)
         least = meeting.options.min_workers
         if not plan.contributors:
@@ -194,26 +193,6 @@ class ElasticEngine(RoundEngine):
             writer=self._writer,
             period=rule.period(),
             rule=rule.state_dict(),
-        )
-
-    def _check_admitted(self, plan: Plan, stated: MemberState) -> None:
-        """Raise if this worker cannot take part. The others leave it out, and go on."""
-        if plan.rank is not None:
-            return
-        if not stated.finite:
-            parameters = self.tracker.current().parameters
-            names = [self.tracker.name_of(each) for each in parameters if not all_finite([each])]
-            raise WorkersDivergedError(
-                f"Parameters of worker {self._meeting.lighthouse.name!r} are not finite at step {self.steps}. The first"
-                f" of {len(names)}: {', '.join(names[:3])}. The others go on without it. Lower the learning rate,"
-                " clip gradients, or look for bad samples in this worker's data, and start the worker again."
-            )
-        theirs = plan.of_leader
-        raise WorkersDisagreeError(
-            f"Worker {self._meeting.lighthouse.name!r} averages {stated.tensors} tensors (hash {stated.fingerprint}),"
-            f" the other workers {theirs.tensors} (hash {theirs.fingerprint}): expected the same dtypes, shapes,"
-            " parameter groups and memory formats. Build the same model and optimizer in this worker. The others go on"
-            " without it."
         )
 
     def _postpone(self) -> Outcome:
