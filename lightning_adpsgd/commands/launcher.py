@@ -145,7 +145,10 @@ class Launcher:
             return
         what = f"{child.name} has ended: {ending_of(child.exit_code)}."
         most, delay = self._plan.max_restarts, self._plan.restart_delay
-        if child.restarts < most:
+        others = [worker for worker in self._workers if worker is not child]
+        if others and all(worker.exit_code == 0 for worker in others):
+            self._say(f"{what} It is not started again: all others have ended with exit code 0, so it would be alone.")
+        elif child.restarts < most:
             child.restarts += 1
             child.start_at = time.monotonic() + delay
             self._say(f"{what} It is started again in {delay:g} s (restart {child.restarts} of {most}).")

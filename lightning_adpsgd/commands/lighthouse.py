@@ -31,8 +31,8 @@ def add_timeouts(parser: argparse.ArgumentParser) -> None:
         type=seconds(0.001),
         metavar="SECONDS",
         default=60.0,
-        help="how long a round waits for a worker that is alive but slow. Make it longer than an averaging period takes"
-        " (default: %(default)g)",
+        help="how long a round waits for a worker that is alive but slow. Make it longer than workers differ in the"
+        " time that a period takes them (default: %(default)g)",
     )
     parser.add_argument(
         "--heartbeat-timeout",

@@ -55,8 +55,8 @@ class Lighthouse:
         if not found:
             raise ValueError(
                 f"lighthouse={address!r}, and the environment variable {ENVIRONMENT} is not set: expected the address"
-                ' of a lighthouse, such as lighthouse="http://host:29510". Start one with "torchft_lighthouse'
-                ' --min_replicas 1 --bind [::]:29510".'
+                ' of a lighthouse, such as lighthouse="http://host:29510". Start one with "adpsgd lighthouse",'
+                " or start the workers with `adpsgd elastic`."
             )
         self._address = found if "://" in found else f"http://{found}"
         self.name = f"{worker_id}:{uuid.uuid4()}"  # like torchft's: an earlier process's heartbeats are not this one's
@@ -72,7 +72,7 @@ class Lighthouse:
     def ask(self, state: MemberState, timeout: timedelta) -> AnsweredQuorum:
         """Ask for a quorum, and wait for it.
 
-        A worker that has not joined asks again and again: the lighthouse counts its ``--join_timeout_ms`` from the
+        A worker that has not joined asks again and again: the lighthouse counts its ``--join-timeout`` from the
         first request, and otherwise the others would meet before all of them have asked.
 
         Args:

@@ -45,7 +45,7 @@ class ElasticLocalSGD(LocalSGD):
     late receives weights, buffers, optimizer state, rule and counters from one of the others in their next round, and
     is averaged from the round after that::
 
-        # torchft_lighthouse --min_replicas 2 --join_timeout_ms 60000 --heartbeat_timeout_ms 2000 --bind [::]:29510
+        # adpsgd elastic --workers 4 train.py; or, once, adpsgd lighthouse, and for each worker
         # TORCHFT_LIGHTHOUSE=http://host:29510 python train.py
         local_sgd = ElasticLocalSGD(optimizer, AdaptivePeriod(), module=model, total_steps=1000)
         local_sgd.broadcast()  # start with the others, or join them
@@ -63,9 +63,10 @@ class ElasticLocalSGD(LocalSGD):
     that it has seen, (1 − 1/n₁) / (1 − 1/n) times the record's ratio, so its target goes on.
 
     The lighthouse's options decide how fast the others go on. A worker that is killed holds up their next round until
-    ``--heartbeat_timeout_ms`` has passed. One that is slow holds it up for ``--join_timeout_ms`` at most, counted from
-    the first worker that asks. Make it longer than an averaging period takes: a worker that joins asks that early, and
-    if the time is up when most have asked, they meet without the rest.
+    ``--heartbeat-timeout`` has passed. One that is slow holds it up for ``--join-timeout`` at most, counted from the
+    first worker that asks: if the time is up when most have asked, they meet without the rest. So it has to exceed the
+    difference between the fastest and the slowest worker's time for a period, and what a worker that has joined takes
+    to begin.
 
     Args:
         optimizer: its parameters are averaged. They have to be on the CPU.
@@ -77,7 +78,7 @@ class ElasticLocalSGD(LocalSGD):
         start_workers: with fewer the run does not start: :meth:`broadcast` waits for more. Later there may be fewer.
         worker_id: this worker's name. Ranks follow the names' alphabetical order. None: a random one.
         quorum_timeout: how long a round waits for a quorum. Without one, the worker trains for another period. (For how
-            long a quorum waits for stragglers is an option of the lighthouse, ``--join_timeout_ms``.)
+            long a quorum waits for stragglers is an option of the lighthouse, ``--join-timeout``.)
         round_timeout: how long a worker waits for another within a round.
         join_timeout: how long :meth:`broadcast` waits for the others' next round.
         hostname: under which the others reach this worker; None: what the system calls itself.

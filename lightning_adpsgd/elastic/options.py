@@ -26,7 +26,7 @@ class ElasticOptions:
         min_workers: with fewer there is no round; each trains on by itself.
         start_workers: with fewer the run does not start. Later there may be fewer.
         quorum_timeout: how long a round waits for a quorum. Without one, the worker trains for another period. (For how
-            long a quorum waits for stragglers is an option of the lighthouse, ``--join_timeout_ms``.)
+            long a quorum waits for stragglers is an option of the lighthouse, ``--join-timeout``.)
         round_timeout: how long a worker waits for another within a round.
         join_timeout: how long a worker that starts waits for the others' next round.
         leave_timeout: how long a worker that is asked to end, by SIGTERM, waits for a last round with the others.

@@ -215,6 +215,26 @@ def test_a_worker_that_starts_late_is_equal_to_the_others_after_its_first_round(
         assert [record.target for record in latest] == pytest.approx([joined[2]["rule"]["target"] * 4 / 3] * 3)
 
 
+def test_a_worker_that_waits_to_join_does_not_make_the_others_meet_early():
+    patient = Lighthouse(join_timeout_ms=8000)
+    crowd = Crowd(patient.address)
+    try:
+        gather(crowd, [0, 1])
+        crowd.start(2)
+        crowd.send("join", 2)
+        patient.wait_for_requests()
+        time.sleep(9)  # longer than the lighthouse waits, counted from the first request
+        crowd.send(4, 0)
+        patient.wait_for_requests(2)
+        crowd.send(4, 1)
+        answers = crowd.receive(0, 1, 2)
+        assert same(answers)
+        assert [record.step for record in answers[1]["records"]] == [4]
+    finally:
+        crowd.end()
+        patient.kill()
+
+
 def test_a_worker_that_is_killed_and_started_again_joins(lighthouse, crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(6, 0, 1, 2)

@@ -53,7 +53,13 @@ def test_a_module_is_run_by_its_name(folder):
     [("sys.exit(3)", "exit code 3"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL")],
 )
 def test_a_worker_that_dies_is_started_again(folder, death, told):
-    code, _, err = run(COUNTED + f"if worker == '1' and starts < 3: {death}", *NO_LIGHTHOUSE)
+    script = f"""
+if worker == "0":
+    while not os.path.exists("starts.1") or len(open("starts.1").readlines()) < 3: pass
+elif starts < 3:
+    {death}
+"""
+    code, _, err = run(COUNTED + script, *NO_LIGHTHOUSE)
     assert code == 0
     assert f"worker 1 has ended: {told}. It is started again in 0 s (restart 2 of 3)." in err
     assert "  worker 0: 0 restarts, exit code 0\n  worker 1: 2 restarts, exit code 0\n" in err
@@ -74,6 +80,18 @@ else:
     assert "worker 1 has ended: exit code 1. It is not started again: --max-restarts is 2." in err
     assert "1 of 2 workers have failed.\n" in err
     assert "  worker 1: 2 restarts, exit code 1 (no data)\n" in err
+
+
+def test_a_worker_that_dies_after_all_others_have_ended_well_is_not_started_again(folder):
+    script = """
+if worker == "1":
+    while not os.path.exists("starts.0") or os.path.exists(f"/proc/{open('starts.0').read().strip()}"): pass
+    sys.exit(3)
+"""
+    code, _, err = run(COUNTED + script, *NO_LIGHTHOUSE)
+    assert code == 1
+    assert "It is not started again: all others have ended with exit code 0, so it would be alone." in err
+    assert len(read("starts.1").split()) == 1
 
 
 def test_a_script_that_cannot_run_ends_with_its_own_error(folder):
