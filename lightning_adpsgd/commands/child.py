@@ -70,7 +70,7 @@ class Child:
         self._process = subprocess.Popen(
             self.command,
             bufsize=0,
-            env=self._environment,
+            env={**self._environment, "ADPSGD_RESTARTS": str(self.restarts)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -121,7 +121,7 @@ class ElasticEngine(RoundEngine):
         except QuorumError as error:
             if not self._lacks_lighthouse:
                 _log.warning("%s Training goes on locally.", error)
-            self._lacks_lighthouse = True
+            self._lacks_lighthouse, self._met = True, 0
             return self._postpone()
         self._lacks_lighthouse = False
         plan = plan_of(quorum.members, meeting.lighthouse.name)
@@ -167,6 +167,11 @@ class ElasticEngine(RoundEngine):
     def is_writer(self) -> bool:
         """Whether this worker writes for all: one of those of the latest round, until it is lost."""
         return self._writer == self._meeting.lighthouse.name
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the latest quorum was too small, and of this worker alone."""
+        return self._met == 1
 
     def hurry(self) -> None:
         """Wait no longer than ``leave_timeout`` for a quorum from now on. May be called by a signal handler."""

@@ -1,5 +1,6 @@
 """Local SGD for one optimizer in a plain training loop, among workers that come and go."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -156,6 +157,8 @@ class ElasticLocalSGD(LocalSGD):
             join_timeout=join_timeout,
             hostname=hostname,
         )
+        if elastic.is_of_a_restart:
+            elastic = dataclasses.replace(elastic, start_workers=max(2, elastic.start_workers))
         at = Lighthouse(elastic.lighthouse, elastic.name, elastic.hostname, elastic.round_timeout)
         group, transport = _torchft(elastic.round_timeout)
         super().__init__(
@@ -195,21 +198,30 @@ class ElasticLocalSGD(LocalSGD):
         Without this call a worker joins in its first round, and the steps it has taken before are lost.
 
         Raises:
-            WorkerLostError: if there was no round within ``join_timeout``.
+            WorkerLostError: if there was no round within ``join_timeout``; or if this process replaces one that has
+                ended, and no other worker was there for ``quorum_timeout``.
             WorkersDisagreeError: if this worker has built another model or optimizer than the others.
         """
-        deadline = time.monotonic() + self._elastic.join_timeout.total_seconds()
-        while not self.has_joined:
-            if self._engine.attempt("period") == "committed":
-                self._emit(self._engine.land(self.period.value))
-            elif time.monotonic() > deadline:
+        if self.has_joined:
+            return
+        latest_company = time.monotonic()
+        deadline = latest_company + self._elastic.join_timeout.total_seconds()
+        while self._engine.attempt("period") != "committed":
+            latest_company = latest_company if self._engine.is_alone else time.monotonic()
+            patience = self._elastic.quorum_timeout
+            if self._elastic.is_of_a_restart and time.monotonic() > latest_company + patience.total_seconds():
+                raise WorkerLostError(
+                    f"This worker was started again, and no other one was there for quorum_timeout={patience}: they"
+                    " have ended, or they use another lighthouse. It does not start the run anew, alone."
+                )
+            if time.monotonic() > deadline:
                 raise WorkerLostError(
                     f"This worker has met no others within join_timeout={self._elastic.join_timeout}: expected a round"
                     " of at least min_workers workers in that time. Check that the lighthouse runs and that the other"
                     " workers have its address, or raise join_timeout above the time that an averaging period takes."
                 )
-            else:
-                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+            time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        self._emit(self._engine.land(self.period.value))
 
     @override
     def average(self, trigger: Trigger = "train_end", also: Sequence[Tensor] = ()) -> AveragingRound | None:

@@ -10,6 +10,9 @@ from lightning_adpsgd.validation import check_instance, check_int, wrong_value
 WORKER, MAX_WORKERS = "REPLICA_GROUP_ID", "NUM_REPLICA_GROUPS"
 """The variables in which torchft's launchers say which worker this is, and how many there are at most."""
 
+RESTARTS = ("ADPSGD_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+"""The variables in which ``adpsgd elastic`` and torchrun say how often this worker was started again."""
+
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = timedelta(milliseconds=100), timedelta(days=365)
 
 
@@ -69,6 +72,12 @@ class ElasticOptions:
         given = self.worker_id or ""
         if any(character in given for character in ": /") or not given.isascii():
             raise ValueError(f"worker_id={given!r}: expected ASCII without spaces, colons and slashes.")
+
+    @property
+    def is_of_a_restart(self) -> bool:
+        """Whether this process replaces one that has ended: it joins others, and does not start a run alone."""
+        restarts = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+        return restarts and self.max_workers != 1 and os.environ.get(MAX_WORKERS) != "1"
 
     @property
     def name(self) -> str:

@@ -107,6 +107,7 @@ def follow(
     pipe: Connection,
     address: str,
     period: Any = 4,
+    restarts: int = 0,
     **options: Any,
 ) -> None:
     """Take as many steps as the test says, one message each, and answer with what this worker holds.
@@ -116,8 +117,10 @@ def follow(
         pipe: to the test.
         address: the lighthouse's.
         period: the averaging period, or None for the adaptive rule.
+        restarts: how often a launcher has started it again.
         options: further arguments of :class:`ElasticLocalSGD`.
     """
+    os.environ["ADPSGD_RESTARTS"] = str(restarts)
     model, optimizer, local_sgd = make(worker, rule() if period is None else period, lighthouse=address, **options)
     records: list[Any] = []
     local_sgd.subscribe(records.append)

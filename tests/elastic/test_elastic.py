@@ -249,6 +249,19 @@ def test_a_worker_that_is_killed_and_started_again_joins(lighthouse, crowd):
     assert same(crowd.do(4, 0, 1, 2))
 
 
+def test_a_worker_that_is_started_again_when_the_others_have_ended_does_not_begin_the_run_anew(crowd):
+    crowd.start(0, restarts=1, quorum_timeout=timedelta(seconds=3))
+    crowd.send("join", 0)
+    crowd.processes[0].join(60)
+    assert crowd.processes[0].exitcode == 1
+
+
+def test_workers_that_are_all_started_again_begin_the_run_anew(crowd):
+    crowd.start(0, 1, restarts=2)
+    assert same(crowd.do("join", 0, 1))
+    assert same(crowd.do(4, 0, 1))
+
+
 def test_training_goes_on_without_a_lighthouse_and_averages_again_when_there_is_one(lighthouse, crowd):
     gather(crowd, [0, 1], quorum_timeout=timedelta(seconds=4))
     lighthouse.kill()
