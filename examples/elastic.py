@@ -10,10 +10,10 @@ import signal
 from pathlib import Path
 
 import lightning as L
+from digits import DigitClassifier, digits
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from examples.digits import DigitClassifier, digits
 from lightning_adpsgd import AdaptivePeriod, ADPSGDStrategy, CommunicationMonitor
 from lightning_adpsgd.elastic import ElasticOptions
 

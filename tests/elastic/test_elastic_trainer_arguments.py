@@ -17,6 +17,7 @@ from lightning_adpsgd.elastic import ElasticOptions
 from lightning_adpsgd.elastic.shards import shard
 
 pytest.importorskip("torchft", reason="torchft is not installed: pip install 'lightning-adpsgd[elastic]'")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.mark.parametrize(
