@@ -7,6 +7,9 @@ and torchft's lighthouse is another process. A turn is `average("period")`, afte
 parameter by a different amount on each worker. Turns alternate (A B A B), after two untimed ones of each. Before each,
 all workers wait for each other without using the network; it takes from the last worker's start to the last one's end.
 
+Before that, the last worker leaves and joins again, `--joins` times: how long does a round in which one joins take the
+others, from their start to their end? The state that it receives are the parameters, 4 bytes each.
+
 The ratio is that of the medians, and the range the 95 % confidence interval of the median ratio within a turn. CPU is
 the processor time of all threads of a worker, the backend's and torchft's included: the mean over the workers. Where
 there are fewer processors than workers, what a round computes is what it takes.
@@ -19,6 +22,7 @@ import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +45,7 @@ from lightning_adpsgd.elastic import ElasticLocalSGD
 
 CONTENDERS = ("LocalSGD", "ElasticLocalSGD")
 WARMUP_TURNS = 2
-HEARTBEAT_MS = 10_000  # a machine that is busy must not look dead
+HEARTBEAT_MS = 5000  # a machine that is busy must not look dead
 
 COLUMNS = (
     Column("workers", "workers", "d"),
@@ -53,6 +57,7 @@ COLUMNS = (
     Column("extra [ms]", "extra_seconds", "+.2f", 1e3),
     Column("ratio", "ratio", ".3f"),
     Column("95 %", interval("ratio_interval", ".3f")),
+    Column("one joins [ms]", "joining_seconds", ".1f", 1e3),
 )
 
 
@@ -105,14 +110,28 @@ class Subject:
         self._local_sgd.close()
 
 
-def take_turns(case: Case, count: int, address: str, meet: Callable[[], None]) -> dict[str, list[Timing]]:
+def take_turns(case: Case, count: int, joins: int, address: str, meet: Callable[[], None]) -> dict[str, list[Timing]]:
     """Time both contenders in turn on the calling worker."""
     worker, device = int(os.environ["RANK"]), Device()
     elastic = Subject(case, worker, address)  # before there is a process group, which it refuses
+    elastic.start()
+    joined = []
+    for _ in range(joins):
+        meet()
+        if worker == int(os.environ["WORLD_SIZE"]) - 1:
+            elastic.close()
+            time.sleep(1.2e-3 * HEARTBEAT_MS)  # until then the others would wait for the one that has left
+            elastic = Subject(case, worker, address)
+            meet()
+            elastic.start()
+        else:
+            elastic.prepare()
+            meet()
+            joined.append(device.time(elastic.average))
     connect("gloo")
-    subjects = dict(zip(CONTENDERS, (Subject(case, worker, None), elastic), strict=True))
-    for subject in subjects.values():
-        subject.start()
+    plain = Subject(case, worker, None)
+    plain.start()
+    subjects = dict(zip(CONTENDERS, (plain, elastic), strict=True))
     timings: dict[str, list[Timing]] = {contender: [] for contender in CONTENDERS}
     for turn, contender in turns(CONTENDERS, WARMUP_TURNS + count):
         subjects[contender].prepare()
@@ -123,12 +142,12 @@ def take_turns(case: Case, count: int, address: str, meet: Callable[[], None]) -
     meet()  # whoever leaves early holds up nobody
     elastic.close()
     dist.destroy_process_group()
-    return timings
+    return {**timings, "joined": joined}
 
 
 def carry_out(order: Mapping[str, Any], parent: Parent) -> Any:
     """Carry out an order on the calling worker."""
-    return take_turns(Case(*order["case"]), order["turns"], order["lighthouse"], parent.meet)
+    return take_turns(Case(*order["case"]), order["turns"], order["joins"], order["lighthouse"], parent.meet)
 
 
 # Arithmetic
@@ -144,6 +163,12 @@ def as_row(workers: int, case: Case, answers: Sequence[Mapping[str, Sequence[Seq
         wall.append([max(t.ended for t in turn) - max(t.began for t in turn) for turn in by_turn])
         cpu.append([statistics.fmean(t.cpu_seconds for t in turn) for turn in by_turn])
     plain, elastic = map(median, wall)
+    joined = [
+        max(t.ended for t in turn) - min(t.began for t in turn)
+        for turn in (
+            [Timing(*timing) for timing in turn] for turn in zip(*(a["joined"] for a in answers[:-1]), strict=True)
+        )
+    ]
     return {
         "workers": workers,
         **case._asdict(),
@@ -154,17 +179,18 @@ def as_row(workers: int, case: Case, answers: Sequence[Mapping[str, Sequence[Seq
         "extra_seconds": elastic - plain,
         "ratio": elastic / plain,
         "ratio_interval": median_interval(ratios(wall[1], wall[0])),
-        "turns": {"plain_seconds": wall[0], "elastic_seconds": wall[1]},
+        "joining_seconds": median(joined),
+        "turns": {"plain_seconds": wall[0], "elastic_seconds": wall[1], "joining_seconds": joined},
     }
 
 
 # The measurement
 
 
-def measure(started: Ranks, address: str, workers: int, case: Case, count: int) -> dict[str, Any]:
+def measure(started: Ranks, address: str, workers: int, case: Case, count: int, joins: int) -> dict[str, Any]:
     """Measure a case on ranks that carry out orders with :func:`carry_out`."""
     say(f"{workers} workers, {case.parameters:,} parameters")
-    return as_row(workers, case, started.run({"case": case, "turns": count, "lighthouse": address}))
+    return as_row(workers, case, started.run({"case": case, "turns": count, "joins": joins, "lighthouse": address}))
 
 
 def _measure_and_print(options: argparse.Namespace) -> int:
@@ -173,8 +199,8 @@ def _measure_and_print(options: argparse.Namespace) -> int:
         with lighthouse(HEARTBEAT_MS, workers) as address, local_ranks(workers, "benchmarks.elastic") as started:
             for millions in options.parameters:
                 case = Case(round(millions * 1e6), options.tensors)
-                rows.append(measure(started, address, workers, case, options.turns))
-    print(f"{options.tensors} tensors; {options.turns} turns\n\n{table(rows, COLUMNS)}")
+                rows.append(measure(started, address, workers, case, options.turns, options.joins))
+    print(f"{options.tensors} tensors; {options.turns} turns, {options.joins} joins\n\n{table(rows, COLUMNS)}")
     if options.json is not None:
         write_json(options.json, "elastic", settings(options), rows)
     return 0
@@ -188,6 +214,7 @@ def parse(arguments: Arguments) -> argparse.Namespace:
     add("--parameters", type=parameters, default=[0.01, 1.0], metavar="M,M", help="of the model, in millions (0.01,1)")
     add("--tensors", type=number(1, 10**6), default=8, metavar="N", help="that hold the parameters (8)")
     add("--turns", type=number(1), default=30, metavar="N", help="of each contender, timed (30)")
+    add("--joins", type=number(1), default=3, metavar="N", help="of the last worker, timed (3)")
     options = parser.parse_args(arguments)
     if options.tensors > round(min(options.parameters) * 1e6):
         parser.error(f"--tensors {options.tensors}: expected at most as many as there are --parameters.")

@@ -154,7 +154,7 @@ class Lighthouse:
                 raise TimeoutError("this worker was asked to end, and the others have not met in time")
 
     def close(self) -> None:
-        """Stop the heartbeats: the others no longer wait for this worker."""
+        """Stop the heartbeats: when these are missed, the others no longer wait for this worker."""
         heart, self._heart, self._client, self._store = self._heart, None, None, None
         if heart is not None:
             with contextlib.suppress(RuntimeError):
