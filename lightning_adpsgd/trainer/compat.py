@@ -270,6 +270,15 @@ def forget_versions(loggers: "list[Any]") -> None:
         each._version = None
 
 
+def is_older(checkpoint: Any, filepath: Any, time: float) -> bool:
+    """Whether there is a file that was last written before a ``time``, where the ``ModelCheckpoint`` writes its own."""
+    try:
+        written: float = checkpoint._fs.modified(filepath).timestamp()
+    except (OSError, NotImplementedError):  # the latter: no file system of that kind tells
+        return False
+    return written < time
+
+
 def _steps_of(trainer: "pl.Trainer") -> Any:
     """The progress of optimizer steps from which ``trainer.global_step`` is computed."""
     loop = trainer.fit_loop.epoch_loop

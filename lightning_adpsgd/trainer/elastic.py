@@ -18,6 +18,7 @@ from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.session import CHECKPOINT_KEY, TrainingSession
 from lightning_adpsgd.workers.group import WorkerGroup
 
+from .checkpoint_files import CheckpointFiles
 from .compat import (
     as_after_the_batch,
     callbacks_of,
@@ -52,6 +53,7 @@ class ElasticWorkers(NodeGradients):
         self._schedules_are_late = False
         self._scheduled = 0  # steps that are not counted yet, but for which schedulers were stepped
         self._loggers: list[Any] = []
+        self._files = CheckpointFiles()
 
     @property
     @override
@@ -107,7 +109,14 @@ class ElasticWorkers(NodeGradients):
         if filepath is _NO_FILE:
             self._taken = checkpoint
         else:
+            if self._elastic is not None:
+                self._files.note(filepath, exists=True)
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self._files.note(filepath, exists=False)
+        super().remove_checkpoint(filepath)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -125,6 +134,13 @@ class ElasticWorkers(NodeGradients):
             if self._schedules_are_late:
                 self._schedules_are_late = False
                 finish_schedules_of_the_batch(trainer)
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None:
+            self._files.forget(_checkpoints_of(trainer))
 
     def follow_the_others(self) -> None:
         """Leave out as many batches as the other workers are ahead of this one."""
@@ -157,6 +173,7 @@ class ElasticWorkers(NodeGradients):
         trainer, checkpoint = trainer_of(self.lightning_module), state["checkpoint"]
         assert trainer is not None
         assert self.lightning_module is not None
+        self._files.begin()
         for each in _checkpoints_of(trainer):
             each.dirpath = state["paths"].get(each.state_key, each.dirpath)
         if [*checkpoint] == ["state_dict"]:
@@ -200,7 +217,10 @@ class ElasticWorkers(NodeGradients):
 
     def _join(self) -> None:
         """Start with the other workers, or join them."""
-        if isinstance(self._session, ElasticSession):
+        trainer = trainer_of(self.lightning_module)
+        if isinstance(self._session, ElasticSession) and trainer is not None:
+            self._files.begin()
+            self._files.watch(_checkpoints_of(trainer))
             self._is_joining = True
             self._session.join()
             self._is_joining = False

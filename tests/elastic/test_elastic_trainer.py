@@ -62,6 +62,18 @@ def test_workers_train_on_shares_of_the_data_and_validate_on_all_of_it(crowd, tm
     assert best["adpsgd"]["averaged"]
 
 
+def test_all_workers_have_the_same_names_for_checkpoints_whoever_writes_them(crowd, tmp_path):
+    folder = tmp_path / "lightning_logs" / "mine" / "checkpoints"
+    folder.mkdir(parents=True)
+    former = folder / f"epoch=0-step={BATCHES}.ckpt"
+    former.write_text("of an earlier run")
+    os.utime(former, (0, 0))
+    gather(crowd, [0, 1], epochs=1, version="mine")
+    ended = crowd.do(BATCHES, 0, 1)
+    assert ended[0]["best"] == ended[1]["best"] == str(folder / f"epoch=0-step={BATCHES}-v1.ckpt")
+    assert former.read_text() == "of an earlier run"
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_worker_that_is_started_again_goes_on_where_the_others_are(lighthouse, crowd, tmp_path, manual):
     gather(crowd, [0, 1, 2], manual=manual)

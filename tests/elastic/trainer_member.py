@@ -122,6 +122,7 @@ def fit(
     checkpoint: Path | None = None,
     every: int | None = None,
     start_workers: int = 1,
+    version: str | None = None,
     **trainer_options: Any,
 ) -> None:
     """Fit; see :class:`Obey`.
@@ -138,6 +139,7 @@ def fit(
         checkpoint: to continue from.
         every: write a checkpoint after as many steps; None: after each epoch.
         start_workers: as of ``ElasticOptions``.
+        version: of the logger; None: it chooses one.
         trainer_options: further arguments of the Trainer.
     """
     torch.set_num_threads(1)
@@ -156,7 +158,7 @@ def fit(
         devices=1,
         max_epochs=epochs,
         limit_train_batches=batches,
-        logger=CSVLogger(folder),
+        logger=CSVLogger(folder, version=version),
         log_every_n_steps=1,
         callbacks=[
             obey,
