@@ -35,6 +35,7 @@ from .compat import (
 )
 from .family import MisconfigurationException, ModelCheckpoint, ModelPruning, pl, rank_zero_only
 from .nodes import NodeGradients
+from .preparation import is_fitting
 from .signals import REQUEUE, SIGTERM
 
 _NO_FILE = "<no file>"
@@ -97,7 +98,8 @@ class ElasticWorkers(NodeGradients):
         trainer = trainer_of(self.lightning_module)
         if trainer is not None and self._session is None:
             self._loggers = without_versions(trainer)
-            self._set_writer(trainer, self._elastic.worker == 0)  # until it is known who writes
+            # In a fit nobody writes until it is known who does: some loggers delete what they find when they are made.
+            self._set_writer(trainer, self._elastic.worker == 0 and not is_fitting(trainer))
 
     @override
     def handshake(self, kind: Kind) -> None:

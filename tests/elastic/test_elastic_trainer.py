@@ -74,6 +74,18 @@ def test_all_workers_have_the_same_names_for_checkpoints_whoever_writes_them(cro
     assert former.read_text() == "of an earlier run"
 
 
+def test_a_worker_that_is_started_again_deletes_no_log_of_the_one_that_writes(lighthouse, crowd, tmp_path):
+    gather(crowd, [0, 1], version="mine")
+    crowd.do(1, 0, 1)
+    crowd.kill(0)
+    crowd.do(BATCHES, 1)
+    log = tmp_path / "lightning_logs" / "mine" / "metrics.csv"
+    written = log.read_text()
+    crowd.start(0, version="mine")
+    lighthouse.wait_for_requests()
+    assert log.read_text() == written
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_worker_that_is_started_again_goes_on_where_the_others_are(lighthouse, crowd, tmp_path, manual):
     gather(crowd, [0, 1, 2], manual=manual)
