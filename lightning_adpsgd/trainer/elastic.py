@@ -30,6 +30,7 @@ from .compat import (
     restore_now,
     second_weights,
     skip_steps,
+    step_plateaus_at_the_end_of_the_epoch,
     trainer_of,
     without_versions,
 )
@@ -49,6 +50,7 @@ class ElasticWorkers(NodeGradients):
         self._elastic: ElasticOptions | None = None
         self._is_writer = True
         self._is_joining = False
+        self._has_joined = False  # in an epoch that has not ended yet
         self._taken: dict[str, Any] | None = None
         self._counts_from = 0  # Lightning's step at step 0 of the optimizer
         self._schedules_are_late = False
@@ -152,6 +154,13 @@ class ElasticWorkers(NodeGradients):
             ahead = self._session.steps + self._counts_from - trainer.global_step
             self._scheduled = max(0, self._scheduled - skip_steps(trainer, ahead, self._scheduled))
 
+    def end_epoch(self) -> None:
+        """Step all schedulers as the other workers do, even if this one has joined within the epoch."""
+        trainer = trainer_of(self.lightning_module)
+        if self._has_joined and trainer is not None:
+            self._has_joined = False
+            step_plateaus_at_the_end_of_the_epoch(trainer)
+
     def take_worker_state(self) -> dict[str, Any]:
         """What a worker that joins receives: a checkpoint that is not written, or the weights if nothing has begun."""
         trainer, module = trainer_of(self.lightning_module), self.lightning_module
@@ -182,7 +191,7 @@ class ElasticWorkers(NodeGradients):
             self.lightning_module.load_state_dict(checkpoint["state_dict"])
         elif self._is_joining:
             restore_later(trainer, checkpoint)
-            self._schedules_are_late = state.get("is_within_a_step", False)
+            self._schedules_are_late = self._has_joined = state.get("is_within_a_step", False)
         else:
             restore_now(trainer, checkpoint)
             with as_after_the_batch(trainer):

@@ -135,6 +135,18 @@ def test_a_worker_that_joins_in_mid_epoch_goes_on_in_its_share_of_the_data(light
     assert sorted(second) == [*range(SAMPLES)]
 
 
+def test_a_worker_that_has_joined_steps_a_scheduler_that_watches_a_metric_when_the_others_do(lighthouse, crowd):
+    gather(crowd, [0, 1], plateau=True)
+    crowd.do(BATCHES + 1, 0, 1)
+    crowd.start(2, plateau=True)
+    lighthouse.wait_for_requests()
+    crowd.send(3, 0, 1)
+    crowd.receive(0, 1, 2)
+    answers = crowd.do(BATCHES - 3, 0, 1, 2)
+    assert {each["epoch"] for each in answers.values()} == {2}
+    assert [each["rate"] for each in answers.values()] == pytest.approx([0.005] * 3)
+
+
 @pytest.mark.parametrize("sleeps_for", [1, BATCHES + 6])
 def test_a_straggler_is_given_the_others_state_and_place_in_the_run(lighthouse, crowd, sleeps_for):
     gather(crowd, [0, 1, 2])
