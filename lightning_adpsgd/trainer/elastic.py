@@ -98,10 +98,14 @@ class ElasticWorkers(NodeGradients):
                 " launcher of several tasks, pass Trainer(plugins=[LightningEnvironment()]) too."
             )
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None and self._session is None:
+        if trainer is None:
+            return
+        if self._session is None:
             self._loggers = without_versions(trainer)
             # In a fit nobody writes until it is known who does: some loggers delete what they find when they are made.
             self._set_writer(trainer, self._elastic.worker == 0 and not is_fitting(trainer))
+        else:  # after a fit: Lightning has just said again that this process is the first one
+            self._set_writer(trainer, self._is_writer)
 
     @override
     def handshake(self, kind: Kind) -> None:

@@ -86,6 +86,14 @@ def test_a_worker_that_is_started_again_deletes_no_log_of_the_one_that_writes(li
     assert log.read_text() == written
 
 
+def test_one_worker_writes_after_the_fit_too(crowd, tmp_path):
+    gather(crowd, [0, 1], epochs=1, validates_again=True)
+    ended = crowd.do(BATCHES, 0, 1)
+    assert [each["how"] for each in ended.values()] == ["finished"] * 2
+    [log] = tmp_path.rglob("metrics.csv")
+    assert len(log.read_text().splitlines()) > BATCHES
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_worker_that_is_started_again_goes_on_where_the_others_are(lighthouse, crowd, tmp_path, manual):
     gather(crowd, [0, 1, 2], manual=manual)

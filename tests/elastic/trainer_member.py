@@ -128,6 +128,7 @@ def fit(
     every: int | None = None,
     start_workers: int = 1,
     version: str | None = None,
+    validates_again: bool = False,
     **trainer_options: Any,
 ) -> None:
     """Fit; see :class:`Obey`.
@@ -146,6 +147,7 @@ def fit(
         every: write a checkpoint after as many steps; None: after each epoch.
         start_workers: as of ``ElasticOptions``.
         version: of the logger; None: it chooses one.
+        validates_again: whether to call ``Trainer.validate`` after the fit.
         trainer_options: further arguments of the Trainer.
     """
     torch.set_num_threads(1)
@@ -182,6 +184,8 @@ def fit(
     how = "finished"
     try:
         trainer.fit(module, DataLoader(data, BATCH_SIZE, shuffle=True), DataLoader(data, 32), ckpt_path=checkpoint)
+        if validates_again:
+            trainer.validate(module, DataLoader(data, 32), verbose=False)
     except BaseException as error:
         how = f"{type(error).__name__}: {error}"
     obey.tell(trainer, module, how)
