@@ -50,6 +50,7 @@ def shard(loader: Any, epoch: int, batches: int) -> None:
     sampler = getattr(places, "sampler", None)
     if places is None or not isinstance(loader, DataLoader) or not isinstance(sampler, DistributedSampler):
         return
-    shares = ShardSampler(sampler, batches * (loader.batch_size or 1))
+    # A loader with a batch sampler of the user's has no batch size itself.
+    shares = ShardSampler(sampler, batches * (getattr(places, "batch_size", None) or 1))
     shares.set_epoch(epoch)
     places.sampler = shares

@@ -83,7 +83,8 @@ class Guards:
             return
         if round_.learning_rate == 0.0 or round_.local_steps == 0 or not parameters:
             return
-        if self._workers.count - round_.dropped == 1:
+        workers = self._workers.all_contribute.contributors - round_.dropped
+        if workers == 1:
             return
         # The mean of three equal numbers may differ from them: three divisions and two sums are rounded.
         noise = (2 * torch.finfo(torch.float32).eps) ** 2
@@ -91,7 +92,7 @@ class Guards:
             self._has_drifted = True
         elif self._is_first("no drift"):
             self._warn(
-                f"After {round_.local_steps} local step(s) the parameters of all {self._workers.count} workers are"
+                f"After {round_.local_steps} local step(s) the parameters of all {workers} workers are"
                 " identical. Probably every worker sees the same data: give each its own share, for example with"
                 " torch.utils.data.DistributedSampler (Lightning's Trainer does so unless"
                 " use_distributed_sampler=False), or with a different seed per worker for random or iterable data."

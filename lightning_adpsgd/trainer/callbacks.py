@@ -80,6 +80,7 @@ class FirstCallback(_OwnCallback):
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.end_epoch()
         if any(isinstance(module, Metric) for module in pl_module.modules()):
             self._strategy.handshake("the end of an epoch")  # metrics may communicate next
         if any(map(prunes_after_training, _pruning(trainer))):

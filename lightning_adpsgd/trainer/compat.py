@@ -212,6 +212,16 @@ def finish_schedules_of_the_batch(trainer: "pl.Trainer") -> None:
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
+def step_plateaus_at_the_end_of_the_epoch(trainer: "pl.Trainer") -> None:
+    """Have the loop step schedulers that watch a metric, if there is one; for ``on_train_epoch_end``.
+
+    It leaves them out at the end of an epoch that it has not begun itself, because the metric may be missing then.
+    """
+    watched = {each.monitor for each in trainer.lr_scheduler_configs if each.reduce_on_plateau}
+    if watched <= {*trainer.callback_metrics}:
+        trainer.fit_loop._restarting = False
+
+
 def first_batch(trainer: "pl.Trainer") -> tuple[int, int]:
     """The epoch in which training begins, and how many of its batches were trained on before."""
     epochs: Any = trainer.fit_loop.epoch_progress
@@ -268,6 +278,15 @@ def forget_versions(loggers: "list[Any]") -> None:
     """Have loggers choose a version that does not exist yet, because some delete what they find in their folder."""
     for each in loggers:
         each._version = None
+
+
+def is_older(checkpoint: Any, filepath: Any, time: float) -> bool:
+    """Whether there is a file that was last written before a ``time``, where the ``ModelCheckpoint`` writes its own."""
+    try:
+        written: float = checkpoint._fs.modified(filepath).timestamp()
+    except (OSError, NotImplementedError):  # the latter: no file system of that kind tells
+        return False
+    return written < time
 
 
 def _steps_of(trainer: "pl.Trainer") -> Any:

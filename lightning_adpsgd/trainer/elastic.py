@@ -18,6 +18,7 @@ from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.session import CHECKPOINT_KEY, TrainingSession
 from lightning_adpsgd.workers.group import WorkerGroup
 
+from .checkpoint_files import CheckpointFiles
 from .compat import (
     as_after_the_batch,
     callbacks_of,
@@ -29,11 +30,13 @@ from .compat import (
     restore_now,
     second_weights,
     skip_steps,
+    step_plateaus_at_the_end_of_the_epoch,
     trainer_of,
     without_versions,
 )
 from .family import MisconfigurationException, ModelCheckpoint, ModelPruning, pl, rank_zero_only
 from .nodes import NodeGradients
+from .preparation import is_fitting
 from .signals import REQUEUE, SIGTERM
 
 _NO_FILE = "<no file>"
@@ -47,11 +50,13 @@ class ElasticWorkers(NodeGradients):
         self._elastic: ElasticOptions | None = None
         self._is_writer = True
         self._is_joining = False
+        self._has_joined = False  # in an epoch that has not ended yet
         self._taken: dict[str, Any] | None = None
         self._counts_from = 0  # Lightning's step at step 0 of the optimizer
         self._schedules_are_late = False
         self._scheduled = 0  # steps that are not counted yet, but for which schedulers were stepped
         self._loggers: list[Any] = []
+        self._files = CheckpointFiles()
 
     @property
     @override
@@ -93,9 +98,16 @@ class ElasticWorkers(NodeGradients):
                 " launcher of several tasks, pass Trainer(plugins=[LightningEnvironment()]) too."
             )
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None and self._session is None:
+        if trainer is None:
+            return
+        if self._session is None:
             self._loggers = without_versions(trainer)
-            self._set_writer(trainer, self._elastic.worker == 0)  # until it is known who writes
+            # Some loggers delete what they find in their folder when they are made, so in a fit nobody writes there
+            # until it is known who does.
+            is_safe = len(self._loggers) == len(trainer.loggers) or not is_fitting(trainer)
+            self._set_writer(trainer, self._elastic.worker == 0 and is_safe)
+        else:  # after a fit: Lightning has just said again that this process is the first one
+            self._set_writer(trainer, self._is_writer)
 
     @override
     def handshake(self, kind: Kind) -> None:
@@ -107,7 +119,14 @@ class ElasticWorkers(NodeGradients):
         if filepath is _NO_FILE:
             self._taken = checkpoint
         else:
+            if self._elastic is not None:
+                self._files.note(filepath, exists=True)
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self._files.note(filepath, exists=False)
+        super().remove_checkpoint(filepath)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -126,6 +145,13 @@ class ElasticWorkers(NodeGradients):
                 self._schedules_are_late = False
                 finish_schedules_of_the_batch(trainer)
 
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None:
+            self._files.forget(_checkpoints_of(trainer))
+
     def follow_the_others(self) -> None:
         """Leave out as many batches as the other workers are ahead of this one."""
         trainer = trainer_of(self.lightning_module)
@@ -133,6 +159,13 @@ class ElasticWorkers(NodeGradients):
             # They are ahead if this worker has missed rounds.
             ahead = self._session.steps + self._counts_from - trainer.global_step
             self._scheduled = max(0, self._scheduled - skip_steps(trainer, ahead, self._scheduled))
+
+    def end_epoch(self) -> None:
+        """Step all schedulers as the other workers do, even if this one has joined within the epoch."""
+        trainer = trainer_of(self.lightning_module)
+        if self._has_joined and trainer is not None:
+            self._has_joined = False
+            step_plateaus_at_the_end_of_the_epoch(trainer)
 
     def take_worker_state(self) -> dict[str, Any]:
         """What a worker that joins receives: a checkpoint that is not written, or the weights if nothing has begun."""
@@ -157,13 +190,14 @@ class ElasticWorkers(NodeGradients):
         trainer, checkpoint = trainer_of(self.lightning_module), state["checkpoint"]
         assert trainer is not None
         assert self.lightning_module is not None
+        self._files.begin()
         for each in _checkpoints_of(trainer):
             each.dirpath = state["paths"].get(each.state_key, each.dirpath)
         if [*checkpoint] == ["state_dict"]:
             self.lightning_module.load_state_dict(checkpoint["state_dict"])
         elif self._is_joining:
             restore_later(trainer, checkpoint)
-            self._schedules_are_late = state.get("is_within_a_step", False)
+            self._schedules_are_late = self._has_joined = state.get("is_within_a_step", False)
         else:
             restore_now(trainer, checkpoint)
             with as_after_the_batch(trainer):
@@ -200,7 +234,10 @@ class ElasticWorkers(NodeGradients):
 
     def _join(self) -> None:
         """Start with the other workers, or join them."""
-        if isinstance(self._session, ElasticSession):
+        trainer = trainer_of(self.lightning_module)
+        if isinstance(self._session, ElasticSession) and trainer is not None:
+            self._files.begin()
+            self._files.watch(_checkpoints_of(trainer))
             self._is_joining = True
             self._session.join()
             self._is_joining = False

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -125,6 +126,8 @@ def follow(
     records: list[Any] = []
     local_sgd.subscribe(records.append)
     taken = 0
+    warned: list[str] = []
+    warnings.showwarning = lambda message, *_, **__: warned.append(str(message))
     for command in iter(pipe.recv, "end"):
         if command == "join":
             local_sgd.broadcast()
@@ -139,7 +142,7 @@ def follow(
                 taken += 1
                 local_sgd.step()
         told = [record._replace(seconds=0.0) for record in records]
-        pipe.send({"records": told, "taken": taken, **snapshot(local_sgd, model, optimizer)})
+        pipe.send({"records": told, "taken": taken, "warned": warned, **snapshot(local_sgd, model, optimizer)})
     local_sgd.close()
 
 

@@ -235,6 +235,20 @@ def test_a_worker_that_waits_to_join_does_not_make_the_others_meet_early():
         patient.kill()
 
 
+def test_a_worker_that_joins_the_only_one_is_not_taken_for_one_with_the_same_data(lighthouse, crowd):
+    gather(crowd, [0])
+    crowd.do(8, 0)
+    crowd.start(1)
+    crowd.do("look", 1)
+    crowd.send("join", 1)
+    lighthouse.wait_for_requests()
+    crowd.send(4, 0)
+    crowd.receive(0, 1)
+    answers = crowd.do(4, 0, 1)
+    assert same(answers)
+    assert not any("identical" in text for text in answers[0]["warned"] + answers[1]["warned"])
+
+
 def test_a_worker_that_is_killed_and_started_again_joins(lighthouse, crowd):
     gather(crowd, [0, 1, 2])
     crowd.do(6, 0, 1, 2)

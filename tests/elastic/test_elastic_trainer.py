@@ -62,6 +62,38 @@ def test_workers_train_on_shares_of_the_data_and_validate_on_all_of_it(crowd, tm
     assert best["adpsgd"]["averaged"]
 
 
+def test_all_workers_have_the_same_names_for_checkpoints_whoever_writes_them(crowd, tmp_path):
+    folder = tmp_path / "lightning_logs" / "mine" / "checkpoints"
+    folder.mkdir(parents=True)
+    former = folder / f"epoch=0-step={BATCHES}.ckpt"
+    former.write_text("of an earlier run")
+    os.utime(former, (0, 0))
+    gather(crowd, [0, 1], epochs=1, version="mine")
+    ended = crowd.do(BATCHES, 0, 1)
+    assert ended[0]["best"] == ended[1]["best"] == str(folder / f"epoch=0-step={BATCHES}-v1.ckpt")
+    assert former.read_text() == "of an earlier run"
+
+
+def test_a_worker_that_is_started_again_deletes_no_log_of_the_one_that_writes(lighthouse, crowd, tmp_path):
+    gather(crowd, [0, 1], version="mine")
+    crowd.do(1, 0, 1)
+    crowd.kill(0)
+    crowd.do(BATCHES, 1)
+    log = tmp_path / "lightning_logs" / "mine" / "metrics.csv"
+    written = log.read_text()
+    crowd.start(0, version="mine")
+    lighthouse.wait_for_requests()
+    assert log.read_text() == written
+
+
+def test_one_worker_writes_after_the_fit_too(crowd, tmp_path):
+    gather(crowd, [0, 1], epochs=1, validates_again=True)
+    ended = crowd.do(BATCHES, 0, 1)
+    assert [each["how"] for each in ended.values()] == ["finished"] * 2
+    [log] = tmp_path.rglob("metrics.csv")
+    assert len(log.read_text().splitlines()) > BATCHES
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_worker_that_is_started_again_goes_on_where_the_others_are(lighthouse, crowd, tmp_path, manual):
     gather(crowd, [0, 1, 2], manual=manual)
@@ -109,6 +141,18 @@ def test_a_worker_that_joins_in_mid_epoch_goes_on_in_its_share_of_the_data(light
     assert same(answers)
     second = [n for answer in answers.values() for epoch, batch in answer["seen"] if epoch == 1 for n in batch]
     assert sorted(second) == [*range(SAMPLES)]
+
+
+def test_a_worker_that_has_joined_steps_a_scheduler_that_watches_a_metric_when_the_others_do(lighthouse, crowd):
+    gather(crowd, [0, 1], plateau=True)
+    crowd.do(BATCHES + 1, 0, 1)
+    crowd.start(2, plateau=True)
+    lighthouse.wait_for_requests()
+    crowd.send(3, 0, 1)
+    crowd.receive(0, 1, 2)
+    answers = crowd.do(BATCHES - 3, 0, 1, 2)
+    assert {each["epoch"] for each in answers.values()} == {2}
+    assert [each["rate"] for each in answers.values()] == pytest.approx([0.005] * 3)
 
 
 @pytest.mark.parametrize("sleeps_for", [1, BATCHES + 6])

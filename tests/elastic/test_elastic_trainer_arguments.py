@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_adpsgd import ADPSGDStrategy
@@ -147,6 +147,18 @@ def test_a_share_begins_where_the_others_are_but_only_once():
     assert len(later) == 2
     later.batch_sampler.sampler.set_epoch(3)
     assert numbers(later) == numbers(share(1, 3))
+
+
+class Batches(BatchSampler):
+    pass
+
+
+def test_a_share_of_batches_that_a_sampler_of_the_users_makes_begins_there_too():
+    data = TensorDataset(torch.arange(12))
+    sampler = DistributedSampler(data, 3, 1, shuffle=False)
+    loader = DataLoader(data, batch_sampler=Batches(sampler, 2, drop_last=False))
+    shard(loader, 2, 1)
+    assert numbers(loader) == numbers(share(1, 2))[2:]
 
 
 def test_loaders_with_samplers_of_their_own_are_left_alone():

@@ -30,10 +30,11 @@ def samples() -> TensorDataset:
 
 
 class Regression(LightningModule):
-    def __init__(self, worker: int, manual: bool = False) -> None:
+    def __init__(self, worker: int, manual: bool = False, plateau: bool = False) -> None:
         super().__init__()
         self.net = network(worker)
         self.automatic_optimization = not manual
+        self.plateau = plateau
         self.seen: list[tuple[int, list[int]]] = []
         self.validated: list[int] = []
 
@@ -57,6 +58,9 @@ class Regression(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+        if self.plateau:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val"}}
         decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
         return [optimizer], [{"scheduler": decay, "interval": "step"}]
 
@@ -119,9 +123,12 @@ def fit(
     epochs: int = 4,
     batches: int | None = None,
     manual: bool = False,
+    plateau: bool = False,
     checkpoint: Path | None = None,
     every: int | None = None,
     start_workers: int = 1,
+    version: str | None = None,
+    validates_again: bool = False,
     **trainer_options: Any,
 ) -> None:
     """Fit; see :class:`Obey`.
@@ -135,9 +142,12 @@ def fit(
         epochs: how many.
         batches: at most as many per epoch.
         manual: whether optimization is manual.
+        plateau: whether the learning rate follows the validation.
         checkpoint: to continue from.
         every: write a checkpoint after as many steps; None: after each epoch.
         start_workers: as of ``ElasticOptions``.
+        version: of the logger; None: it chooses one.
+        validates_again: whether to call ``Trainer.validate`` after the fit.
         trainer_options: further arguments of the Trainer.
     """
     torch.set_num_threads(1)
@@ -156,7 +166,7 @@ def fit(
         devices=1,
         max_epochs=epochs,
         limit_train_batches=batches,
-        logger=CSVLogger(folder),
+        logger=CSVLogger(folder, version=version),
         log_every_n_steps=1,
         callbacks=[
             obey,
@@ -169,11 +179,13 @@ def fit(
         num_sanity_val_steps=0,
         **trainer_options,
     )
-    module = Regression(worker, manual)
+    module = Regression(worker, manual, plateau)
     data = samples()
     how = "finished"
     try:
         trainer.fit(module, DataLoader(data, BATCH_SIZE, shuffle=True), DataLoader(data, 32), ckpt_path=checkpoint)
+        if validates_again:
+            trainer.validate(module, DataLoader(data, 32), verbose=False)
     except BaseException as error:
         how = f"{type(error).__name__}: {error}"
     obey.tell(trainer, module, how)
