@@ -1,9 +1,33 @@
 """Whether a worker can take part in a round: it has to average the same tensors as the others, and finite ones."""
 
+import logging
+from collections import Counter
+
 from lightning_adpsgd.averaging.tensors import TensorTracker
 from lightning_adpsgd.elastic.plan import MemberState, Plan
 from lightning_adpsgd.errors import WorkersDisagreeError, WorkersDivergedError
 from lightning_adpsgd.rounds.guards import all_finite
+
+_log = logging.getLogger(__name__)
+
+
+def warn_of_twins(plan: Plan, warned_of: set[str]) -> None:
+    """Warn once of each worker that is there twice: two processes that train on the same share of the data.
+
+    Args:
+        plan: of the round.
+        warned_of: the workers that were warned of; it is updated.
+    """
+    processes = Counter(member.name.partition(":")[0] for member in plan.members)
+    for worker, count in processes.items():
+        if count > 1 and worker not in warned_of:
+            warned_of.add(worker)
+            _log.warning(
+                "%d processes are worker %r, and train on the same share of the data: expected another REPLICA_GROUP_ID"
+                " (or worker_id) for each.",
+                count,
+                worker,
+            )
 
 
 def check_admitted(plan: Plan, stated: MemberState, name: str, tracker: TensorTracker) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_adpsgd.averaging.staged import StagedMeans
 from lightning_adpsgd.averaging.tensors import AveragedTensors
-from lightning_adpsgd.elastic.admission import check_admitted
+from lightning_adpsgd.elastic.admission import check_admitted, warn_of_twins
 from lightning_adpsgd.elastic.lighthouse import AnsweredQuorum, Lighthouse, QuorumError
 from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.elastic.plan import MemberState, Plan, plan_of
@@ -88,6 +88,7 @@ class ElasticEngine(RoundEngine):
     def attach(self, meeting: Meeting) -> None:
         """Set how the workers meet."""
         self._meeting = meeting
+        self._warned_of: set[str] = set()
 
     @override
     def _is_due(self, period: int) -> bool:
@@ -126,6 +127,7 @@ class ElasticEngine(RoundEngine):
         self._lacks_lighthouse = False
         plan = plan_of(quorum.members, meeting.lighthouse.name)
         check_admitted(plan, stated, meeting.lighthouse.name, self.tracker)
+        warn_of_twins(plan, self._warned_of)
         self._settle(plan)
         least = meeting.options.min_workers
         if not plan.contributors:

@@ -1,5 +1,6 @@
 import pytest
 
+from lightning_adpsgd.elastic.admission import warn_of_twins
 from lightning_adpsgd.elastic.plan import Member, MemberState, plan_of
 
 
@@ -115,3 +116,15 @@ def test_the_worker_that_writes_goes_on_to_write_until_it_is_lost():
     late, started = state(committed=1, measured=1, writer="a"), state(committed=0, measured=0, writer="")
     assert {plan.writer for plan in plans(late, state(writer="c"), started)} == {"c"}
     assert {plan.writer for plan in plans(started, started)} == {"a"}
+
+
+def test_two_processes_that_are_one_worker_are_warned_of_once(caplog):
+    names = ["worker-000000:1", "worker-000001:2", "worker-000001:3"]
+    plan = plan_of([Member(name, "host:1", state()) for name in names], names[0])
+    warned_of = set()
+    for _ in range(2):
+        warn_of_twins(plan, warned_of)
+    (record,) = caplog.records
+    assert "2 processes are worker 'worker-000001', and train on the same share" in record.getMessage()
+    warn_of_twins(plans(state(), state())[0], set())
+    assert len(caplog.records) == 1
