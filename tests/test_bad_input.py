@@ -36,6 +36,7 @@ from lightning_adpsgd import (
 from lightning_adpsgd.averaging.codec import Codec
 from lightning_adpsgd.averaging.update import Adopt, Update
 from lightning_adpsgd.cli import main
+from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.options import AveragingOptions
 from lightning_adpsgd.plot import draw
 from lightning_adpsgd.rounds.handshake import SignalFlags
@@ -241,6 +242,12 @@ STRATEGY = {
     "period": PERIOD,
     **AVERAGING,
     "worker": choice("device", "node"),
+    "elastic": Argument(
+        r"expected ElasticOptions\(\.\.\.\), or True; or None",
+        wrong_types=(*NEVER, 3, "yes", [1], ElasticOptions),
+        in_file=(3, "maybe"),
+        right=(None, False),
+    ),
     "checkpoint_io": instance(CheckpointIO, TorchCheckpointIO()),
     "precision_plugin": instance(Precision, Precision()),
     "timeout": TIMEOUT,

@@ -114,7 +114,10 @@ def test_three_targets_divide_the_suite(tmp_path):
     (tmp_path / "bin").mkdir()
     for file in ("bin/pip", ".installed-dev"):
         (tmp_path / file).touch()
-    run, beside = [f"{tmp_path}/bin/python", "-m", "pytest"], ["-n", "2", "--dist", "loadfile"]
+    run, beside = (
+        [f"{tmp_path}/bin/python", "-m", "pytest"],
+        ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
+    )
     others = {"test-bench": "tests/benchmarks", "test-ray": "tests/ray"}
     left_out = [f"--ignore={folder}" for folder in ("tests/benchmarks", "tests/clients", "tests/ray")]
     assert make("--dry-run", "test", f"VENV={tmp_path}").split() == [*run, *beside, *left_out]

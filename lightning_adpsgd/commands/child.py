@@ -65,7 +65,7 @@ class Child:
         def die_with_parent() -> None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it has died meanwhile
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)
 
         self._process = subprocess.Popen(
             self.command,

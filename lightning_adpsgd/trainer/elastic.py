@@ -16,6 +16,7 @@ from lightning_adpsgd.periods import AveragingPeriod
 from lightning_adpsgd.rounds.handshake import Kind
 from lightning_adpsgd.rounds.record import AveragingRound
 from lightning_adpsgd.session import CHECKPOINT_KEY, TrainingSession
+from lightning_adpsgd.validation import check_instance
 from lightning_adpsgd.workers.group import WorkerGroup
 
 from .checkpoint_files import CheckpointFiles
@@ -296,11 +297,9 @@ def elastic_options(
     """
     if elastic is None or elastic is False:
         return None
-    if elastic is not True and not isinstance(elastic, ElasticOptions):
-        raise TypeError(
-            f"elastic={elastic!r}: expected ElasticOptions(...), or True; or None for workers that are all there from"
-            " the start to the end."
-        )
+    if elastic is not True:
+        expected = "ElasticOptions(...), or True; or None for workers that are all there from the start to the end"
+        check_instance(None, "elastic", elastic, ElasticOptions, expected)
     if worker != "device":
         raise ValueError(
             f'worker={worker!r} with elastic=...: expected "device", because each elastic worker is one process. Leave'

@@ -69,5 +69,5 @@ class DeferredSignals:
 
     def _on_time_check(self, _: Any) -> None:
         remaining = [timer.time_remaining() for timer, _ in self._time_checks]
-        if self._trainer.is_global_zero and any(seconds is not None and seconds <= 0 for seconds in remaining):
+        if self._trainer.global_rank == 0 and any(seconds is not None and seconds <= 0 for seconds in remaining):
             self._raise_flags(TIME_IS_UP)

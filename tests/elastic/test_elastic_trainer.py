@@ -204,6 +204,30 @@ def test_a_worker_that_receives_sigterm_does_not_wait_for_others_for_long(crowd)
     assert crowd.receive(1, seconds=40)[1]["how"].startswith("SIGTERMException")
 
 
+def test_early_stopping_ends_all_workers_at_the_same_step_with_the_same_weights(crowd):
+    gather(crowd, [0, 1], epochs=50, patience=1)
+    crowd.send(10**6, 0, 1)
+    ended = crowd.receive(0, 1)
+    assert [each["how"] for each in ended.values()] == ["finished"] * 2
+    assert same(ended)
+    assert position(ended[0]) == position(ended[1])
+    assert ended[0]["waited"] == 1
+    assert ended[0]["global_step"] < 50 * BATCHES
+
+
+def test_a_worker_whose_time_is_up_leaves_and_the_others_go_on(crowd):
+    crowd.start(0, start_workers=2)
+    crowd.start(1, start_workers=2, max_time={"milliseconds": 1})
+    crowd.receive(0, 1)
+    crowd.send(10**6, 0, 1)
+    ended = crowd.receive(0, 1)
+    assert [each["how"] for each in ended.values()] == ["finished"] * 2
+    assert ended[0]["global_step"] == 4 * BATCHES
+    assert 1 <= len(ended[1]["seen"]) < BATCHES
+    assert len(ended[1]["records"]) == 1  # its last steps are averaged
+    assert ended[0]["records"][0].step == ended[1]["records"][0].step
+
+
 def test_workers_with_fewer_batches_leave_and_the_others_go_on(crowd):
     crowd.start(0, start_workers=2, epochs=1, batches=6)
     crowd.start(1, start_workers=2, epochs=1)

@@ -127,6 +127,7 @@ def fit(
     checkpoint: Path | None = None,
     every: int | None = None,
     start_workers: int = 1,
+    patience: int = 1000,
     version: str | None = None,
     validates_again: bool = False,
     **trainer_options: Any,
@@ -146,6 +147,7 @@ def fit(
         checkpoint: to continue from.
         every: write a checkpoint after as many steps; None: after each epoch.
         start_workers: as of ``ElasticOptions``.
+        patience: of ``EarlyStopping``, which waits for a loss to rise.
         version: of the logger; None: it chooses one.
         validates_again: whether to call ``Trainer.validate`` after the fit.
         trainer_options: further arguments of the Trainer.
@@ -157,6 +159,7 @@ def fit(
         quorum_timeout=timedelta(seconds=20),
         round_timeout=timedelta(seconds=20),
         join_timeout=timedelta(seconds=60),
+        leave_timeout=timedelta(seconds=5),
         hostname="localhost",
     )
     obey = Obey(pipe)
@@ -171,7 +174,7 @@ def fit(
         callbacks=[
             obey,
             CommunicationMonitor(),
-            EarlyStopping("val", patience=1000, mode="max"),
+            EarlyStopping("val", patience=patience, mode="max"),
             ModelCheckpoint(monitor="val", save_top_k=1, every_n_train_steps=every),
         ],
         enable_progress_bar=False,

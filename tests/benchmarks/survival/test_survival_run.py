@@ -20,6 +20,20 @@ pytestmark = [
 ]
 
 
+BEFORE: set[multiprocessing.process.BaseProcess] = set()
+
+
+@pytest.fixture(autouse=True)
+def _children_of_other_tests():
+    BEFORE.clear()
+    BEFORE.update(multiprocessing.active_children())
+
+
+def started_since():
+    """Processes that this test has started, and that are alive."""
+    return {*multiprocessing.active_children()} - BEFORE
+
+
 def running(cluster, contender="adpsgd"):
     setup = Setup(contender, 3, period=4, step_seconds=0.01, heartbeat_ms=1000, timeout_seconds=20.0, seed=0)
     return Run(setup, cluster, pause=0.1, away=1.5)
@@ -44,7 +58,7 @@ def assert_survived(log, *kinds):
     assert max(log.losses) == pytest.approx(min(log.losses))  # of one average
     assert log.processes_left == 0
     assert log.ports_left == []
-    assert multiprocessing.active_children() == []
+    assert started_since() == set()
 
 
 def test_stopped_worker_and_new_lighthouse_are_survived():
@@ -79,7 +93,7 @@ def test_command_kills_as_often_as_asked_for_and_writes_all(tmp_path):
         assert run["loss"] < 2
     assert len(row["runs"][1]["start_seconds"]) == 2
     assert written["arguments"]["kills"] == 2
-    assert multiprocessing.active_children() == []
+    assert started_since() == set()
 
 
 def test_process_that_ends_by_itself_is_told_from_one_that_was_killed_and_started_again():
@@ -99,7 +113,7 @@ def test_workers_that_cannot_start_are_an_error_with_their_reason_and_leave_noth
         pytest.raises(NotMeasuredError, match=r"nothing could not start together\. KeyError: 'nothing'"),
     ):
         running(cluster, "nothing").__enter__()
-    assert multiprocessing.active_children() == []
+    assert started_since() == set()
 
 
 def test_processes_end_with_the_run_whatever_happens_even_one_that_is_stopped():
@@ -110,4 +124,4 @@ def test_processes_end_with_the_run_whatever_happens_even_one_that_is_stopped():
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert multiprocessing.active_children() == []
+    assert started_since() == set()
