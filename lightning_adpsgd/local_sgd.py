@@ -263,7 +263,7 @@ class LocalSGD(FormerNames):
         self._engine.guards.check_variance(record)
         if result.drift == "a period":
             self._rule.see(record, result.scalars, result.workers)
-        self._engine.guards.look_for_drift(record, result.parameters)
+        self._engine.guards.look_for_drift(record, result.parameters, result.workers)
         for listener in self._listeners:
             listener(record)
         if result.drift == "at least a period":

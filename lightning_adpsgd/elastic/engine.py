@@ -24,7 +24,7 @@ from lightning_adpsgd.workers.contribution import Contribution
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 from lightning_adpsgd.workers.reduction import CollectiveError, Reduction
 
-_SECONDS_BETWEEN_ATTEMPTS = 0.1
+SECONDS_BETWEEN_ATTEMPTS = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class ElasticEngine(RoundEngine):
         """
         if not self._lacks_lighthouse:
             return self.steps >= self._not_before
-        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         return time.monotonic() < min(deadline, self._meeting.lighthouse.latest)
 
     @property

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_adpsgd.averaging.codec import Codec
-from lightning_adpsgd.elastic.engine import ElasticEngine, Meeting, Rule
+from lightning_adpsgd.elastic.engine import SECONDS_BETWEEN_ATTEMPTS, ElasticEngine, Meeting, Rule
 from lightning_adpsgd.elastic.lighthouse import Lighthouse
 from lightning_adpsgd.elastic.options import ElasticOptions
 from lightning_adpsgd.elastic.worker_state import JoinableState, Stateful, WorkerState
@@ -24,7 +24,6 @@ from lightning_adpsgd.rounds.engine import RoundEngine
 from lightning_adpsgd.rounds.record import AveragingRound, Trigger
 from lightning_adpsgd.workers.quorum_group import QuorumGroup
 
-_SECONDS_BETWEEN_ATTEMPTS = 0.1
 _SECONDS_FOR_A_LIGHTHOUSE_TO_START = 10.0
 _CONNECT_TIMEOUT = timedelta(seconds=3)  # all members have asked for the quorum just now
 
@@ -220,7 +219,7 @@ class ElasticLocalSGD(LocalSGD):
                     " of at least min_workers workers in that time. Check that the lighthouse runs and that the other"
                     " workers have its address, or raise join_timeout above the time that an averaging period takes."
                 )
-            time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
         self._emit(self._engine.land(self.period.value))
 
     @override

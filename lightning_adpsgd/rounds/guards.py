@@ -77,13 +77,12 @@ class Guards:
                 " worker alone. Log the metric with sync_dist=True."
             )
 
-    def look_for_drift(self, round_: AveragingRound, parameters: Sequence[Tensor]) -> None:
-        """Warn, once, if the workers' parameters are identical after local steps."""
+    def look_for_drift(self, round_: AveragingRound, parameters: Sequence[Tensor], workers: int) -> None:
+        """Warn, once, if the parameters of so many averaged ``workers`` are identical after local steps."""
         if self._has_drifted or "no drift" in self._warned_of:
             return
         if round_.learning_rate == 0.0 or round_.local_steps == 0 or not parameters:
             return
-        workers = self._workers.all_contribute.contributors - round_.dropped
         if workers == 1:
             return
         # The mean of three equal numbers may differ from them: three divisions and two sums are rounded.
