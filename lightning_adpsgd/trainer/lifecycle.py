@@ -5,12 +5,12 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 from lightning_adpsgd.errors import WorkerLostError
 from lightning_adpsgd.session import TrainingSession
 from lightning_adpsgd.workers.group import WorkerGroup
+from lightning_adpsgd.workers.spare_threads import run_aside
 
 from .compat import stop_watching_children
 from .family import DDPStrategy, SIGTERMException
@@ -85,7 +85,7 @@ def _limit_the_time_to_exit() -> None:
         return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_SECONDS_TO_EXIT)
-    threading.Thread(target=_postpone_the_alarm, daemon=True).start()
+    run_aside(_postpone_the_alarm)
 
 
 def _ends_the_process(exception: BaseException) -> bool:

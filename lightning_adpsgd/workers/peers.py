@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # early: see `closed_at_exit`
 
 from lightning_adpsgd.workers.reduction import CollectiveError, backend_of
+from lightning_adpsgd.workers.spare_threads import keep_spare_threads, run_aside
 
 _SECONDS_TO_CLOSE = 2.0
 _SECONDS_TO_RELEASE = 0.05
@@ -29,6 +29,7 @@ class Peers:
         self._has_lingered = False
         if size > 1:
             _connected.add(os.getpid())
+            keep_spare_threads()
 
     def post_status(self, text: str, failed: bool = False) -> None:
         """Post a line for the others' :meth:`statuses`; with ``failed``, they stop waiting for this rank."""
@@ -124,9 +125,7 @@ def _key(kind: str, number: int) -> str:
 
 def close_without_waiting(close: Callable[[], None]) -> None:
     """Close connections in a thread: it may wait for a collective that never ends."""
-    closing = threading.Thread(target=close, daemon=True)
-    closing.start()
-    closing.join(_SECONDS_TO_CLOSE)
+    run_aside(close).wait(_SECONDS_TO_CLOSE)
 
 
 def close_groups(groups: list[Any]) -> None:
@@ -161,6 +160,7 @@ def closed_at_exit() -> Iterator[None]:
     made = dist.group.WORLD
     if made is not None and made is not before:
         _opened[:] = [(os.getpid(), weakref.ref(made))]
+        keep_spare_threads()
 
 
 @atexit.register  # at import, so that it runs after the exit handlers of scripts and loggers
@@ -172,5 +172,6 @@ def _close_what_was_opened() -> None:
     # tensors.
     time.sleep(_SECONDS_TO_RELEASE)
     # A forked process inherits the group but not its threads, for which closing would wait.
-    if any(process == os.getpid() and made() is dist.group.WORLD for process, made in _opened):
+    ours = [made() for process, made in _opened if process == os.getpid()]
+    if dist.is_initialized() and dist.group.WORLD in ours:
         close_without_waiting(dist.destroy_process_group)

@@ -135,6 +135,14 @@ class Case:
         train()
 
     @staticmethod
+    def destroyed(rank: int) -> None:
+        """After a fit, the script destroys the process group itself."""
+        train()
+        dist.barrier()
+        time.sleep(0.1)  # for gloo's threads to release their tensors
+        dist.destroy_process_group()
+
+    @staticmethod
     def theirs(rank: int) -> None:
         """The script has made the process group itself."""
         dist.init_process_group("gloo")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CASES = ["late", "afterwards", "theirs", "caught", "alone", "uncaught", "preempted"]
+CASES = ["late", "afterwards", "destroyed", "theirs", "caught", "alone", "uncaught", "preempted"]
 
 pytestmark = [
     pytest.mark.workers,
@@ -51,6 +51,12 @@ def test_no_native_thread_aborts_the_exit_of_a_successful_script(ends):
 def test_the_script_can_communicate_after_a_fit_and_at_its_exit(ends):
     assert ends["afterwards"].codes == [0, 0], ends["afterwards"].output
     assert ends["afterwards"].notes == [["sum 2", "sum 2", "group False"]] * 2
+
+
+def test_a_process_group_that_the_script_has_destroyed_is_not_closed_again(ends):
+    assert ends["destroyed"].codes == [0, 0], ends["destroyed"].output
+    assert ends["destroyed"].notes == [["group False"]] * 2
+    assert "Traceback" not in ends["destroyed"].output, ends["destroyed"].output
 
 
 def test_a_process_group_that_the_script_has_made_is_left_to_it(ends):
