@@ -7,6 +7,7 @@ already there, takes milliseconds. Functions have to be defined at the top of a 
 import contextlib
 import gc
 import os
+import random
 import socket
 import time
 import traceback
@@ -133,6 +134,7 @@ def _values(outcomes: list[Outcome]) -> list[Any]:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what has been imported is not looked through again after every function
     while (task := connection.recv()) is not None:
         function, args, rank, workers, port, connect = task
         announce(rank, workers, port, "tests")
@@ -169,7 +171,9 @@ def announce(rank: int, workers: int, port: int, job: str) -> None:
 
 
 def free_port() -> int:
-    """A port that is not in use."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is not in use, and that no connection is given of itself (Linux's begin at 32768)."""
+    while True:
+        port = random.SystemRandom().randrange(16384, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import socket
 import subprocess
 import sys
@@ -59,10 +60,12 @@ def this_machine() -> Iterator[list[Host]]:
 
 
 def free_port() -> int:
-    """A port that is not in use."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+    """A port that is not in use, and that no connection is given of itself (Linux's begin at 32768)."""
+    while True:
+        port = random.SystemRandom().randrange(16384, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
 
 
 class Ranks:

@@ -39,15 +39,17 @@ class Case(NamedTuple):
         return f"{self.launcher}-{self.fault}-{','.join(map(str, self.at))}{later}"
 
 
+READ_LATER = (("read_later", True),)
+
+
 def cases(*cases: Case) -> Any:
-    """Run a test with the outcome of each of these jobs as ``launched``, with measurements read at once and later."""
-    later = [case._replace(options=(*case.options, ("read_later", True))) for case in cases]
-    return pytest.mark.parametrize("launched", [*cases, *later], indirect=True, ids=str)
+    """Run a test with the outcome of each of these jobs as ``launched``."""
+    return pytest.mark.parametrize("launched", cases, indirect=True, ids=str)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test twice: on a GPU, a round's measurements are read in the next step. Launched jobs take care of that
-    themselves, and fragments of a round are read in later steps anyway."""
+    """Run every test twice: on a GPU, a round's measurements are read in the next step. Launched jobs, which take long
+    to start, say themselves which of the two they do, and fragments of a round are read in later steps anyway."""
     alone = "launched" in metafunc.fixturenames or "under_way" in metafunc.function.__name__
     ids = ["read at once"] if alone else ["read at once", "read later"]
     metafunc.parametrize("read_later", [False, True][: len(ids)], ids=ids, indirect=True)
@@ -180,7 +182,7 @@ def test_a_rank_that_exits_or_is_interrupted_ends_all(tmp_path, rank):
         check_that_survivors_tell(ended, [1 - rank], rf"[Rr]ank(\(s\))? {rank}\b")
 
 
-@cases(Case("lightning", "raise", (0,)), Case("lightning", "raise", (1,)))
+@cases(Case("lightning", "raise", (0,)), Case("lightning", "raise", (1,), READ_LATER))
 def test_an_exception_ends_all_under_a_launcher(launched, request):
     case = request.node.callspec.params["launched"]
     check_that_all_ended(launched)
@@ -208,7 +210,7 @@ def test_a_killed_rank_ends_the_others_which_name_it(tmp_path, fault, rank, rank
     check_that_survivors_tell(ended, [other for other in range(ranks) if other != rank], no_word(rank))
 
 
-@cases(Case("lightning", "kill_in_round", (1,)), Case("torchrun", "kill", (1,)))
+@cases(Case("lightning", "kill_in_round", (1,)), Case("torchrun", "kill", (1,), READ_LATER))
 def test_a_killed_rank_ends_all_under_a_launcher(launched, request):
     case = request.node.callspec.params["launched"]
     check_that_all_ended(launched)
@@ -218,7 +220,7 @@ def test_a_killed_rank_ends_all_under_a_launcher(launched, request):
     assert told in launched.output, launched.output
 
 
-@cases(Case("torchrun", "kill_at_first_attempt", (1,), (("resume", True),)))
+@cases(Case("torchrun", "kill_at_first_attempt", (1,), (("resume", True), *READ_LATER)))
 def test_torchrun_resumes_from_the_last_checkpoint_after_a_kill(launched):
     check_that_all_ended(launched, saved_at=30)
     assert launched.codes["launcher"] == 0
@@ -245,7 +247,7 @@ def test_sigterm_to_one_rank_ends_all_at_the_next_round_with_the_average(tmp_pat
     check_that_the_average_is_left(ended)
 
 
-@cases(Case("lightning", "terminate", (0,)), Case("torchrun", "terminate_launcher", (1,)))
+@cases(Case("lightning", "terminate", (0,), READ_LATER), Case("torchrun", "terminate_launcher", (1,)))
 def test_sigterm_to_a_launcher_ends_all_at_the_next_round_with_the_average(launched, request):
     check_that_all_ended(launched)
     if request.node.callspec.params["launched"].launcher == "lightning":
