@@ -172,6 +172,6 @@ def _close_what_was_opened() -> None:
     # tensors.
     time.sleep(_SECONDS_TO_RELEASE)
     # A forked process inherits the group but not its threads, for which closing would wait.
-    ours = [made() for process, made in _opened if process == os.getpid()]
-    if dist.is_initialized() and dist.group.WORLD in ours:
+    world = dist.group.WORLD  # None if the script has destroyed it
+    if world is not None and any(process == os.getpid() and made() is world for process, made in _opened):
         close_without_waiting(dist.destroy_process_group)

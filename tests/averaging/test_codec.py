@@ -48,11 +48,11 @@ def test_fewer_bytes_travel_and_nothing_is_lost(pool, in_full, dtype, sent_bytes
     # Rounding loses a part of each change that is the same every time: it would add up.
     change = 1.0 + 2.0**-11 + 2.0**-13
     plain = in_full(pool, change, options)
-    halved = pool.run(push, dtype, change, 100, 1000.0, False, options)
+    halved = pool.run(push, dtype, change, 200, 1000.0, False, options)
     assert torch.equal(halved[0]["value"], halved[1]["value"]) or options
     for ours, theirs in zip(halved, plain, strict=True):
         difference = (ours["value"] - theirs["value"]).abs().max().item()
-        assert difference < owed  # 50 rounds would add up to many times as much
+        assert difference < owed  # 100 rounds would add up to many times as much
         assert len(ours["rounds"]) == len(theirs["rounds"])
         sent, would_send = (sum(round_.payload_bytes for round_ in outcome["rounds"]) for outcome in (ours, theirs))
         saved = (4 * 300 - sent_bytes) * len(ours["rounds"])
@@ -67,7 +67,7 @@ def in_full() -> Callable[..., list]:
 
     def run(pool: WorkerPool, change: float, options: dict) -> list:
         if str(options) not in known:
-            known[str(options)] = pool.run(push, None, change, 100, 1000.0, False, options)
+            known[str(options)] = pool.run(push, None, change, 200, 1000.0, False, options)
         return known[str(options)]
 
     return run
