@@ -7,8 +7,6 @@ already there, takes milliseconds. Functions have to be defined at the top of a 
 import contextlib
 import gc
 import os
-import random
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from benchmarks.frame.ranks import free_port
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_TO_CLOSE = 2.0
@@ -168,12 +168,3 @@ def announce(rank: int, workers: int, port: int, job: str) -> None:
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID=job,
     )
-
-
-def free_port() -> int:
-    """A port that is not in use, and that no connection is given of itself (Linux's begin at 32768)."""
-    while True:
-        port = random.SystemRandom().randrange(16384, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

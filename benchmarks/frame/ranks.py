@@ -60,7 +60,7 @@ def this_machine() -> Iterator[list[Host]]:
 
 
 def free_port() -> int:
-    """A port that is not in use, and that no connection is given of itself (Linux's begin at 32768)."""
+    """A port that is not in use, below those that Linux picks for connections by itself (from 32768 on)."""
     while True:
         port = random.SystemRandom().randrange(16384, 32768)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -34,9 +34,10 @@ import torch._dynamo  # noqa: E402  (which every rank would otherwise import by 
 import torch.distributed as dist  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
+from benchmarks.frame.ranks import free_port  # noqa: E402
 from lightning_adpsgd import ADPSGDStrategy  # noqa: E402
 from lightning_adpsgd.trainer import lifecycle  # noqa: E402
-from tests.pool import announce, free_port  # noqa: E402
+from tests.pool import announce  # noqa: E402
 from tests.training import Classifier, loader  # noqa: E402
 
 AT_ONCE = 2

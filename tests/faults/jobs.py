@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tests.pool import PRELOADED, announce, free_port
+from benchmarks.frame.ranks import free_port
+from tests.pool import PRELOADED, announce
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("job.py")
